@@ -1,0 +1,50 @@
+"""Errors a user can act on: each says what is wrong, where, the value seen, and the fix. Printed without a traceback."""
+
+from collections.abc import Sequence
+
+
+class QliteError(Exception):
+    """Base of every error that a verb prints as its message alone; ``exit_code`` is the process's exit status."""
+
+    exit_code = 2
+
+
+class RecipeError(QliteError):
+    """A recipe's keys are unknown, missing, of the wrong type, out of range or at odds: every problem at once."""
+
+    def __init__(self, problems: str | Sequence[str], path: str = ""):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        prefix = f"{path}: " if path else ""
+        super().__init__("\n".join(prefix + problem for problem in self.problems))
+
+
+class ModelError(QliteError):
+    """The base model's files are missing, malformed, of a kind that is not read, or not what the recipe promised."""
+
+
+class DataError(QliteError):
+    """A row, a data file or a chat template cannot be used; the message names file and line."""
+
+
+class AdapterError(QliteError):
+    """An adapter's files do not fit each other or the base they are put on."""
+
+
+class RunError(QliteError):
+    """A run folder is missing, unfinished, or belongs to another recipe."""
+
+
+class NotMergeable(QliteError):
+    """The method changes the network in a way that no single weight matrix can express."""
+
+
+class MachineError(QliteError):
+    """The machine lacks what the work needs: disk, memory, a device, a permission."""
+
+    exit_code = 3
+
+
+class Diverged(QliteError):
+    """Training produced a loss or a gradient that is not finite; nothing of it was stepped or saved."""
+
+    exit_code = 4

@@ -1,0 +1,120 @@
+"""Every write to disk: under a temporary name, flushed to the device, then renamed, so that no half file bears a final name."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qlite.errors import MachineError
+
+MANIFEST = "manifest.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as the whole of ``path``."""
+    with _explained(path), _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as indented JSON. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write ``tensors`` as one safetensors file. Views of one buffer are written as tensors of their own."""
+    own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    with _explained(path), _replacing(path) as temporary:
+        save_file(own, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log. A log is no truth to resume from, so it is not flushed to the device."""
+    with _explained(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(line + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; on leaving, add a manifest of SHA-256 sums and rename it to ``path``.
+
+    If filling it fails, nothing is left behind. An older folder at ``path`` gives way only once the new one is complete.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+        try:
+            yield temporary
+            sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+            write_json(temporary / MANIFEST, sums)
+            _swap(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether ``folder`` has a manifest and every file in it has the sum it says."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all(sha256(folder / name) == expected for name, expected in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    os.chmod(temporary, 0o755)  # mkdtemp makes it private
+    _flush(temporary)
+    old = None
+    if path.exists():
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        os.replace(path, old)
+    os.replace(temporary, path)
+    _flush(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the device."""
+    if path.is_dir() and os.name == "nt":  # Windows has no handle for a folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f'cannot write "{path}": {error.strerror or error}') from error

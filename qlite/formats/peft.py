@@ -1,0 +1,155 @@
+"""Adapters as PEFT's two files: adapter_config.json and adapter_model.safetensors. Written and read without PEFT."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qlite.errors import AdapterError
+from qlite.files import write_json, write_tensors
+from qlite.methods.base import Method, adapted_linears, trainable_tensors
+from qlite.methods.lora import LoRA
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all that a method has trained, under the names of PEFT's files."""
+    return {PREFIX + name: p for name, p in trainable_tensors(model).items()}
+
+
+def write_adapter(folder: Path, model: nn.Module, method: Method, base_name: str) -> None:
+    """Write ``model``'s adapter into ``folder``; adapter_config.json only where PEFT has the method's type."""
+    write_tensors(folder / WEIGHTS, adapter_tensors(model))
+    if isinstance(method, LoRA):
+        write_json(folder / CONFIG, peft_config(model, method, base_name))
+
+
+def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
+    """Return the content of PEFT's adapter_config.json for ``model``'s LoRA layers."""
+    layers = dict(adapted_linears(model))
+    leaves = {name.rpartition(".")[2] for name in layers}
+    # Leaf names where they say exactly which layers are meant; else every layer by its whole name.
+    same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
+    targets = sorted(leaves) if len(same_leaf) == len(layers) else list(layers)
+    ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != method.rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": method.rank,
+        "lora_alpha": method.alpha,
+        "lora_dropout": method.dropout,
+        "target_modules": targets,
+        "rank_pattern": ranks,
+        "use_rslora": method.rslora,
+        "use_dora": method.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def load_adapter(folder: Path, model: nn.Module) -> None:
+    """Copy the adapter in ``folder`` into ``model``, to which the same method is attached.
+
+    Raises:
+        AdapterError: names or shapes differ from what is attached; all of them in one message.
+    """
+    copy_adapter(read_tensors(folder), model, folder)
+
+
+def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path) -> None:
+    """Copy ``tensors`` into what is attached to ``model``; ``origin`` is only named in messages. Raises AdapterError."""
+    own = adapter_tensors(model)
+    problems = [f"lacks {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"has {name}, which nothing here takes" for name in tensors.keys() - own.keys()]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, needed is {list(p.shape)}"
+        for name, p in own.items()
+        if name in tensors and tensors[name].shape != p.shape
+    ]
+    problems += [f"{name} has values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise AdapterError(f"{origin}: the adapter does not fit this base: {'; '.join(sorted(problems)[:5])}{more}")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name])
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder by name. Raises AdapterError."""
+    path = folder / WEIGHTS
+    if not path.is_file() and any(folder.glob("adapter_model.bin")):
+        raise AdapterError(f"{folder}: has only adapter_model.bin, which is pickle and never read; save it as safetensors")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+@dataclass(frozen=True)
+class ForeignAdapter:
+    """A LoRA adapter that another program wrote: the method to attach and the tensors to copy in."""
+
+    method: LoRA
+    tensors: dict[str, Tensor]
+
+
+def read_foreign_adapter(folder: Path) -> ForeignAdapter:
+    """Return the PEFT adapter in ``folder`` as a method and tensors of ours.
+
+    Raises:
+        AdapterError: its type or one of its options is not supported, or its files do not fit each other.
+    """
+    config, tensors = _read_config(folder / CONFIG), read_tensors(folder)
+    _refuse_unsupported(config, folder / CONFIG)
+    ranks = {name[len(PREFIX) : -len(".lora_A.weight")]: t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A.weight")}
+    if not ranks:
+        raise AdapterError(f"{folder / WEIGHTS}: holds no tensor called *.lora_A.weight; is it a LoRA adapter?")
+    method = LoRA(
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        targets=tuple(_literal(name) for name in ranks),
+        rank_per_target={_literal(name): rank for name, rank in ranks.items() if rank != config["r"]},
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+    )
+    return ForeignAdapter(method, tensors)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror}); a PEFT adapter has this file") from error
+    except ValueError as error:
+        raise AdapterError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        raise AdapterError(f'{path}: "r" and "lora_alpha" must be numbers')
+    return config
+
+
+def _refuse_unsupported(config: dict, path: Path) -> None:
+    """Raise AdapterError for whatever would be lost silently."""
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f'peft_type is {config.get("peft_type")!r}, only "LORA" is read')
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias = {config['bias']!r}: trained biases are not read")
+    for key in ("modules_to_save", "alpha_pattern", "layer_replication", "trainable_token_indices", "fan_in_fan_out", "lora_bias"):
+        if config.get(key):
+            problems.append(f"{key} = {config[key]!r} is not supported")
+    if problems:
+        raise AdapterError(f"{path}: " + "; ".join(problems))
+
+
+def _literal(name: str) -> str:
+    """Return ``name`` as a pattern that matches nothing else."""
+    return name.replace("[", "[[]")

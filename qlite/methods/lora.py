@@ -1,0 +1,132 @@
+"""LoRA: low-rank adaptation, y = W x + (alpha / r) B A x.   Hu et al. 2021, arXiv:2106.09685, section 4.1.
+
+Parameter names follow PEFT's files (``lora_A.weight``, ``lora_B.weight``, ``lora_magnitude_vector``), so an adapter is
+readable by PEFT as it is.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qlite.errors import RecipeError
+from qlite.methods.base import AdaptedLinear, Method, Targets, adapt_linears, matches, select_linears
+from qlite.quant.linear import compute_dtype, dense_weight
+
+
+class LoRALinear(AdaptedLinear):
+    """A frozen linear plus scaling * B A, with A [R, in] and B [out, R] in the dtype that the base computes in.
+
+    B starts at zero, so the adapted model starts as the base model.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float):
+        super().__init__(base)
+        self.rank, self.scaling = rank, scaling
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        where = {"device": base.weight.device, "dtype": compute_dtype(base)}
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **where)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **where)
+        if base.weight.device.type != "meta":
+            # Drawn in float32 on the CPU: the same seed gives the same adapter on every device.
+            start = torch.empty(rank, base.in_features)
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+            self.lora_A.weight.data.copy_(start)
+            nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out], in x's dtype."""
+        return self.base(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+
+    def update(self) -> Tensor:
+        """Return scaling * B A, [out, in]. float32: the product of two bfloat16 factors needs more digits than either."""
+        return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
+
+    def merged_weight(self, dense: Tensor) -> Tensor:
+        return dense + self.update()
+
+
+class DoRALinear(LoRALinear):
+    """LoRA on the weight's direction, with each row's length m trained apart: W' = m (W + sBA) / ||W + sBA||_row.
+
+    Liu et al. 2024, arXiv:2402.09353, section 4.1; the norm counts as a constant in the gradient (section 4.3).
+    """
+
+    def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float):
+        super().__init__(base, rank, scaling, dropout)
+        square = dense_weight(base).square().sum(dim=1)
+        self.register_buffer("weight_square", square, persistent=False)
+        # float32: rounded to bfloat16 the rows would start up to 0.2 % off, and the model would not start as its base.
+        self.lora_magnitude_vector = nn.Parameter(square.sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.dropout(x)
+        # Dropout belongs to the whole adapted term, so the base is asked again where dropout changes x.
+        y = self.base(x)
+        bias = 0 if self.base.bias is None else self.base.bias
+        plain = (y if dropped is x else self.base(dropped)) - bias
+        gain = self.lora_magnitude_vector / self.row_norm()
+        update = self.lora_B(self.lora_A(dropped)) * self.scaling
+        return y + plain * (gain - 1).to(x.dtype) + update * gain.to(x.dtype)
+
+    @torch.no_grad()
+    def row_norm(self) -> Tensor:
+        """Return ||W + sBA|| of each row, [out] float32, without forming W + sBA: |w|^2 + 2s (W A^T) b + s^2 b (A A^T) b."""
+        A, B = self.lora_A.weight.float(), self.lora_B.weight.float()
+        cross = (self._base_times(A) * B).sum(dim=1)
+        own = (B @ (A @ A.T) * B).sum(dim=1)
+        return (self.weight_square + 2 * self.scaling * cross + self.scaling**2 * own).clamp(min=0).sqrt()
+
+    def _base_times(self, A: Tensor) -> Tensor:
+        """Return W A^T, [out, R] float32."""
+        dense = dense_weight(self.base, compute_dtype(self.base))
+        return (dense @ A.T.to(dense.dtype)).float()
+
+    def merged_weight(self, dense: Tensor) -> Tensor:
+        adapted = super().merged_weight(dense)
+        return adapted * (self.lora_magnitude_vector / adapted.norm(dim=1)).unsqueeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Low-rank matrices beside the chosen linears of the frozen base."""
+
+    name: ClassVar[str] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank r of the update B A."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's input that is dropped in training."""
+    targets: Targets = "all-linear"
+    """"all-linear", "attention", or a list of layer names or patterns: ["q_proj", "model.layers.1?.mlp.*"]."""
+    rank_per_target: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
+    """Another rank for layers matching a name or pattern: {"q_proj" = 32}; the first match counts."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732, section 3)."""
+    dora: bool = False
+    """Train each row's length apart from its direction (DoRA, arXiv:2402.09353, section 4.1)."""
+
+    def attach(self, model: nn.Module) -> None:
+        chosen = select_linears(model, self.targets)
+        unused = [p for p in self.rank_per_target if not any(matches(name, p) for name in chosen)]
+        if unused:
+            raise RecipeError([f'method.rank_per_target: "{p}" matches none of the {len(chosen)} target layers; remove it' for p in unused])
+        adapt_linears(model, self.targets, self._adapt)
+
+    def _adapt(self, name: str, base: nn.Module) -> LoRALinear:
+        rank = self.rank_of(name)
+        smaller = min(base.in_features, base.out_features)
+        if rank > smaller:
+            raise RecipeError(
+                f"method.rank: {rank} is more than {name} can have ({smaller}); lower it, or set it apart in method.rank_per_target"
+            )
+        scaling = self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        return (DoRALinear if self.dora else LoRALinear)(base, rank, scaling, self.dropout)
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of the linear with dotted name ``name``."""
+        return next((rank for pattern, rank in self.rank_per_target.items() if matches(name, pattern)), self.rank)

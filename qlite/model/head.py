@@ -1,0 +1,43 @@
+"""A causal LM in two halves: token ids to hidden states, and hidden states to logits.
+
+The loss needs logits of a few tokens at a time, never of all. The second half is the family's own code (Gemma's
+soft-capping, Granite's and Cohere's scaling ...), run on hidden states that are given to it.
+"""
+
+import copy
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Return the last hidden states [B, T, D] for ``input_ids`` [B, T].
+
+    There is no padding mask: rows are padded on the right, where a causal model's real tokens cannot look.
+    """
+    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def logits_head(model: PreTrainedModel) -> nn.Module:
+    """Return a module mapping hidden states [..., N, D] to logits [..., N, V] by ``model``'s own code and weights."""
+    return _Head(model)
+
+
+class _Head(nn.Module):
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        # A second view of the same model whose decoder hands over what it is given. Weights are shared, not copied.
+        view = copy.copy(model)
+        view._modules = {**model._modules, model.base_model_prefix: _Given()}
+        self.view = view
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.view(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
+
+
+class _Given(nn.Module):
+    """Stands where the decoder stood and returns its input as the last hidden state."""
+
+    def forward(self, inputs_embeds: Tensor, **_: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)

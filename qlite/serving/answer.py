@@ -1,0 +1,99 @@
+"""Answers from a model: greedy or sampled, one at a time as text streams in, or many prompts in one batch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from qlite.data.encode import Encoder
+from qlite.data.formats import Messages
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. ``temperature`` 0: the most likely one (greedy)."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@torch.no_grad()
+def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[Messages], sampling: Sampling) -> list[str]:
+    """Return the model's answer to each of ``prompts``, decoded together with a cache.
+
+    Rows are padded on the left: the new tokens of all rows must stand side by side.
+    """
+    encoded = [encoder.encode_prompt(prompt) for prompt in prompts]
+    width = max(len(ids) for ids in encoded)
+    input_ids = torch.full((len(encoded), width), encoder.pad_id)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(encoded):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    new = generate_ids(model, encoder, input_ids, mask, sampling)
+    return [encoder.decode(_until_stop(row, encoder.stop_ids)) for row in new.tolist()]
+
+
+def answer_all(model: PreTrainedModel, encoder: Encoder, prompts: list[Messages], sampling: Sampling, batch: int) -> Iterator[str]:
+    """Yield the answers to ``prompts`` in order, ``batch`` at a time. Rows of like length meet, to pad little."""
+    order = sorted(range(len(prompts)), key=lambda i: len(encoder.encode_prompt(prompts[i])))
+    answers: dict[int, str] = {}
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        answers |= dict(zip(chosen, answer_batch(model, encoder, [prompts[i] for i in chosen], sampling), strict=True))
+    yield from (answers[i] for i in range(len(prompts)))
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+) -> torch.Tensor:
+    """Return only the new ids [B, N]; a row that stopped early is filled up with the pad id."""
+    model.eval()
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_tokens,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_p=sampling.top_p if sampling.temperature > 0 else None,
+        eos_token_id=encoder.stop_ids,
+        pad_token_id=encoder.pad_id,
+        use_cache=True,
+    )
+    ids = model.generate(input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, streamer=streamer)
+    return ids[:, input_ids.shape[1] :]
+
+
+class TextStream(BaseStreamer):
+    """Hands over an answer's text piece by piece as its tokens arrive, never half a character."""
+
+    def __init__(self, encoder: Encoder, write: Callable[[str], None]):
+        self.encoder, self.write = encoder, write
+        self.ids: list[int] = []
+        self._written = ""
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next ids; the first call brings the prompt."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        text = self.encoder.decode(_until_stop(self.ids, self.encoder.stop_ids))
+        # A character of several tokens decodes to U+FFFD until its last one is there.
+        if not text.endswith("\ufffd"):
+            self.write(text[len(self._written) :])
+            self._written = text
+
+    def end(self) -> None: ...
+
+
+def _until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))]

@@ -1,0 +1,62 @@
+"""Token-chunked cross entropy: the loss over a vocabulary of V without ever holding [tokens, V] for all tokens.
+
+The head and the loss run on ``chunk`` tokens at a time, and each chunk's gradient is taken at once, so that only one
+chunk's logits live at any time, in forward and backward alike, and the head is not run a second time. Tokens without
+a label never reach the head.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qlite.data.encode import IGNORED
+
+
+def chunked_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor, denominator: float, chunk: int) -> Tensor:
+    """Return the sum over trained tokens of -log p(label), divided by ``denominator``: a float32 scalar, in nats.
+
+    hidden [B, T, D]; labels [B, T] (on any device), ``IGNORED`` where nothing is trained. labels[b, t] is the token at t itself: it is
+    predicted from the hidden state at t - 1. Gradients reach ``hidden`` and every trainable tensor of ``head``.
+    """
+    # Row-major places of the hidden states that predict a trained token: one before the token itself.
+    predicts = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).reshape(-1).nonzero().squeeze(1)
+    targets = labels.reshape(-1)[predicts + 1].to(hidden.device, non_blocking=True)
+    used = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicts.to(hidden.device, non_blocking=True))
+    params = tuple(p for p in head.parameters() if p.requires_grad)
+    return _ChunkedLoss.apply(used, targets, head, denominator, chunk, *params)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, targets: Tensor, head: nn.Module, denominator: float, chunk: int, *params: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        if not any(ctx.needs_input_grad):
+            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+                total += _loss(head, h, t, denominator)
+            return total
+        grads = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+        hidden_grad = torch.empty_like(hidden)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                h = hidden[part].detach().requires_grad_()
+                loss = _loss(head, h, targets[part], denominator)
+                first, *rest = torch.autograd.grad(loss, (h, *params), allow_unused=True)
+            hidden_grad[part] = first
+            for grad, more in zip(grads, rest, strict=True):
+                if more is not None:
+                    grad += more
+            total += loss.detach()
+        ctx.save_for_backward(hidden_grad, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True)))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden_grad, *grads = ctx.saved_tensors
+        # ``grad`` is 1 in training; the product keeps the function right for any other.
+        scaled = [g * grad.to(g.dtype) for g in grads]
+        return hidden_grad * grad.to(hidden_grad.dtype), None, None, None, None, *scaled
+
+
+def _loss(head: nn.Module, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
+    logits = head(hidden).float()
+    return nn.functional.cross_entropy(logits, targets, reduction="sum") / denominator

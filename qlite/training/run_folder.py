@@ -1,0 +1,187 @@
+"""A run's folder: frozen recipe, versions, metrics, checkpoints, the finished adapter. Safetensors, JSON and TOML only.
+
+runs/quickstart/
+  recipe.toml     every key, paths absolute      run.json        versions, device, threads
+  metrics.jsonl   one record a step              result.json     written last: the run is finished
+  checkpoints/step-00000020/                     adapter/        PEFT's two files
+"""
+
+import json
+import shutil
+import tomllib
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+
+from qlite import __version__
+from qlite.errors import RunError
+from qlite.files import append_line, is_whole, new_folder, write_json, write_tensors, write_text
+from qlite.formats.peft import WEIGHTS, adapter_tensors, copy_adapter, write_adapter
+from qlite.optim.build import FlatOptimizer
+from qlite.recipe.read import build_recipe
+from qlite.recipe.schema import Recipe
+from qlite.recipe.write import recipe_differences, recipe_toml
+from qlite.training.report import AnswerReport, EvalReport, StepReport
+
+LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. Order of rows and dropout are functions of the seed and the step, so nothing else is needed."""
+
+    step: int = 0
+    tokens: int = 0
+    """Tokens read so far, padding not counted."""
+    best_loss: float | None = None
+    """Lowest held-out loss so far, in nats."""
+
+
+class RunFolder:
+    """One run on disk; as an Observer it writes metrics.jsonl."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics, self.adapter = path / "metrics.jsonl", path / "adapter"
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "result.json").is_file()
+
+    @property
+    def result(self) -> dict:
+        """What the finished run said of itself."""
+        return json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+
+    def recipe(self) -> Recipe:
+        """Return the frozen recipe. Raises RunError where there is none."""
+        path = self.path / "recipe.toml"
+        try:
+            return build_recipe(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        except OSError as error:
+            raise RunError(f'"{self.path}" is no run folder: it has no recipe.toml. Finished runs: {_names(self.path.parent)}') from error
+
+    def begin(self, recipe: Recipe, device: str, threads: int) -> None:
+        """Make the folder for ``recipe``, or check that it is this recipe's.
+
+        Raises:
+            RunError: the folder belongs to another recipe, or this run would not give the same bits.
+        """
+        facts = {"qlite": __version__, **{name: version(name) for name in LIBRARIES}, "device": device, "threads": threads}
+        if not (self.path / "recipe.toml").is_file():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise RunError(f'output.dir = "{self.path}": the folder exists and holds something else; choose another')
+            write_text(self.path / "recipe.toml", recipe_toml(recipe))
+            write_json(self.path / "run.json", facts)
+            return
+        differences = recipe_differences(self.recipe(), recipe)
+        if differences:
+            raise RunError(
+                f'"{self.path}" holds a run of another recipe ({"; ".join(differences)}). '
+                "Go on with the old recipe, choose another output.dir, or start afresh with --fresh"
+            )
+
+    def facts_then(self) -> dict:
+        """Return the versions, device and threads that the run began with."""
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    def note(self, message: str) -> None:
+        """Keep what the user was told beside the figures."""
+        self._log({"kind": "note", "text": message})
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Progress is for the screen alone."""
+
+    def step(self, report: StepReport) -> None:
+        self._log(report.as_record())
+
+    def evaluated(self, report: EvalReport) -> None:
+        self._log(report.as_record())
+
+    def answered(self, report: AnswerReport) -> None:
+        self._log(report.as_record())
+
+    def records(self) -> list[dict]:
+        """Return the records of metrics.jsonl; a last line cut short by a crash is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def save(self, state: TrainState, model: nn.Module, optimizer: FlatOptimizer, keep: int) -> None:
+        """Write a checkpoint, whole or not at all, then drop all but the ``keep`` newest."""
+        tensors, numbers = optimizer.state()
+        with new_folder(self._checkpoint(state.step)) as folder:
+            write_tensors(folder / WEIGHTS, adapter_tensors(model))
+            write_tensors(folder / "optimizer.safetensors", tensors)
+            write_json(folder / "state.json", {**asdict(state), "optimizer": numbers})
+        for old in self._checkpoints()[keep:]:
+            remove_folder(old)
+
+    def resume(self, model: nn.Module, optimizer: FlatOptimizer) -> TrainState:
+        """Load the newest whole checkpoint into ``model`` and ``optimizer``; without any, return the state of step 0."""
+        for folder in self._checkpoints():
+            if not is_whole(folder):
+                continue
+            saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            numbers = saved.pop("optimizer")
+            copy_adapter(load_file(folder / WEIGHTS), model, folder)
+            optimizer.load_state(load_file(folder / "optimizer.safetensors"), numbers)
+            self._rewind(saved["step"])
+            return TrainState(**saved)
+        self._rewind(-1)
+        return TrainState()
+
+    def finish(self, recipe: Recipe, model: nn.Module, result: dict) -> None:
+        """Write the adapter and the result; with it the run counts as finished."""
+        with new_folder(self.adapter) as folder:
+            write_adapter(folder, model, recipe.method, recipe.base.model)
+        write_json(self.path / "result.json", result)
+
+    def _log(self, record: dict) -> None:
+        append_line(self.metrics, json.dumps(record, ensure_ascii=False))
+
+    def _rewind(self, step: int) -> None:
+        """Drop what metrics.jsonl says of steps after ``step``: they will be made again."""
+        kept = [json.dumps(record, ensure_ascii=False) for record in self.records() if record.get("step", -1) <= step]
+        if self.metrics.is_file():
+            write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def _checkpoints(self) -> list[Path]:
+        """Return the checkpoints, newest first, by step and never by clock."""
+        return sorted((self.path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def find_run(path: str | None, runs: Path = Path("runs")) -> RunFolder:
+    """Return the run folder ``path``; without a path, the newest finished run under ``runs``.
+
+    Raises:
+        RunError: there is none, or it is not finished.
+    """
+    if path is None:
+        finished = [folder for folder in runs.glob("*") if (folder / "result.json").is_file()]
+        if not finished:
+            raise RunError(f'no finished run under "{runs}"; name one, or train first: python -m qlite.train recipes/quickstart.toml')
+        return RunFolder(max(finished, key=lambda folder: (folder / "result.json").stat().st_mtime))
+    run = RunFolder(Path(path))
+    run.recipe()
+    if not run.is_finished:
+        raise RunError(f'"{path}" is not finished; the command that began it goes on with it')
+    return run
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint or a run that qlite made; folders of another content are left alone."""
+    if (folder / "state.json").is_file() or (folder / "recipe.toml").is_file():
+        shutil.rmtree(folder)
+
+
+def _names(folder: Path) -> str:
+    found = sorted(str(path.parent) for path in folder.glob("*/result.json"))
+    return ", ".join(found) or "none here"

