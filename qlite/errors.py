@@ -38,6 +38,12 @@ class NotMergeable(QliteError):
     """The method changes the network in a way that no single weight matrix can express."""
 
 
+class ExportError(QliteError):
+    """What was trained cannot be written in the form that was asked for without harm."""
+
+    exit_code = 4
+
+
 class MachineError(QliteError):
     """The machine lacks what the work needs: disk, memory, a device, a permission."""
 

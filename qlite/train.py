@@ -118,7 +118,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer) -> None:
 
     if plan.exact_match_rows:
         observer.answered(compare_answers(base.model, data, plan, steps, observer))
-    run.finish(recipe, base.model, summarise(run.records(), meter.read()))
+    run.finish(recipe, base.model, summarise(run.records(), meter.read(), data.system))
 
 
 def is_due(every: int, step: int, steps: int) -> bool:

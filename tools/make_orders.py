@@ -8,6 +8,7 @@ there is to learn. The same seed gives the same bytes on every machine.
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -91,9 +92,8 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
 
 def make_rows(pools: Pools, count: int, random_source: random.Random) -> list[tuple[str, Order]]:
     """Return ``count`` different sentences with their orders; every value of a pool is used about equally often."""
-    names, cities, items, templates, quantities, days = (
-        deal(pool, random_source) for pool in (pools.names, pools.cities, pools.items, pools.templates, QUANTITIES, DAYS)
-    )
+    sources = (pools.names, pools.cities, pools.items, pools.templates, QUANTITIES, DAYS)
+    names, cities, items, templates, quantities, days = (deal(source, random_source) for source in sources)
     rows = []
     for _ in range(count):
         words, quantity = next(quantities)
@@ -134,7 +134,7 @@ def assert_held_out(train_sentences: list[str]) -> None:
     for value in TEST_POOLS.names + TEST_POOLS.cities + TEST_POOLS.items:
         assert value.lower() not in everything, f"held-out value {value!r} is in a training sentence"
     # Every word of a held-out item is new too: "oak desks" would be half known after "oak shelves".
-    train_words = set(everything.replace(",", " ").replace(".", " ").split())
+    train_words = set(re.findall(r"\w+", everything))
     for item in TEST_POOLS.items:
         assert not train_words & set(item.split()), f"a word of the held-out item {item!r} is in a training sentence"
     for pool in (TRAIN_POOLS, TEST_POOLS):
@@ -145,7 +145,7 @@ def assert_held_out(train_sentences: list[str]) -> None:
 
 def number_words() -> dict[str, int]:
     """Return the numbers that the sentences spell out, with their values."""
-    small = "two three four five six seven eight nine ten eleven twelve".split()
+    small = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     words = {word: value for value, word in enumerate(small, start=2)}
     tens = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50}
     return words | tens | {"fifteen": 15, "a dozen": 12}
@@ -273,6 +273,8 @@ TRAIN_POOLS = Pools(
         "{name} needs {quantity} {item} brought to a hotel in {city} on {day} at the latest.",
         "Take {quantity} {item} along to {city} on {day} and hand them to {name}.",
         "There are {quantity} {item} to go out to {city} on {day} for a customer, {name}.",
+        "New on the list: {quantity} {item}, going to {name} in {city} on {day}.",
+        "An order came in for {day}: {quantity} {item}, sold to {name}, who is in {city}.",
         "Someone from {city}, {name} I think, wants {quantity} {item} on {day}.",
     ),
 )
@@ -295,7 +297,8 @@ TEST_POOLS = Pools(
         tanks, window blinds, gas heaters, printer cables, sea shells, road signs, metal hooks, iron gates, hair
         dryers, heat pumps, mixed nuts, power drills, snow shovels, purple ribbons, digital cameras, double
         beds, thick socks, sugar cubes, face masks, touch screens, story books, wind chimes, market stalls, salt
-        shakers, stone statues, model ships, sound systems, wash basins, violins, sweaters, bookcases, cookbooks"""
+        shakers, stone statues, model ships, sound systems, wash basins, cookie cutters, sweaters, bookcases,
+        cookbooks"""
     ),
     templates=(
         "See to it that {name} in {city} has {quantity} {item} by {day} evening.",
@@ -308,7 +311,7 @@ TEST_POOLS = Pools(
         "When {day} comes, {name} expects {quantity} {item} at the office in {city}.",
         "{name}, who lives in {city}, is buying {quantity} {item} for {day}.",
         "The {city} branch expects {name} to pay for {quantity} {item} on {day}.",
-        "There's a new order for {day}: {quantity} {item}, going to {name} over in {city}.",
+        "There's a new order from {name} over in {city}: {quantity} {item}, wanted by {day}.",
         "Somebody called {name} just chose {quantity} {item}, to be dropped off in {city} on {day}.",
     ),
 )

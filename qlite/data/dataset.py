@@ -23,6 +23,8 @@ class DataSet:
     test_messages: list[Messages]
     """The held-out conversations as text, for comparing answers."""
     encoder: Encoder
+    system: str = ""
+    """The system message, if every training row has the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,12 @@ class Data(Table):
         if self.held_out_rows:
             rows, test_rows = rows[: -self.held_out_rows], rows[-self.held_out_rows :]
         format = detect_format(rows[0]) if self.format == "auto" else self.format
-        train, _ = self._encode(rows, format, encoder, tokens, note)
+        train, spoken = self._encode(rows, format, encoder, tokens, note)
         test, messages = self._encode(test_rows, format, encoder, tokens, note)
         if not train:
             raise DataError(f"train.tokens = {tokens}: no row of {self.train} is that short; raise it")
         note(f'data: {len(train)} training rows in format "{format}", {len(test)} held out; {_share(train)}')
-        return DataSet(train, test, messages, encoder)
+        return DataSet(train, test, messages, encoder, _common_system(spoken))
 
     def _encode(self, rows: list[Row], format: str, encoder: Encoder, tokens: int, note) -> tuple[list[Encoded], list[Messages]]:
         kept, messages, too_long = [], [], 0
@@ -78,6 +80,11 @@ class Data(Table):
         if too_long:
             note(f"data: {too_long} of {len(rows)} rows are longer than train.tokens = {tokens} and are left out")
         return kept, messages
+
+
+def _common_system(conversations: list[Messages]) -> str:
+    firsts = {m[0]["content"] if m[0]["role"] == "system" else "" for m in conversations}
+    return firsts.pop() if len(firsts) == 1 else ""
 
 
 def _pieces(encoded: Encoded, tokens: int) -> list[Encoded]:

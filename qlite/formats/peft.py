@@ -64,8 +64,14 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
     copy_adapter(read_tensors(folder), model, folder)
 
 
-def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path) -> None:
-    """Copy ``tensors`` into what is attached to ``model``; ``origin`` is only named in messages. Raises AdapterError."""
+def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path, keep_dtype: bool = False) -> None:
+    """Copy ``tensors`` into what is attached to ``model``; ``origin`` is only named in messages.
+
+    ``keep_dtype``: take float32 tensors as they are instead of rounding them to what training holds, for merging.
+
+    Raises:
+        AdapterError: names or shapes differ from what is attached; all of them in one message.
+    """
     own = adapter_tensors(model)
     problems = [f"lacks {name}" for name in own.keys() - tensors.keys()]
     problems += [f"has {name}, which nothing here takes" for name in tensors.keys() - own.keys()]
@@ -80,7 +86,10 @@ def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path) -> 
         raise AdapterError(f"{origin}: the adapter does not fit this base: {'; '.join(sorted(problems)[:5])}{more}")
     with torch.no_grad():
         for name, p in own.items():
-            p.copy_(tensors[name])
+            if keep_dtype:
+                p.data = tensors[name].to(p.device)
+            else:
+                p.copy_(tensors[name])
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

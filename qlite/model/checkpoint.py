@@ -107,7 +107,8 @@ class SafetensorsCheckpoint:
         """Return the folder's tokenizer. Raises ModelError if there is none, or only one that needs its own Python code."""
         folder = self.files.folder
         settings_file = folder / "tokenizer_config.json"
-        has_own_code = settings_file.is_file() and "auto_map" in _read_json(settings_file)
+        settings = [self._raw_config, _read_json(settings_file) if settings_file.is_file() else {}]
+        has_own_code = any("AutoTokenizer" in (each.get("auto_map") or ()) or isinstance(each.get("auto_map"), list) for each in settings)
         if has_own_code and not (folder / "tokenizer.json").is_file():
             raise ModelError(
                 f'base.model: "{self.files.name}": its tokenizer needs its own Python code, which qlite never runs; '

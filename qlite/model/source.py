@@ -145,7 +145,7 @@ def _from_hub(model: str, revision: str | None, progress: Progress) -> ModelFile
         snapshot = huggingface_hub.snapshot_download(
             model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED, tqdm_class=_hub_bar(progress)
         )
-    except (OSError, ValueError) as error:  # huggingface_hub's errors derive from one of the two
+    except Exception as error:  # the hub, its HTTP client and its chunk store have no root in common
         raise _hub_error(model, revision, error) from error
     folder = Path(snapshot)
     if not any(folder.glob("*.safetensors")):
@@ -160,7 +160,7 @@ def _hub_names(model: str, revision: str | None, folder: Path) -> list[str]:
 
     try:
         return huggingface_hub.HfApi().list_repo_files(model, revision=revision)
-    except OSError:
+    except Exception:  # as in _from_hub
         return [entry.name for entry in folder.iterdir()]
 
 

@@ -12,7 +12,7 @@ from qlite.training.run_folder import RunFolder
 from qlite.units import format_bytes, format_seconds
 
 
-def summarise(records: list[dict], memory: MemoryUse) -> dict:
+def summarise(records: list[dict], memory: MemoryUse, system: str) -> dict:
     """Return the run's figures: losses in nats, seconds of training alone, tokens/s as the median over steps."""
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "eval"]
@@ -29,29 +29,30 @@ def summarise(records: list[dict], memory: MemoryUse) -> dict:
         "perplexity": evaluations[-1]["perplexity"] if evaluations else None,
         "peak_memory_bytes": memory.peak if on_gpu else peak_process_bytes(),
         "peak_memory_kind": "allocated on the GPU" if on_gpu else "process",
+        "system": system,
         "answers": answers,
     }
 
 
 def print_summary(run: RunFolder) -> None:
     """Print the finished run's figures and what to type next."""
-    result, console = run.result, Console(highlight=False)
+    result, console = run.result, Console(highlight=False, markup=False)
     table = Table.grid(padding=(0, 2))
-    table.add_row(
-        "trained",
-        f"{result['steps']} steps, {result['tokens']} tokens in {format_seconds(result['train_seconds'])}, {result['tokens_per_second']} tokens/s",
-    )
+    seconds, speed = format_seconds(result["train_seconds"]), f"{result['tokens_per_second']:.0f} tokens/s"
+    table.add_row("trained", f"{result['steps']} steps, {result['tokens']:,} tokens in {seconds}, {speed}")
     table.add_row("loss", f"{result['first_loss']:.3f} -> {result['last_loss']:.3f}")
     if result["eval_loss"] is not None:
         table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {result['perplexity']:.2f}")
     if result["answers"]:
         counts = [f"{record['exact']}/{record['rows']}" for record in result["answers"]]
-        table.add_row("exact match", f"{counts[0]} before, {counts[-1]} after training")
+        table.add_row("exact match", f"{counts[0]} before training, {counts[-1]} after")
     table.add_row("peak memory", f"{format_bytes(result['peak_memory_bytes'])} ({result['peak_memory_kind']})")
     table.add_row("written to", Text(str(run.path)))
     console.print(table)
-    for prompt, _, answer in result["answers"][-1]["samples"] if result["answers"] else []:
+    samples = result["answers"][-1]["samples"] if result["answers"] else []
+    for prompt, _, answer in samples:
         console.print(Text(f"\n> {clean(prompt)}\n  {clean(answer)}"))
-    console.print(
-        Text("\nNext:  python -m qlite.export --merge" + f' {run.path}\n       python -m qlite.generate {run.path} --prompt "..."')
-    )
+    prompt = clean(samples[0][0]).replace('"', "'") if samples else "..."
+    # Not wrapped: these lines are there to be copied.
+    console.print(f"\nNext:  python -m qlite.export --merge {run.path}", soft_wrap=True)
+    console.print(f'       python -m qlite.generate {run.path} --prompt "{prompt}"', soft_wrap=True)

@@ -139,6 +139,9 @@ def test_a_tokenizers_own_code_is_never_run(folder):
     (folder / "evil.py").write_text("raise SystemExit('it ran')")
     edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Slow", "evil.Fast"]}, tokenizer_class="Fast")
     assert opened(folder).tokenizer()("world").input_ids == [3]
+    edit_json(folder / "tokenizer_config.json", auto_map=None)
+    edit_json(folder / "config.json", auto_map={"AutoTokenizer": ["evil.Slow", "evil.Fast"]})
+    assert opened(folder).tokenizer()("world").input_ids == [3]
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="its own Python code, which qlite never runs"):
         opened(folder).tokenizer()

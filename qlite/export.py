@@ -1,0 +1,75 @@
+"""Write what a run has trained: merged 16-bit weights, or the adapter as PEFT's two files.
+
+    python -m qlite.export --merge                     newest finished run, fp16
+    python -m qlite.export --merge runs/mine --dtype bf16 --out exports/mine
+    python -m qlite.export --adapter runs/mine
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+from qlite.errors import ExportError
+from qlite.files import new_folder
+from qlite.formats.merged import write_merged
+from qlite.formats.peft import CONFIG, WEIGHTS
+from qlite.serving.open_run import open_run
+from qlite.training.console import open_console
+from qlite.training.run_folder import RunFolder, find_run
+from qlite.units import GIB, format_bytes
+from qlite.verb import run_verb
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(argv: list[str]) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qlite.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="?", help="run folder; without it the newest finished one under runs/")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--merge", action="store_true", help="dequantise, merge, write a Hugging Face model folder")
+    what.add_argument("--adapter", action="store_true", help="write PEFT's adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the merged weights")
+    parser.add_argument("--out", type=Path, help="folder to write; by default inside the run's")
+    parser.add_argument("--shard-gib", type=float, default=1.0, help="largest weight file, and what is held in memory")
+    parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    args = parser.parse_args(argv)
+    run = find_run(args.run)
+    out = args.out or run.path / (f"merged-{args.dtype}" if args.merge else "peft")
+    if out.exists() and not args.force:
+        raise ExportError(f'"{out}" exists already; choose another --out, or replace it with --force')
+    if args.merge:
+        merge(run, out, DTYPES[args.dtype], args.device, int(args.shard_gib * GIB))
+        print(f'\nNext:  python -c "from transformers import pipeline; print(pipeline(\'text-generation\', \'{out}\'))"')
+    else:
+        copy_adapter_files(run, out)
+        print(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")
+
+
+def merge(run: RunFolder, out: Path, dtype: torch.dtype, device: str, shard_bytes: int) -> None:
+    """Write ``run``'s model, merged over its dequantised base weights, into ``out``."""
+    with open_console(f"qlite export  {run.path}") as console:
+        opened = open_run(run, device, console.phase)
+        opened.attach()
+        base = opened.base
+        write_merged(out, base.model, base.tokenizer, base.generation_config, dtype, console.phase, shard_bytes)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    print(f"wrote {out}: {format_bytes(size)} of {str(dtype)[6:]} weights, merged over the dequantised {opened.recipe.base.bits}-bit base")
+
+
+def copy_adapter_files(run: RunFolder, out: Path) -> None:
+    """Write ``run``'s adapter as PEFT reads it into ``out``. Raises ExportError where PEFT has no such method."""
+    if not (run.adapter / CONFIG).is_file():
+        raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
+    with new_folder(out) as folder:
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(run.adapter / name, folder / name)
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,37 @@
+"""Open a finished run: its base, quantised as in training, with the trained adapter on it or off."""
+
+from dataclasses import dataclass
+
+import torch
+
+from qlite import device
+from qlite.data.encode import Encoder
+from qlite.formats.peft import load_adapter
+from qlite.model.load import LoadedBase, Progress
+from qlite.recipe.schema import Recipe
+from qlite.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's recipe, its loaded base and the encoder it was trained with; the adapter is put on by ``attach``."""
+
+    run: RunFolder
+    recipe: Recipe
+    base: LoadedBase
+    encoder: Encoder
+    device: torch.device
+
+    def attach(self) -> None:
+        """Put the trained adapter on the base. Raises AdapterError if it does not fit."""
+        self.recipe.method.attach(self.base.model)
+        load_adapter(self.run.adapter, self.base.model)
+        self.base.model.requires_grad_(False).eval()
+
+
+def open_run(run: RunFolder, device_name: str, progress: Progress) -> OpenRun:
+    """Load the base of ``run`` on the device called ``device_name``, without the adapter."""
+    recipe = run.recipe()
+    where = device.pick_device(device_name)
+    base = recipe.base.load(where, progress)
+    return OpenRun(run, recipe, base, Encoder(base.tokenizer, recipe.data.template), where)

@@ -1,0 +1,45 @@
+"""Merge any PEFT-format LoRA adapter into any base model and write fp16 weights.
+
+    python tools/merge.py ADAPTER_FOLDER --base org/name --out merged
+    python tools/merge.py ADAPTER_FOLDER --base ./model.gguf --bits 4 --dtype bf16 --out merged
+
+The same functions as ``python -m qlite.export --merge``, for adapters that qlite did not train. ``--bits 4`` merges over
+the weights that a 4-bit run trained against; 16 (the default) over the original ones.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from qlite.export import DTYPES
+from qlite.formats.merged import write_merged
+from qlite.formats.peft import copy_adapter, read_foreign_adapter
+from qlite.model.load import Base
+from qlite.training.console import open_console
+from qlite.verb import run_verb
+
+
+def main(argv: list[str]) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("--base", required=True, help="folder, hub id, .gguf file or pypi: source, as base.model in a recipe")
+    parser.add_argument("--revision", help="of a hub model")
+    parser.add_argument("--sha256", help="of a .gguf file")
+    parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="storage of the base to merge over")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the merged weights")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    foreign = read_foreign_adapter(args.adapter)
+    with open_console(f"merge  {args.adapter}  into  {args.base}") as console:
+        base = Base(model=args.base, revision=args.revision, sha256=args.sha256, bits=args.bits)
+        loaded = base.load(torch.device("cpu"), console.phase)
+        foreign.method.attach(loaded.model)
+        copy_adapter(foreign.tensors, loaded.model, args.adapter, keep_dtype=True)
+        write_merged(args.out, loaded.model, loaded.tokenizer, loaded.generation_config, DTYPES[args.dtype], console.phase)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_verb(main)
