@@ -1,8 +1,8 @@
 """Write what a run has trained: merged 16-bit weights, or the adapter as PEFT's two files.
 
-    python -m qlite.export --merge                     newest finished run, fp16
-    python -m qlite.export --merge runs/mine --dtype bf16 --out exports/mine
-    python -m qlite.export --adapter runs/mine
+python -m qlite.export --merge                     newest finished run, fp16
+python -m qlite.export --merge runs/mine --dtype bf16 --out exports/mine
+python -m qlite.export --adapter runs/mine
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         raise ExportError(f'"{out}" exists already; choose another --out, or replace it with --force')
     if args.merge:
         merge(run, out, DTYPES[args.dtype], args.device, int(args.shard_gib * GIB))
-        print(f'\nNext:  python -c "from transformers import pipeline; print(pipeline(\'text-generation\', \'{out}\'))"')
+        print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
     else:
         copy_adapter_files(run, out)
         print(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")

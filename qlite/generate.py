@@ -1,7 +1,7 @@
 """Ask a trained model, through the chat template it was trained with.
 
-    python -m qlite.generate --prompt "Two lamps for Ann in Oslo on Monday, please."
-    python -m qlite.generate runs/mine --prompt "..." --base --temperature 0.7 --top-p 0.9
+python -m qlite.generate --prompt "Two lamps for Ann in Oslo on Monday, please."
+python -m qlite.generate runs/mine --prompt "..." --base --temperature 0.7 --top-p 0.9
 """
 
 import argparse

@@ -301,7 +301,7 @@ TEST_POOLS = Pools(
         cookbooks"""
     ),
     templates=(
-        "See to it that {name} in {city} has {quantity} {item} by {day} evening.",
+        "See to it that {name} in {city} has {quantity} {item} by {day}.",
         "{name} is after {quantity} {item} and hopes to see them in {city} this coming {day}.",
         "We have a request out of {city}: {name} hopes to receive {quantity} {item} on {day}.",
         "If possible, have {quantity} {item} waiting for {name} in {city} come {day}.",

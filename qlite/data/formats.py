@@ -64,6 +64,8 @@ def to_messages(row: Row, format: str) -> Messages:
         messages = read(row.fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f'{row.where}: not in format "{format}" ({type(error).__name__}: {error})') from error
+    if not messages:
+        raise DataError(f"{row.where}: a conversation without messages has no answer to learn")
     for message in messages:
         if not isinstance(message["content"], str) or not isinstance(message["role"], str):
             raise DataError(f"{row.where}: a {message['role']} turn is a {type(message['content']).__name__}, not text")

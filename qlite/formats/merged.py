@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qlite.errors import ExportError, NotMergeable
 from qlite.files import new_folder, write_json, write_tensors
 from qlite.methods.base import AdaptedLinear, trainable_tensors
+from qlite.model.load import file_names
 from qlite.quant.linear import QuantLinear, dense_weight
 from qlite.units import GIB
 
@@ -48,6 +49,7 @@ def write_merged(
         MachineError: the disk does not take it.
     """
     tensors = list(merged_tensors(model))
+    in_files = file_names(model, (tensor.name for tensor in tensors))
     shards = _shards(tensors, shard_bytes // dtype.itemsize)
     total = sum(_size(tensor) for tensor in tensors) * dtype.itemsize
     done, places = 0, {}
@@ -56,7 +58,7 @@ def write_merged(
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             cast = {}
             for tensor in shard:
-                cast[tensor.name] = _cast(tensor, dtype)
+                cast[in_files[tensor.name]] = _cast(tensor, dtype)
                 done += _size(tensor) * dtype.itemsize
                 progress("merge", done, total)
             write_tensors(path / file, cast)
@@ -70,7 +72,7 @@ def write_merged(
 
 
 def merged_tensors(model: PreTrainedModel) -> Iterator[Dense]:
-    """Yield every tensor of the merged model under its Hugging Face name, in model order, tied ones once.
+    """Yield every tensor of the merged model under its module's name, in model order, tied ones once.
 
     Raises:
         NotMergeable: something is trained that is no weight of the base and no part of an adapted linear.
@@ -132,8 +134,11 @@ def _write_config(path: Path, model: PreTrainedModel, dtype: torch.dtype, names:
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = dtype
     config.architectures = [type(model).__name__]
-    # An adapted head is no longer the embedding, whatever the base's config says.
-    config.tie_word_embeddings = bool(config.tie_word_embeddings) and not any(n.endswith("lm_head.weight") for n in names)
+    # A head with a tensor of its own is no longer the embedding, whatever the base's config says: an adapted one, for example.
+    head = model.get_output_embeddings()
+    config.tie_word_embeddings = bool(config.tie_word_embeddings) and not any(
+        module is head and f"{name}.weight" in names for name, module in model.named_modules()
+    )
     config.save_pretrained(path)
 
 

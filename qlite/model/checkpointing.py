@@ -8,4 +8,4 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
 
     Non-reentrant: inputs need no gradient of their own, and random numbers (dropout) are drawn again alike.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})

@@ -8,7 +8,6 @@ import copy
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -29,7 +28,7 @@ class _Head(nn.Module):
         super().__init__()
         # A second view of the same model whose decoder hands over what it is given. Weights are shared, not copied.
         view = copy.copy(model)
-        view._modules = {**model._modules, model.base_model_prefix: _Given()}
+        view._modules = {**model._modules, model.base_model_prefix: _Given(model.base_model)}
         self.view = view
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -39,5 +38,25 @@ class _Head(nn.Module):
 class _Given(nn.Module):
     """Stands where the decoder stood and returns its input as the last hidden state."""
 
-    def forward(self, inputs_embeds: Tensor, **_: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        self.__dict__["decoder_replaced"] = decoder  # not as a submodule: its weights are not the head's
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> "_Outputs":
+        return _Outputs((inputs_embeds,))
+
+    def __getattr__(self, name: str) -> object:
+        """Return the decoder's own number (Falcon-H1's lm_head_multiplier); a part of it that would be run (OPT's decoder) is this."""
+        value = getattr(self.__dict__["decoder_replaced"], name)
+        return self if isinstance(value, nn.Module) else value
+
+
+class _Outputs(tuple):
+    """A decoder's output: the hidden states first, and None for whatever else a family passes on (Mamba's caches)."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, _: str) -> None:
+        return None

@@ -6,14 +6,17 @@ one tensor, the device the packed weights plus one.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
 from qlite.errors import ModelError
 from qlite.model.checkpoint import open_checkpoint
@@ -23,6 +26,8 @@ from qlite.table import Table
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Of transformers 5.23's families the dense ones have at most 4 % there (Mamba's states), mixtures of experts at least 26 %.
+LARGEST_SHARE_OUTSIDE = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,21 +85,16 @@ def empty_model(config: PreTrainedConfig, storage: Storage, dtype: torch.dtype, 
     """Return the causal LM that ``config`` describes, on the meta device, its blocks' linears in ``storage``.
 
     Raises:
-        ModelError: it has weights that no linear layer holds (fused experts), which LoRA and 4 bit would both miss.
+        ModelError: the family is no causal LM, or keeps its weights where LoRA and 4 bit would both miss them.
     """
-    # SDPA has no soft-capping: a model that was trained with it (Gemma 2) needs the written-out attention.
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    # SDPA has no soft-capping: a model that was trained with it (Gemma 2) needs the written-out attention. None: SDPA where there is one.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         except ValueError as error:
             raise ModelError(f'base.model: "{config.model_type}" is no causal language model: {str(error).splitlines()[0]}') from error
-    experts = [name for name, p in model.named_parameters() if p.dim() >= 3]
-    if experts:
-        raise ModelError(
-            f'base.model: "{config.model_type}" keeps its experts in fused tensors ({experts[0]}), which are neither '
-            "quantised nor adapted here: mixture-of-experts models are not supported; choose a dense model"
-        )
+    _refuse_unreachable_weights(model)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head and storage.bits < 16:
@@ -104,6 +104,25 @@ def empty_model(config: PreTrainedConfig, storage: Storage, dtype: torch.dtype, 
     return model
 
 
+def _refuse_unreachable_weights(model: PreTrainedModel) -> None:
+    """Raise ModelError if much of ``model`` is neither linear nor embedding (fused experts, GPT-2's Conv1D), or used past its layer."""
+    usual = (nn.Linear, nn.Embedding, _ConvNd)
+    names = {p: name for name, p in model.named_parameters()}
+    held = {p for module in model.modules() if isinstance(module, usual) for p in module.parameters(recurse=False)}
+    outside = [p for p in names if p not in held and p.dim() > 1]
+    share = sum(p.numel() for p in outside) / model.num_parameters()
+    if share > LARGEST_SHARE_OUTSIDE:
+        raise ModelError(
+            f'base.model: "{model.config.model_type}" keeps {share:.0%} of its weights outside of linear layers '
+            f"({names[max(outside, key=Tensor.numel)]}), where they would be neither quantised nor adapted: "
+            "mixtures of experts and GPT-2's kind are not supported; choose a dense model"
+        )
+    # Mamba's fused kernel is handed the weights of its linears: it would pass their adapters by, and read packed weights as numbers.
+    mamba = next((name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")), None)
+    if mamba:
+        raise ModelError(f'base.model: "{model.config.model_type}" has Mamba layers ({mamba}), which cannot be adapted; choose another model')
+
+
 def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Progress) -> None:
     """Read every tensor of ``checkpoint`` into ``model``, on ``device``.
 
@@ -111,21 +130,23 @@ def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Pro
         ModelError: tensors are missing, unknown or of another shape; all of them in one message.
     """
     expected, shapes = _dense_shapes(model), checkpoint.shapes()
-    loaded, problems, done = set(), [], 0
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    found, problems, done = set(), [], 0
     for source in checkpoint.order():
-        name = _own_name(model, source, expected)
+        name = _own_name(model, source, expected, renamings)
         if name is None:
             problems += [] if _may_be_ignored(model, source) else [f"unknown tensor {source}"]
         elif shapes[source] != expected[name]:
             problems.append(f"{source} is {list(shapes[source])}, the model needs {list(expected[name])}")
+            found.add(name)
         else:
             tensor = checkpoint.read(source)
             _place(model, name, tensor, device)
             done += tensor.nbytes
-            loaded.add(name)
+            found.add(name)
         progress("load and quantise", done, checkpoint.nbytes)
     # Ties what the config ties, from whichever of the two names the file has; two different tensors stay two.
-    missing = set(expected) - loaded
+    missing = set(expected) - found
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     problems += [f"missing tensor {name}" for name in sorted(missing)]
     if problems:
@@ -149,10 +170,23 @@ def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _own_name(model: PreTrainedModel, source: str, expected: dict) -> str | None:
-    """Return the model's name of the file's tensor ``source``: some files leave the decoder's prefix out."""
-    prefixed = f"{model.base_model_prefix}.{source}"
-    return source if source in expected else prefixed if prefixed in expected else None
+def _own_name(model: PreTrainedModel, source: str, expected: dict, renamings: list[WeightRenaming]) -> str | None:
+    """Return the model's name of the file's tensor ``source``.
+
+    Some files leave the decoder's prefix out, and some families' files are older than their modules' names (GPT-NeoX's
+    embed_out is transformers' lm_head).
+    """
+    renamed = apply_renamings(source, renamings)
+    candidates = (source, f"{model.base_model_prefix}.{source}", renamed, f"{model.base_model_prefix}.{renamed}")
+    return next((name for name in candidates if name in expected), None)
+
+
+def file_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return under which name files of ``model``'s family hold each of its tensors ``names``; ``fill`` reads both."""
+    conversions = [each for each in get_model_conversion_mapping(model, add_legacy=False) if isinstance(each, WeightRenaming)]
+    # A prefix is that of a larger model's file, of which this one is a part: not its own.
+    back = [each.reverse_transform() for each in reversed(conversions) if not isinstance(each, PrefixChange)]
+    return {name: apply_renamings(name, back) for name in names}
 
 
 def _may_be_ignored(model: PreTrainedModel, source: str) -> bool:

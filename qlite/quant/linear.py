@@ -95,7 +95,7 @@ class Linear4bit(QuantLinear):
             second = -(-blocks // SECOND_LEVEL_BLOCK)
             self.register_buffer("absmax_scale", torch.empty(second, dtype=torch.float32, device=device))
             self.register_buffer("absmax_offset", torch.empty((), dtype=torch.float32, device=device))
-            # The 256 values that a quantised constant can take: one tensor a device, shared by all stored layers.
+            # The 256 values that a quantised constant can take.
             self.register_buffer("absmax_code", torch.empty(256, dtype=torch.float32, device=device))
 
     @torch.no_grad()
@@ -115,15 +115,22 @@ class Linear4bit(QuantLinear):
         shape = (self.out_features, self.in_features)
         if self.weight.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
-        constants = self.absmax
-        if self.storage.double_quant:
-            args = (self.absmax, self.absmax_scale, self.absmax_code, SECOND_LEVEL_BLOCK, torch.float32)
-            constants = torch.ops.bitsandbytes.dequantize_blockwise(*args) + self.absmax_offset
-        args = (self.weight, constants, self.storage.block_size, self.storage.quant_type, shape, dtype)
-        return torch.ops.bitsandbytes.dequantize_4bit(*args)
+        # bitsandbytes 0.50 misreads rows on CPU that end inside a block; one row of all weights has no such end.
+        cut = shape if self.in_features % self.storage.block_size == 0 else (1, self.in_features * self.out_features)
+        args = (self.weight, self._constants(), self.storage.block_size, self.storage.quant_type, cut, dtype)
+        return torch.ops.bitsandbytes.dequantize_4bit(*args).view(shape)
+
+    def _constants(self) -> Tensor:
+        """Return the largest magnitude of each block, [blocks] float32."""
+        if not self.storage.double_quant:
+            return self.absmax
+        args = (self.absmax, self.absmax_scale, self.absmax_code, SECOND_LEVEL_BLOCK, torch.float32)
+        return torch.ops.bitsandbytes.dequantize_blockwise(*args) + self.absmax_offset
 
     def product(self, x: Tensor) -> Tensor:
-        # bitsandbytes' one-call product: on CUDA it reads packed weights directly when x has few rows (decoding).
+        if x.device.type != "cuda":
+            return super().product(x)
+        # One call that reads the packed weight directly where x has few rows (decoding).
         nested = self.storage.double_quant
         return torch.ops.bitsandbytes.gemm_4bit(
             x,

@@ -1,15 +1,58 @@
 """Read a recipe from TOML and key=value overrides; report everything that is wrong with it at once."""
 
+import dataclasses
 import json
+import math
+import re
 import tomllib
-from difflib import get_close_matches
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from qlite.errors import RecipeError
 from qlite.methods import METHODS
+from qlite.recipe.keys import closest, describe, one_of, table_keys, toml_value
 from qlite.recipe.schema import TABLES, Recipe, table_class
+
+SHOWN_CHARACTERS = 80
+"""Longest value that a message repeats."""
+
+# What other trainers call our keys (PEFT, transformers, alpaca-lora, axolotl), where letters alone would not lead there.
+OTHER_NAMES = {
+    "batch_size": "train.micro_batch",
+    "bf16": "base.dtype",
+    "cutoff_len": "train.tokens",
+    "dataset": "data.train",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_checkpointing": "memory.checkpointing",
+    "learning_rate": "optimizer.lr",
+    "load_in_4bit": "base.bits",
+    "load_in_8bit": "base.bits",
+    "lr_scheduler": "schedule.name",
+    "max_grad_norm": "train.clip_norm",
+    "max_length": "train.tokens",
+    "max_seq_length": "train.tokens",
+    "max_steps": "train.steps",
+    "model_name_or_path": "base.model",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "optim": "optimizer.name",
+    "per_device_train_batch_size": "train.micro_batch",
+    "r": "method.rank",
+    "sequence_len": "train.tokens",
+    "target_modules": "method.targets",
+    "use_dora": "method.dora",
+    "use_rslora": "method.rslora",
+    "val_set_size": "data.held_out_rows",
+}
+# A part of tomllib's message -> what to do about it.
+TOML_HINTS = {
+    "Invalid value": 'text stands in "quotes", true and false in small letters',
+    "Unescaped": "in \"...\" a backslash is written \\\\; or put the text in '...'",
+    "Cannot overwrite a value": "this key stands twice in its table; remove one",
+    "Cannot declare": "this table stands twice; put its keys together under one of them",
+    "Expected '=' after a key": "a line is key = value, or [table]",
+}
 
 
 def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
@@ -29,84 +72,202 @@ def build_recipe(tables: dict, path: str, problems: list[str] = (), default_dir:
     Raises:
         RecipeError: with every problem, those in ``problems`` first.
     """
-    problems = list(problems)
-    for table in tables.keys() - TABLES.keys():
-        problems.append(f"{table}: no such table; {_suggest(table, TABLES)}")
-    parts = {}
-    for table in TABLES:
-        values = tables.get(table, {})
-        if not isinstance(values, dict):
-            problems.append(f"{table} = {values!r}: this is a table; write [{table}] and its keys below")
-            continue
-        part, wrong = _read_table(table, dict(values))
-        problems += wrong
-        parts[table] = part
-    if not problems:
-        recipe = Recipe(**parts)
-        if default_dir and not recipe.output.dir:
-            recipe = build_recipe({**tables, "output": {**tables.get("output", {}), "dir": default_dir}}, path)
-        problems = recipe.problems()
+    problems = [*problems, *(_unknown_table(table, value) for table, value in tables.items() if table not in TABLES)]
+    wrong: dict[str, str] = {}  # key -> what is wrong with it
+    parts = {table: _read_table(table, tables.get(table, {}), wrong) for table in TABLES}
+    if default_dir and not parts["output"].dir:
+        parts["output"] = dataclasses.replace(parts["output"], dir=default_dir)
+    # A contradiction names the keys it rests on; one that rests on a key without a readable value is none yet.
+    contradictions = [text for text in Recipe(**parts).problems() if not any(key in text for key in wrong)]
+    problems += [*wrong.values(), *contradictions]
     if problems:
         raise RecipeError(problems, path)
-    return recipe
+    return Recipe(**parts)
+
+
+def _read_table(table: str, values: object, wrong: dict[str, str]) -> object:
+    """Return the table's object; what is wrong goes into ``wrong`` by key, and such a key has its default in the object."""
+    if not isinstance(values, dict):
+        once = f"write [{table}] once, in single brackets" if isinstance(values, list) else f"write [{table}] and its keys below"
+        wrong[table] = f"{table} = {_shown(values)}: this is a table; {once}"
+        values = {}
+    name = values.get("name", "lora")
+    if table == "method" and not (isinstance(name, str) and name in METHODS):
+        near = closest(name, METHODS) if isinstance(name, str) else None
+        fix = f'did you mean "{near}"?' if near else f"should be {one_of(METHODS)}"
+        wrong["method.name"] = f"method.name = {_shown(name)}: no such method; {fix}"
+        return METHODS["lora"]()  # its keys cannot be judged without knowing the method
+    cls = table_class(table, values)
+    values = {key: value for key, value in values.items() if not (table == "method" and key == "name")}
+    try:
+        # By way of JSON: strict about types there, yet a list may be a tuple and a table a dataclass.
+        return TypeAdapter(cls).validate_json(json.dumps(_as_json(values)))
+    except ValidationError as error:
+        unread = _explain(table, cls, values, error, wrong)
+    filled = {field.name: "?" for field in dataclasses.fields(cls) if f"{table}.{field.name}" in unread and _is_required(field)}
+    readable = {key: value for key, value in values.items() if f"{table}.{key}" not in unread}
+    return TypeAdapter(cls).validate_json(json.dumps(_as_json(readable | filled)))
+
+
+def _explain(table: str, cls: type, values: dict, error: ValidationError, wrong: dict[str, str]) -> set[str]:
+    """Put pydantic's findings into ``wrong`` in our words: key, value seen, fix. Return the keys of the table they are about."""
+    entries = TypeAdapter(cls).json_schema()["properties"]
+    unread = set()
+    for item in error.errors(include_url=False, include_input=False):
+        name, *inner = item["loc"]
+        key = f"{table}.{name}"
+        unread.add(key)
+        if name not in entries:
+            wrong[key] = f"{key} = {_shown(values[name])}: no such key; {_right_key(table, cls, name)}"
+        elif name not in values:
+            wrong[key] = f"{key}: must be given. {entries[name]['description']}"
+        elif isinstance(values[name], dict) and inner and "additionalProperties" in entries[name]:
+            wrong[f"{key}.{inner[0]}"] = _misfit(f"{key}.{inner[0]}", values[name][inner[0]], entries[name]["additionalProperties"])
+        else:
+            wrong[key] = _misfit(key, values[name], entries[name])
+    return unread
+
+
+def _misfit(key: str, value: object, entry: dict) -> str:
+    """Return that ``value`` is not what the JSON schema's ``entry`` takes, and the likely fix."""
+    return f"{key} = {_shown(value)}: should be {describe(entry)}{_likely_fix(value, entry)}"
+
+
+def _likely_fix(value: object, entry: dict) -> str:
+    kinds = {part["type"] for part in [entry, *entry.get("anyOf", ())] if "type" in part}
+    if isinstance(value, str) and "enum" in entry:
+        choices = {str(choice): choice for choice in entry["enum"]}
+        near = closest(value, choices)
+        return f"; did you mean {toml_value(choices[near])}?" if near else ""
+    if isinstance(value, str) and kinds & {"integer", "number", "boolean"}:
+        return f"; remove the quotes: {value}" if re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|true|false", value) else ""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "; inf and nan are no numbers to compute with"
+    if isinstance(value, float) and "integer" in kinds and value.is_integer():
+        return f"; write {int(value)}"
+    if kinds - {"null"} == {"string"} and not entry.keys() & {"pattern", "enum"} and not isinstance(value, list | dict | None):
+        return f'; if that is meant, put it in quotes: "{toml_value(value)}"'
+    return ""
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _right_key(table: str, cls: type, name: str) -> str:
+    """Return where the key ``name``, which ``table`` does not have, should probably stand, or what ``table`` has."""
+    own = [key.name.partition(".")[2] for key in table_keys(table, cls)]
+    elsewhere = _tables_with(name)
+    if name.lower() in OTHER_NAMES:
+        return f"here it is called {OTHER_NAMES[name.lower()]}"
+    if elsewhere:
+        return f"it stands in [{elsewhere[0]}]"
+    near = closest(name, own)
+    return f'did you mean "{near}"?' if near else f"[{table}] has: {', '.join(own)}"
+
+
+def _unknown_table(table: str, value: object) -> str:
+    if isinstance(value, dict):
+        near = closest(table, TABLES)
+        return f"[{table}]: no such table; " + (f"did you mean [{near}]?" if near else f"there are: {', '.join(TABLES)}")
+    found = _tables_with(table)
+    known = OTHER_NAMES.get(table.lower(), f"{found[0]}.{table}" if found else "")
+    fix = f"write it as {known.partition('.')[2]} under [{known.partition('.')[0]}]" if known else f"there are: {', '.join(TABLES)}"
+    return f"{table} = {_shown(value)}: stands above all tables; {fix}"
+
+
+def _tables_with(name: str) -> list[str]:
+    return [table for table in TABLES if name in {f.name for f in dataclasses.fields(table_class(table, {}))}]
+
+
+def _as_json(value: object, levels: int = 4) -> object:
+    """Return ``value`` as JSON has it. What JSON has not (dates), or no key has (deep nesting), becomes a table that no key takes."""
+    if levels and isinstance(value, dict):
+        return {key: _as_json(part, levels - 1) for key, part in value.items()}
+    if levels and isinstance(value, list):
+        return [_as_json(part, levels - 1) for part in value]
+    is_plain = value is None or isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 64)
+    return value if is_plain else {"": {}}
+
+
+def _shown(value: object) -> str:
+    text = toml_value(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+
+
+# The file and the command line
 
 
 def _parse(path: Path) -> dict:
     try:
         # utf-8-sig: editors on Windows put a byte order mark in front.
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1) if path.parent.is_dir() else []
-        hint = f'; did you mean "{path.parent / near[0]}"?' if near else ""
-        raise RecipeError(f"cannot read the recipe ({error.strerror}){hint}", str(path)) from error
+        raise RecipeError(f"cannot read the recipe ({error.strerror}){_near_files(path)}", str(path)) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"byte {error.start}: not UTF-8; save the recipe as UTF-8", str(path)) from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(f"not TOML: {error}", str(path)) from error
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise RecipeError("not TOML that can be read: brackets are nested too deeply", str(path)) from error
+    except ValueError as error:  # tomllib's own, and Python's for a number of thousands of digits
+        raise RecipeError(_toml_problem(text, str(error)), str(path)) from error
+
+
+def _toml_problem(text: str, message: str) -> str:
+    """Return what is not TOML, with its line and the likely fix."""
+    hint = next((f"; {hint}" for part, hint in TOML_HINTS.items() if part in message), "")
+    place = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", message)
+    if place is None:
+        return f"not TOML: {message}{hint}"
+    what, line, column = place[1], int(place[2]), place[3]
+    return f"line {line}, column {column}: not TOML ({what}): {text.split(chr(10))[line - 1].strip()[:SHOWN_CHARACTERS]}{hint}"
+
+
+def _near_files(path: Path) -> str:
+    """Return which recipe was probably meant: a close name beside ``path``, or the same name in recipes/."""
+    if path.is_dir():
+        found = sorted(path.glob("*.toml"))
+        return f'; give a recipe in it, for example "{found[0]}"' if found else ""
+    files = {file.name: file for folder in (Path("recipes"), path.parent) if folder.is_dir() for file in folder.glob("*.toml")}
+    near = closest(f"{path.stem}.toml", files)
+    return f'; did you mean "{files[near]}"?' if near else ""
 
 
 def _override(tables: dict, text: str) -> str | None:
     """Put one "table.key=value" into ``tables``; return what is wrong with it, or None."""
     key, equals, value = text.partition("=")
-    table, dot, name = key.strip().partition(".")
-    if not (equals and dot and table and name):
-        return f"{text}: an override is table.key=value, for example train.steps=20"
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        path = _key_path(key) if equals else []
     except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # bare words need no quotes on the command line
-    tables.setdefault(table, {})
-    if isinstance(tables[table], dict):
-        tables[table][name] = parsed
+        path = []
+    if len(path) < 2:
+        found = _tables_with(key.strip())
+        example = f"{found[0]}.{key.strip()}={value or '...'}" if found else "train.steps=20"
+        return f"{text}: an override is table.key=value, for example {example}"
+    *outer, last = path
+    for name in outer:
+        tables = tables.setdefault(name, {})
+        if not isinstance(tables, dict):
+            return f"{text}: {'.'.join(outer)} is no table, so it has no key {last}"
+    tables[last] = _override_value(value.strip())
     return None
 
 
-def _read_table(table: str, values: dict) -> tuple[object, list[str]]:
-    """Return (the table's object or None, problems)."""
-    if table == "method" and values.get("name", "lora") not in METHODS:
-        return None, [f"method.name = {values['name']!r}: no such method; {_suggest(str(values['name']), METHODS)}"]
-    cls = table_class(table, values)
-    if table == "method":
-        values.pop("name", None)
+def _key_path(key: str) -> list[str]:
+    """Return the parts of a dotted TOML key: train.steps, method.rank_per_target."model.layers.*"."""
+    inner, path = tomllib.loads(f"{key} = {{}}"), []
+    while inner:
+        ((name, inner),) = inner.items()
+        path.append(name)
+    return path
+
+
+def _override_value(value: str) -> object:
+    if value == "none":
+        return None  # as if the key were not there
     try:
-        # By way of JSON: strict about types there, yet a list may be a tuple and a table a dataclass.
-        return TypeAdapter(cls).validate_json(json.dumps(values, default=str)), []
-    except ValidationError as error:
-        keys = cls.__dataclass_fields__
-        return None, [_explain(table, item, keys) for item in error.errors(include_url=False)]
-
-
-def _explain(table: str, item: dict, keys: dict) -> str:
-    """Return one of pydantic's findings in our words: key, value seen, fix."""
-    key = ".".join([table, *(str(part) for part in item["loc"] if isinstance(part, int) or str(part).isidentifier())])
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}: no such key; {_suggest(str(item['loc'][0]), keys)}"
-    if item["type"] in ("missing", "missing_argument"):
-        return f"{key}: must be given"
-    wanted = item["msg"][0].lower() + item["msg"][1:]
-    return f"{key} = {item['input']!r}: {wanted.replace('input should be', 'should be')}"
-
-
-def _suggest(word: str, known: object) -> str:
-    close = get_close_matches(word, list(known), n=1)
-    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
+        parsed = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        return value  # bare words need no quotes on the command line
+    return parsed["value"] if len(parsed) == 1 else value

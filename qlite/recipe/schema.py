@@ -1,6 +1,8 @@
 """The recipe: nine tables, each a frozen dataclass. ``python -m qlite.train --keys`` prints what stands under the fields."""
 
 import dataclasses
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +18,9 @@ from qlite.table import Table
 
 Count = Annotated[int, Field(ge=1)]
 Every = Annotated[int, Field(ge=0)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", json_schema_extra={"words": '"auto", "cpu", "cuda" or "cuda:1"'})]
+# More threads than any machine has cores: torch ends the process where it cannot start them.
+Threads = Annotated[int, Field(ge=0, le=1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +63,9 @@ class Memory(Table):
 class Parallel(Table):
     """Where the run computes."""
 
-    device: str = "auto"
-    """"auto" (first CUDA card, else CPU), "cpu", "cuda" or "cuda:1"."""
-    threads: Every = 0
+    device: Device = "auto"
+    """"auto": the first CUDA card, else the CPU."""
+    threads: Threads = 0
     """CPU threads of torch's kernels; 0: as torch chooses. On CPU another number means other last bits."""
 
 
@@ -91,28 +96,46 @@ class Recipe:
     output: Output
 
     def problems(self) -> list[str]:
-        """Return what no single key shows: contradictions between keys, each with the fix."""
-        train, data = self.train, self.data
-        found = []
+        """Return what no single key shows: contradictions between keys, each with the keys' full names and the fix."""
+        return [*self._training_problems(), *self._data_problems(), *self._unused_keys()]
+
+    def _training_problems(self) -> Iterator[str]:
+        train, warmup = self.train, self.schedule.warmup_steps
         if train.steps and train.epochs:
-            found.append(f"train.steps = {train.steps} and train.epochs = {train.epochs} say the same thing twice; remove one")
+            yield f"train.steps = {train.steps} and train.epochs = {train.epochs} both say how long to train; remove one"
         if not train.steps and not train.epochs:
-            found.append("train.steps: neither steps nor epochs is given; say how long to train, for example train.epochs = 3")
-        has_test = bool(data.test or data.held_out_rows)
+            yield "train.steps and train.epochs: neither is given; say how long to train, for example train.epochs = 3"
+        if train.steps and warmup >= train.steps:
+            yield f"schedule.warmup_steps = {warmup}: not less than train.steps = {train.steps}; lower it"
+        if getattr(self.method, "targets", None) == ():
+            yield 'method.targets = []: names no layer, so nothing would be trained; remove it or write "all-linear"'
+        if not self.base.model:
+            yield 'base.model = "": is empty; give a folder, a .gguf file or a hub id like "Qwen/Qwen2.5-0.5B-Instruct"'
+
+    def _data_problems(self) -> Iterator[str]:
+        train, data = self.train, self.data
+        if not data.train:
+            yield 'data.train = "": is empty; give a .jsonl or .json file, or a hub data set "org/name"'
         if data.test and data.held_out_rows:
-            found.append(f'data.held_out_rows = {data.held_out_rows}: data.test = "{data.test}" is the held-out part already; remove one')
+            yield f'data.held_out_rows = {data.held_out_rows}: data.test = "{data.test}" is the held-out part already; remove one'
         for key in ("exact_match_rows", "eval_every"):
-            if getattr(train, key) and not has_test:
-                found.append(f"train.{key} = {getattr(train, key)}: there are no held-out rows; give data.test or data.held_out_rows")
-        if train.steps and self.schedule.warmup_steps >= train.steps:
-            found.append(f"schedule.warmup_steps = {self.schedule.warmup_steps}: not less than train.steps = {train.steps}; lower it")
-        default = Base(model="")
-        changed = [k for k in ("quant_type", "double_quant", "block_size") if getattr(self.base, k) != getattr(default, k)]
-        if self.base.bits != 4 and changed:
-            found.append(
-                f"base.{changed[0]} = {getattr(self.base, changed[0])!r}: only a 4-bit base has it, and base.bits = {self.base.bits}; remove it"
-            )
-        return found
+            if getattr(train, key) and not (data.test or data.held_out_rows):
+                yield f"train.{key} = {getattr(train, key)}: there are no held-out rows; give data.test or data.held_out_rows"
+
+    def _unused_keys(self) -> Iterator[str]:
+        """Yield the keys that were set and could do nothing, because another key leaves them no part."""
+        base, plain = self.base, Base(model="")
+        changed = [key for key in ("quant_type", "double_quant", "block_size") if getattr(base, key) != getattr(plain, key)]
+        if base.bits != 4 and changed:
+            key, value = changed[0], json.dumps(getattr(base, changed[0]))
+            yield f"base.{key} = {value}: only a 4-bit base has it, and base.bits = {base.bits}; remove it"
+        if self.schedule.name == "constant" and self.schedule.final_ratio:
+            yield f'schedule.final_ratio = {self.schedule.final_ratio}: schedule.name = "constant" never decays; remove one'
+        if self.optimizer.name == "lion8bit" and self.optimizer.eps != Optimizer().eps:
+            yield f'optimizer.eps = {self.optimizer.eps}: optimizer.name = "lion8bit" has no such term; remove it'
+        sources = [source for source in (self.data.train, self.data.test) if source]
+        if self.data.split != "train" and all(source.endswith((".json", ".jsonl")) for source in sources):
+            yield f'data.split = "{self.data.split}": only a hub data set has splits, and data.train = "{self.data.train}"; remove it'
 
     def with_absolute_paths(self) -> "Recipe":
         """Return the same recipe with local paths made absolute, so that it means the same from every folder."""
@@ -142,5 +165,8 @@ def table_class(table: str, values: dict) -> type[Table]:
 
 
 def _absolute(value: str) -> str:
-    path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() else value
+    try:
+        path = Path(value).expanduser()
+        return str(path.absolute()) if path.exists() else value
+    except (RuntimeError, OSError):  # "~name" of no user of this machine; a name longer than the disk allows
+        return value

@@ -1,12 +1,10 @@
-"""Write a recipe as TOML, and show all keys a recipe can have."""
+"""Write a recipe as TOML, and say in which keys two recipes differ."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import tomli_w
-from pydantic import TypeAdapter
 
-from qlite.methods import METHODS
+from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import TABLES, Recipe
 
 
@@ -31,65 +29,7 @@ def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     before, after = recipe_tables(old), recipe_tables(new)
     keys = [(table, key) for table in TABLES for key in dict.fromkeys([*before[table], *after[table]])]
     return [
-        f"{table}.{key}: {before[table].get(key)!r} -> {after[table].get(key)!r}"
+        f"{table}.{key}: {toml_value(before[table].get(key))} -> {toml_value(after[table].get(key))}"
         for table, key in keys
         if before[table].get(key) != after[table].get(key)
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """One key of a recipe, as --keys shows it."""
-
-    name: str
-    type: str
-    default: str
-    text: str
-
-
-def all_keys() -> Iterator[Key]:
-    """Yield every key of every table, in the order of a recipe; methods beside "lora" carry their name."""
-    for table, cls in TABLES.items():
-        if table == "method":
-            for method in METHODS.values():
-                yield Key(
-                    "method.name", " | ".join(f'"{name}"' for name in METHODS), f'"{method.name}"', method.__doc__.strip().splitlines()[0]
-                )
-                yield from _keys_of(table, method)
-        else:
-            yield from _keys_of(table, cls)
-
-
-def _keys_of(table: str, cls: type) -> Iterator[Key]:
-    schema = TypeAdapter(cls).json_schema()
-    required = schema.get("required", ())
-    for name, entry in schema["properties"].items():
-        default = "must be given" if name in required else _toml_value(entry.get("default", {}))
-        yield Key(f"{table}.{name}", _type_name(entry), default, " ".join(entry.get("description", "").split()))
-
-
-def _toml_value(value: object) -> str:
-    return (
-        "(none)"
-        if value is None
-        else {True: "true", False: "false"}.get(value)
-        if isinstance(value, bool)
-        else f'"{value}"'
-        if isinstance(value, str)
-        else str(value)
-    )
-
-
-def _type_name(entry: dict) -> str:
-    """Return a JSON schema entry's type in a TOML writer's words."""
-    if "enum" in entry:
-        return " | ".join(_toml_value(value) for value in entry["enum"])
-    if "anyOf" in entry:
-        return " | ".join(_type_name(part) for part in entry["anyOf"] if part.get("type") != "null")
-    names = {"integer": "integer", "number": "number", "boolean": "true | false", "string": "text", "array": "list", "object": "table"}
-    bounds = [
-        f"{sign} {entry[key]}"
-        for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
-        if key in entry
-    ]
-    return " ".join([names[entry["type"]], *bounds])
