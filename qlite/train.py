@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="table.key=value, put over the recipe")
     parser.add_argument("--fresh", action="store_true", help="delete the run of that folder first, instead of going on with it")
     parser.add_argument("--keys", action="store_true", help="print every key a recipe can have")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.keys:
         print_keys()
         return

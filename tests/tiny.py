@@ -23,7 +23,7 @@ CONFIG = {
 def tiny_llama(storage: str = "16 bit", dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
     """Return the model with weights from seed 0, frozen."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG, **changes)).to(dtype).requires_grad_(False)
+    model = LlamaForCausalLM(LlamaConfig(**{**CONFIG, **changes})).to(dtype).requires_grad_(False)
     if storage != "16 bit":
         head = model.get_output_embeddings()
         for name, linear in list(model.named_modules()):

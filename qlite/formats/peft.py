@@ -17,6 +17,17 @@ from qlite.methods.lora import LoRA
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+# PEFT 0.21's options that are read here, follow from the tensors, only guide training, or only say where the adapter is from.
+READ_OR_WITHOUT_EFFECT = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config"),
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+# The other named starts (pissa, olora, corda, loftq, lora_ga, mica) take something from the base's weights or out of training.
+STARTS_THAT_LEAVE_THE_BASE = {"gaussian", "eva", "orthogonal"}
+
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return all that a method has trained, under the names of PEFT's files."""
@@ -152,9 +163,9 @@ def _refuse_unsupported(config: dict, path: Path) -> None:
         problems.append(f'peft_type is {config.get("peft_type")!r}, only "LORA" is read')
     if config.get("bias", "none") != "none":
         problems.append(f"bias = {config['bias']!r}: trained biases are not read")
-    for key in ("modules_to_save", "alpha_pattern", "layer_replication", "trainable_token_indices", "fan_in_fan_out", "lora_bias"):
-        if config.get(key):
-            problems.append(f"{key} = {config[key]!r} is not supported")
+    if isinstance(init := config.get("init_lora_weights"), str) and init not in STARTS_THAT_LEAVE_THE_BASE:
+        problems.append(f"init_lora_weights = {init!r} changed the base too: save it anew with path_initial_model_for_weight_conversion")
+    problems += [f"{key} = {value!r} is not supported" for key, value in config.items() if value and key not in READ_OR_WITHOUT_EFFECT]
     if problems:
         raise AdapterError(f"{path}: " + "; ".join(problems))
 

@@ -1,0 +1,106 @@
+"""--keys shows every key there is, each with a meaning; a new key is added to the list below on purpose."""
+
+import contextlib
+import io
+
+import pytest
+
+from qlite.recipe.keys import all_keys, describe, print_keys, toml_value
+
+ALL_KEYS = """
+base.model base.revision base.sha256 base.bits base.quant_type base.double_quant base.block_size base.dtype
+method.name method.rank method.alpha method.dropout method.targets method.rank_per_target method.rslora method.dora
+optimizer.name optimizer.lr optimizer.weight_decay optimizer.betas optimizer.eps
+schedule.name schedule.warmup_steps schedule.final_ratio
+data.train data.test data.held_out_rows data.split data.format data.template
+train.steps train.epochs train.micro_batch train.accumulation train.tokens train.clip_norm train.seed train.eval_every
+train.exact_match_rows train.answer_tokens
+memory.checkpointing memory.loss_chunk
+parallel.device parallel.threads
+output.dir output.save_every output.keep
+""".split()
+
+
+def printed(monkeypatch, columns: int) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        print_keys()
+    return out.getvalue()
+
+
+def test_these_are_all_the_keys():
+    assert [key.name for key in all_keys()] == ALL_KEYS
+    assert len(ALL_KEYS) == 47
+
+
+@pytest.mark.parametrize("key", all_keys(), ids=lambda key: key.name)
+def test_key_is_documented_in_a_sentence(key):
+    assert len(key.text) >= 20
+    assert key.text.endswith(".")
+    assert key.takes
+    assert not (key.must_be_given and key.default)
+
+
+def test_two_keys_must_be_given():
+    assert [key.name for key in all_keys() if key.must_be_given] == ["base.model", "data.train"]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_all_keys_are_printed_at_any_width(monkeypatch, columns):
+    text = printed(monkeypatch, columns)
+    assert all(len(line) <= columns for line in text.splitlines())
+    words = " ".join(text.split())
+    for key in all_keys():
+        assert f"{key.name} " in words
+        assert " ".join(key.text.split()) in words
+        assert key.takes.removeprefix("a ") in words
+    for table in ("base", "method", "optimizer", "schedule", "data", "train", "memory", "parallel", "output"):
+        assert f"[{table}] " in words
+
+
+def test_default_and_what_a_key_takes_stand_beside_it(monkeypatch):
+    text = printed(monkeypatch, 120)
+    for line in (
+        "  base.model   text; must be given",
+        "  train.steps   whole number, 1 or more; none by default",
+        "  train.micro_batch = 1   whole number, 1 or more",
+        '  schedule.name = "cosine"   "constant", "linear" or "cosine"',
+        "  optimizer.betas = [0.9, 0.999]   list of 2 numbers, 0 or more and less than 1",
+        "  method.targets = \"all-linear\"   text or a list of texts",
+        "  method.rank_per_target = {}   table of whole numbers, 1 or more",
+        "  base.double_quant = true   true or false",
+    ):  # fmt: skip
+        assert line in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"type": "integer", "minimum": 0}, "a whole number, 0 or more"),
+        ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, "a number, more than 0 and less than 1"),
+        ({"type": "number", "maximum": 1}, "a number, 1 or less"),
+        ({"type": "boolean"}, "true or false"),
+        ({"enum": ["a"], "type": "string"}, '"a"'),
+        ({"enum": [1, 2, 3], "type": "integer"}, "1, 2 or 3"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "text"),
+    ],
+)
+def test_what_a_key_takes_is_said_in_words(entry, words):
+    assert describe(entry) == words
+
+
+def test_values_are_shown_as_a_recipe_has_them():
+    values = [True, 3, 1e-08, "a\"b", ["x", 1], {"q_proj": 4, "a.b": [1]}, None, (0.9, 0.999), float("inf"), 2**70]  # fmt: skip
+    assert [toml_value(value) for value in values] == [
+        "true",
+        "3",
+        "1e-08",
+        '"a\\"b"',
+        '["x", 1]',
+        '{q_proj = 4, "a.b" = [1]}',
+        "none",
+        "[0.9, 0.999]",
+        "inf",
+        "0x400000000000000000",
+    ]

@@ -1,0 +1,212 @@
+"""Whole runs on a tiny model: what is written, that it can be gone on with bit for bit, and that it never guesses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomli_w
+from safetensors.torch import load_file
+
+from qlite.errors import RunError
+from qlite.files import is_whole, sha256
+from qlite.train import main
+from qlite.training.run_folder import RunFolder, find_run
+from tests.tiny_run import STEPS, run, tiny_recipe, tiny_tables
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never interrupted: (folder of its files, recipe, what was seen)."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = tiny_recipe(folder)
+    return folder, recipe, run(recipe)
+
+
+def adapter_sum(folder: Path) -> str:
+    return sha256(folder / "run" / "adapter" / "adapter_model.safetensors")
+
+
+def losses(folder: Path) -> list[str]:
+    return [repr(r["loss"]) for r in RunFolder(folder / "run").records() if r["kind"] == "step"]
+
+
+def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
+    folder, recipe, seen = whole
+    written = {str(p.relative_to(folder / "run")) for p in (folder / "run").rglob("*") if p.is_file()}
+    step = f"checkpoints/step-{STEPS:08d}"
+    assert {
+        "recipe.toml",
+        "run.json",
+        "metrics.jsonl",
+        "result.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        f"{step}/adapter_model.safetensors",
+        f"{step}/optimizer.safetensors",
+        f"{step}/state.json",
+        f"{step}/manifest.json",
+    } <= written
+    assert {Path(name).suffix for name in written} == {".toml", ".json", ".jsonl", ".safetensors"}
+    assert RunFolder(folder / "run").recipe() == recipe
+    assert {"qlite", "torch", "bitsandbytes", "device", "threads"} <= json.loads((folder / "run" / "run.json").read_text()).keys()
+
+
+def test_metrics_hold_a_record_a_step_and_every_evaluation(whole):
+    folder, _, seen = whole
+    records = RunFolder(folder / "run").records()
+    kinds = [r["kind"] for r in records if r["kind"] != "note"]
+    assert kinds == ["answers", "step", "step", "step", "eval", "step", "step", "step", "eval", "answers"]
+    first = next(r for r in records if r["kind"] == "step")
+    assert first["loss"] == seen.steps[0].loss
+    assert first["tokens_per_second"] > 0
+    assert first["memory_used"] > 0
+
+
+def test_it_learns(whole):
+    _, _, seen = whole
+    assert seen.steps[-1].loss < seen.steps[0].loss - 0.2
+    assert seen.evaluations[-1].loss < seen.evaluations[0].loss
+
+
+def test_only_the_newest_checkpoints_are_kept(whole):
+    folder, _, _ = whole
+    kept = sorted(p.name for p in (folder / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+    assert all(is_whole(folder / "run" / "checkpoints" / name) for name in kept)
+
+
+@pytest.mark.parametrize("stop_after", range(1, STEPS + 1))
+def test_stopped_after_any_step_the_same_command_gives_the_same_bytes(whole, tmp_path, stop_after):
+    folder, _, _ = whole
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, stop_after)
+    assert not RunFolder(tmp_path / "run").is_finished
+    seen = run(recipe)
+    assert adapter_sum(tmp_path) == adapter_sum(folder)
+    assert losses(tmp_path) == losses(folder)
+    resumed_from = (stop_after - 1) // 2 * 2  # a checkpoint every 2 steps; the stop comes before that of its own step
+    assert seen.steps[0].step == resumed_from + 1
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "lion8bit", "torch_adamw"])
+def test_so_does_every_kind_of_optimizer(tmp_path, optimizer):
+    sums = []
+    for name, stop in (("through", None), ("stopped", 3)):
+        (tmp_path / name).mkdir()
+        recipe = tiny_recipe(tmp_path / name, optimizer={"name": optimizer})
+        if stop:
+            run(recipe, stop)
+        run(recipe)
+        sums.append(adapter_sum(tmp_path / name))
+    assert sums[0] == sums[1]
+
+
+def test_evaluations_in_between_change_no_bit_of_the_training(whole, tmp_path):
+    folder, _, _ = whole
+    run(tiny_recipe(tmp_path, train={"eval_every": 1, "exact_match_rows": 0}))
+    assert adapter_sum(tmp_path) == adapter_sum(folder)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole, tmp_path):
+    folder, _, _ = whole
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, stop_after=5)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    assert run(recipe).steps[0].step == 3
+    assert adapter_sum(tmp_path) == adapter_sum(folder)
+
+
+def test_a_changed_recipe_is_refused_with_the_key_old_and_new(whole, tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, stop_after=1)
+    with pytest.raises(RunError, match=r"train.seed: 0 -> 1.*optimizer.lr: 0.01 -> 0.02|optimizer.lr: 0.01 -> 0.02.*train.seed: 0 -> 1"):
+        run(tiny_recipe(tmp_path, train={"seed": 1}, optimizer={"lr": 0.02}))
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds something else"):
+        run(tiny_recipe(tmp_path))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_finished_run_typed_again_does_nothing_and_fresh_starts_anew(whole, tmp_path, capsys, monkeypatch):
+    tables = tiny_tables(tmp_path, train={"steps": 2, "exact_match_rows": 1})
+    path = tmp_path / "mine.toml"
+    path.write_text(tomli_w.dumps(tables))
+    main([str(path)])
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    main([str(path)])
+    assert "finished already" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    main([str(path), "--fresh", "train.seed=1"])
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != before
+    assert find_run(None, tmp_path).path == tmp_path / "run"
+
+
+def test_the_closing_words_name_figures_and_the_next_command(tmp_path, capsys):
+    path = tmp_path / "mine.toml"
+    path.write_text(tomli_w.dumps(tiny_tables(tmp_path, train={"steps": 2})))
+    main([str(path)])
+    words = capsys.readouterr().out
+    for part in ("tokens/s", "exact match", "before training", "peak memory", "qlite.export --merge", "qlite.generate"):
+        assert part in words
+
+
+def test_find_run_says_what_is_wrong(tmp_path):
+    with pytest.raises(RunError, match="no finished run under"):
+        find_run(None, tmp_path)
+    with pytest.raises(RunError, match="is no run folder"):
+        find_run(str(tmp_path), tmp_path)
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, stop_after=1)
+    with pytest.raises(RunError, match="is not finished"):
+        find_run(str(tmp_path / "run"), tmp_path)
+
+
+def test_nothing_non_finite_and_no_float32_is_in_a_checkpoint_of_a_bfloat16_run(whole):
+    folder, _, _ = whole
+    tensors = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    assert {str(t.dtype) for t in tensors.values()} == {"torch.bfloat16"}
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+def kill_once(command: list[str], folder: Path, delay: float) -> bool:
+    """Start the run, kill its process group ``delay`` seconds after its first step; return whether it was killed in time."""
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = folder / "run" / "metrics.jsonl"
+    before = metrics.read_text().count('"step"') if metrics.exists() else 0
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"step"') > before):
+        time.sleep(0.005)
+    time.sleep(delay)
+    in_time = process.poll() is None
+    if in_time:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return in_time
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are of POSIX")
+def test_killed_with_sigkill_the_same_command_gives_the_same_bytes(tmp_path):
+    changes = {"train": {"steps": 60, "eval_every": 0, "exact_match_rows": 0}, "output": {"save_every": 7}}
+    sums = []
+    for name in ("through", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "mine.toml").write_text(tomli_w.dumps(tiny_tables(folder, **changes)))
+        command = [sys.executable, "-m", "qlite.train", str(folder / "mine.toml")]
+        if name == "killed":
+            chance = random.Random(0)
+            assert any([kill_once(command, folder, chance.uniform(0, 0.3)) for _ in range(2)])
+            assert not RunFolder(folder / "run").is_finished
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        sums.append((adapter_sum(folder), losses(folder)))
+    assert sums[0] == sums[1]

@@ -1,0 +1,74 @@
+"""However a step is split into micro-batches, its gradient is the same; nothing that is not finite is ever stepped."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlite.data.batches import Batch, batches_of
+from qlite.errors import Diverged
+from qlite.methods.base import trainable_tensors
+from qlite.methods.lora import LoRA
+from qlite.optim.build import FlatOptimizer, Optimizer
+from qlite.training.step import Stepper
+from tests.tiny import random_rows, tiny_llama
+
+METHOD = LoRA(rank=4)
+
+
+def stepper(dtype=torch.float32) -> tuple[Stepper, FlatOptimizer]:
+    model = tiny_llama("4 bit", dtype)
+    METHOD.attach(model)
+    generator = torch.Generator().manual_seed(1)
+    for p in trainable_tensors(model).values():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator).to(dtype)
+    optimizer = Optimizer(name="torch_adamw").build(METHOD.param_groups(model, 1e-2), torch.device("cpu"))
+    return Stepper(model, METHOD, loss_chunk=5), optimizer
+
+
+STEPPER, OPTIMIZER = stepper()
+
+
+def gradient(batches: list[Batch]) -> tuple[float, torch.Tensor]:
+    OPTIMIZER.zero_grad()
+    loss = STEPPER.accumulate(batches)
+    return loss.item(), torch.cat([flat.grad for flat in OPTIMIZER.flats]).clone()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 8), st.data())
+def test_any_split_of_a_step_gives_the_same_loss_and_gradient(seed, count, data):
+    rows = random_rows(count, (2, 14), seed)
+    whole = gradient([Batch.of(rows, 0)])
+    order = data.draw(st.permutations(rows))
+    size = data.draw(st.integers(1, count))
+    split = gradient(list(batches_of(order, size, 0)))
+    assert split[0] == pytest.approx(whole[0], rel=1e-6)
+    assert (split[1] - whole[1]).norm() <= 1e-6 * whole[1].norm()
+
+
+def test_a_mean_of_means_would_be_another_gradient():
+    # The fault this guards against (transformers#34191): micro-batches of unequal length weighed alike.
+    rows = random_rows(2, (4, 4), 0) + random_rows(2, (14, 14), 1)
+    whole = gradient([Batch.of(rows, 0)])[1]
+    parts = [gradient([batch])[1] for batch in batches_of(rows, 2, 0)]
+    assert (sum(parts) / 2 - whole).norm() > 0.05 * whole.norm()
+
+
+def test_the_loss_is_transformers_own():
+    batch = Batch.of(random_rows(4, (3, 12), 2), 0)
+    with torch.no_grad():
+        wanted = STEPPER.model(input_ids=batch.input_ids, labels=batch.labels).loss
+    assert STEPPER.evaluate([batch]) == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_stepped(poison):
+    own, optimizer = stepper()
+    tensors = trainable_tensors(own.model)
+    next(iter(tensors.values())).data[0, 0] = poison
+    before = {n: p.detach().clone() for n, p in tensors.items()}
+    with pytest.raises(Diverged, match="optimizer.lr"):
+        own.step([Batch.of(random_rows(2), 0)], optimizer, 1.0)
+    assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in tensors.items())
+    assert not any(flat.grad.any() for flat in optimizer.flats)
