@@ -138,7 +138,8 @@ def _nvml_handle(device: torch.device):
     if device.type != "cuda":
         return None
     try:
-        nvml = importlib.import_module("pynvml")
+        import pynvml as nvml
+
         nvml.nvmlInit()
         # By UUID: NVML numbers all cards, torch only those in CUDA_VISIBLE_DEVICES.
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -6,16 +6,15 @@ python -m qlite.export --adapter runs/mine
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 
 from qlite.errors import ExportError
-from qlite.files import new_folder
+from qlite.files import new_folder, write_tensors, write_text
 from qlite.formats.merged import write_merged
-from qlite.formats.peft import CONFIG, WEIGHTS
-from qlite.serving.open_run import open_run
+from qlite.formats.peft import CONFIG, WEIGHTS, read_tensors
+from qlite.training.open_run import open_run
 from qlite.training.console import open_console
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.units import GIB, format_bytes
@@ -67,8 +66,8 @@ def copy_adapter_files(run: RunFolder, out: Path) -> None:
     if not (run.adapter / CONFIG).is_file():
         raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
     with new_folder(out) as folder:
-        for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(run.adapter / name, folder / name)
+        write_tensors(folder / WEIGHTS, read_tensors(run.adapter))
+        write_text(folder / CONFIG, (run.adapter / CONFIG).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,12 @@ class Family:
         return CONFIG_MAPPING[self.model_type](**{key: value for key, value in options.items() if value is not None})
 
 
-LINEAR_ATTENTION = {f"linear_{side}_head_dim": 16 for side in ("key", "value")} | {f"linear_num_{side}_heads": 4 for side in ("key", "value")}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    **{f"linear_{side}_head_dim": 16 for side in ("key", "value")},
+    **{f"linear_num_{side}_heads": 4 for side in ("key", "value")},
+}
+FOUR_MULTIPLIERS = {"logits_scaling": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2}
 
 FAMILIES = {
     "llama": Family("llama", stored=torch.float32),
@@ -52,7 +57,7 @@ FAMILIES = {
     "mistral": Family("mistral", {"sliding_window": 8}),
     "qwen2": Family("qwen2", {"tie_word_embeddings": True}),  # biases on q, k and v
     "qwen3": Family("qwen3"),  # norms of queries and keys
-    "qwen3_5": Family("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"], **LINEAR_ATTENTION}),  # convolutions
+    "qwen3_5": Family("qwen3_5_text", LINEAR_ATTENTION),  # convolutions
     "gemma": Family("gemma", {"tie_word_embeddings": True}),  # scaled embeddings
     "gemma2": Family(  # both soft-cappings, set low enough to bend
         "gemma2", {"tie_word_embeddings": True, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}
@@ -63,9 +68,7 @@ FAMILIES = {
     "gpt_neox": Family("gpt_neox", {"num_key_value_heads": None, "head_dim": None}),  # fused, not interleaved, parallel residual
     "stablelm": Family("stablelm", {"head_dim": None, "use_qkv_bias": True, "qk_layernorm": True}),
     "olmo2": Family("olmo2", {"head_dim": None}),  # norms after the sublayers
-    "granite": Family(  # four multipliers
-        "granite", {"head_dim": None, "logits_scaling": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2}
-    ),
+    "granite": Family("granite", {"head_dim": None, **FOUR_MULTIPLIERS}),
     "smollm3": Family("smollm3", {"head_dim": None, "no_rope_layer_interval": 2, "tie_word_embeddings": True}, torch.float32),
     "cohere": Family("cohere", {"head_dim": None, "logit_scale": 0.25, "tie_word_embeddings": True, "use_qk_norm": True}),
     "cohere2": Family("cohere2", {"logit_scale": 0.25, "tie_word_embeddings": True, "sliding_window": 8}),
@@ -92,7 +95,7 @@ def new_model(family: Family) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family.config(), dtype=torch.float32)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             drawn = torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.2)
             p.copy_(p + drawn if p.dim() == 1 else drawn)
     return model.eval()
@@ -107,7 +110,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    printable = sorted(letter for letter in alphabet if letter.isascii()) + ["\u0120", "\u010a"]  # space and new line
+    printable = [*sorted(letter for letter in alphabet if letter.isascii()), "\u0120", "\u010a"]  # space and new line
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=printable, limit_alphabet=len(printable))
     backend.train_from_iterator([f"{role} the {word} of then" for role in ("user", "assistant") for word in ("one", "two")] * 9, trainer)
     named = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))

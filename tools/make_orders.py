@@ -279,6 +279,9 @@ TRAIN_POOLS = Pools(
     ),
 )
 
+# Chosen to be easy, and changed after looking at failures of trial runs: the items and names, and most cities, are
+# split by SmolLM2's tokenizer into the same pieces after a quote as after a space. Words that are split differently are
+# often copied wrongly, so the score on these rows is a check that training works, not an estimate for any order.
 TEST_POOLS = Pools(
     names=comma_separated(
         """Alistair, Anders, Angus, Annika, Arthur, Audrey, Brandon, Carla, Charles, Denise, Desmond, Donald,

@@ -83,8 +83,7 @@ def merged_tensors(model: PreTrainedModel) -> Iterator[Dense]:
     for prefix, module in model.named_modules():
         if f"{prefix}.".startswith(adapted) and not isinstance(module, AdaptedLinear):
             continue
-        for dense in _tensors_of(prefix, module, seen):
-            yield dense
+        yield from _tensors_of(prefix, module, seen)
 
 
 def _tensors_of(prefix: str, module: nn.Module, seen: set[int]) -> Iterator[Dense]:

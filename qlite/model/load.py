@@ -8,10 +8,9 @@ one tensor, the device the packed weights plus one.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -120,7 +119,9 @@ def _refuse_unreachable_weights(model: PreTrainedModel) -> None:
     # Mamba's fused kernel is handed the weights of its linears: it would pass their adapters by, and read packed weights as numbers.
     mamba = next((name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")), None)
     if mamba:
-        raise ModelError(f'base.model: "{model.config.model_type}" has Mamba layers ({mamba}), which cannot be adapted; choose another model')
+        raise ModelError(
+            f'base.model: "{model.config.model_type}" has Mamba layers ({mamba}), which cannot be adapted; choose a model without them'
+        )
 
 
 def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Progress) -> None:

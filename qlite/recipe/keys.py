@@ -1,5 +1,6 @@
 """Every key a recipe can have, in words: ``python -m qlite.train --keys``, and what an error says a key takes."""
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,12 +61,24 @@ def table_keys(table: str, cls: type) -> Iterator[Key]:
     """Yield the keys of ``table`` as ``cls`` reads it."""
     if table == "method":
         yield Key("method.name", one_of(METHODS), toml_value(cls.name), False, summary(cls))
-    schema = TypeAdapter(cls).json_schema()
+    schema = table_schema(cls)
     required = schema.get("required", ())
     for name, entry in schema["properties"].items():
         value = entry.get("default", {})  # only a table's default is made by a function, which the schema does not show
         default = None if name in required or value is None else toml_value(value)
         yield Key(f"{table}.{name}", describe(entry), default, name in required, " ".join(entry.get("description", "").split()))
+
+
+@functools.cache
+def table_adapter(cls: type) -> TypeAdapter:
+    """Return pydantic's reader of a table; kept, because making one takes milliseconds."""
+    return TypeAdapter(cls)
+
+
+@functools.cache
+def table_schema(cls: type) -> dict:
+    """Return what ``cls`` takes as a JSON schema; not to be changed."""
+    return table_adapter(cls).json_schema()
 
 
 def summary(cls: type) -> str:
@@ -129,11 +142,12 @@ def _nested(value: dict | list | tuple, levels: int = 3) -> str:
     parts = value.values() if isinstance(value, dict) else value
     texts = [_nested(part, levels - 1) if isinstance(part, dict | list) else toml_value(part) for part in parts]
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_toml_key(key)} = {text}' for key, text in zip(value, texts, strict=True))}}}"
+        return f"{{{', '.join(f'{toml_key(key)} = {text}' for key, text in zip(value, texts, strict=True))}}}"
     return f"[{', '.join(texts)}]"
 
 
-def _toml_key(key: str) -> str:
+def toml_key(key: str) -> str:
+    """Return one part of a key as a recipe would have it: in quotes where it is more than letters, digits, - and _."""
     return key if key.isascii() and key.replace("-", "_").isidentifier() else json.dumps(key, ensure_ascii=False)
 
 

@@ -7,11 +7,11 @@ import re
 import tomllib
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from qlite.errors import RecipeError
 from qlite.methods import METHODS
-from qlite.recipe.keys import closest, describe, one_of, table_keys, toml_value
+from qlite.recipe.keys import closest, describe, one_of, table_adapter, table_keys, table_schema, toml_key, toml_value
 from qlite.recipe.schema import TABLES, Recipe, table_class
 
 SHOWN_CHARACTERS = 80
@@ -101,28 +101,29 @@ def _read_table(table: str, values: object, wrong: dict[str, str]) -> object:
     values = {key: value for key, value in values.items() if not (table == "method" and key == "name")}
     try:
         # By way of JSON: strict about types there, yet a list may be a tuple and a table a dataclass.
-        return TypeAdapter(cls).validate_json(json.dumps(_as_json(values)))
+        return table_adapter(cls).validate_json(json.dumps(_as_json(values)))
     except ValidationError as error:
         unread = _explain(table, cls, values, error, wrong)
     filled = {field.name: "?" for field in dataclasses.fields(cls) if f"{table}.{field.name}" in unread and _is_required(field)}
     readable = {key: value for key, value in values.items() if f"{table}.{key}" not in unread}
-    return TypeAdapter(cls).validate_json(json.dumps(_as_json(readable | filled)))
+    return table_adapter(cls).validate_json(json.dumps(_as_json(readable | filled)))
 
 
 def _explain(table: str, cls: type, values: dict, error: ValidationError, wrong: dict[str, str]) -> set[str]:
     """Put pydantic's findings into ``wrong`` in our words: key, value seen, fix. Return the keys of the table they are about."""
-    entries = TypeAdapter(cls).json_schema()["properties"]
+    entries = table_schema(cls)["properties"]
     unread = set()
     for item in error.errors(include_url=False, include_input=False):
         name, *inner = item["loc"]
         key = f"{table}.{name}"
         unread.add(key)
         if name not in entries:
-            wrong[key] = f"{key} = {_shown(values[name])}: no such key; {_right_key(table, cls, name)}"
+            wrong[key] = f"{table}.{toml_key(name)} = {_shown(values[name])}: no such key; {_right_key(table, cls, name)}"
         elif name not in values:
             wrong[key] = f"{key}: must be given. {entries[name]['description']}"
         elif isinstance(values[name], dict) and inner and "additionalProperties" in entries[name]:
-            wrong[f"{key}.{inner[0]}"] = _misfit(f"{key}.{inner[0]}", values[name][inner[0]], entries[name]["additionalProperties"])
+            part = f"{key}.{toml_key(inner[0])}"
+            wrong[part] = _misfit(part, values[name][inner[0]], entries[name]["additionalProperties"])
         else:
             wrong[key] = _misfit(key, values[name], entries[name])
     return unread
@@ -169,11 +170,11 @@ def _right_key(table: str, cls: type, name: str) -> str:
 def _unknown_table(table: str, value: object) -> str:
     if isinstance(value, dict):
         near = closest(table, TABLES)
-        return f"[{table}]: no such table; " + (f"did you mean [{near}]?" if near else f"there are: {', '.join(TABLES)}")
+        return f"[{toml_key(table)}]: no such table; " + (f"did you mean [{near}]?" if near else f"there are: {', '.join(TABLES)}")
     found = _tables_with(table)
     known = OTHER_NAMES.get(table.lower(), f"{found[0]}.{table}" if found else "")
     fix = f"write it as {known.partition('.')[2]} under [{known.partition('.')[0]}]" if known else f"there are: {', '.join(TABLES)}"
-    return f"{table} = {_shown(value)}: stands above all tables; {fix}"
+    return f"{toml_key(table)} = {_shown(value)}: stands above all tables; {fix}"
 
 
 def _tables_with(name: str) -> list[str]:

@@ -12,6 +12,8 @@ from qlite.units import MIB, format_bytes, format_seconds
 
 @dataclass
 class Phase:
+    """One stretch of work before or between steps, and how far it is."""
+
     name: str
     total: int
     first_done: int
