@@ -91,8 +91,9 @@ def dequantised(weight: Tensor, base: dict) -> Tensor:
         codes, scale, _ = bnb.int8_vectorwise_quant(weight.half())
         return codes.double() * scale.double()[:, None] / 127
     options = {"blocksize": base.get("block_size", 64), "quant_type": base.get("quant_type", "nf4")}
-    packed, state = bnb.quantize_4bit(weight, compress_statistics=base.get("double_quant", True), **options)
-    return bnb.dequantize_4bit(packed, state).double()
+    # As one row: bitsandbytes 0.50 misreads rows on the CPU that end inside a block, as those of 96 columns do.
+    packed, state = bnb.quantize_4bit(weight.float().reshape(1, -1), compress_statistics=base.get("double_quant", True), **options)
+    return bnb.dequantize_4bit(packed, state).double().view_as(weight)
 
 
 STORAGES = [
@@ -389,7 +390,7 @@ def made_by_peft(base: Path, folder: Path, **options: object) -> nn.Module:
 
 PEFT_OPTIONS = {
     "plain": {},
-    "rank-pattern-rslora": {"use_rslora": True, "rank_pattern": {r".*\.1\..*_proj": 7}},
+    "rank-pattern-rslora": {"use_rslora": True, "rank_pattern": {r".*\.1\..*(_proj|dense)": 7}},
     "dora": {"use_dora": True},
 }
 
@@ -443,6 +444,6 @@ def test_the_merge_tool_leaves_a_folder_alone_that_exists(folders, tmp_path):
 
 def test_the_merge_tool_refuses_an_adapter_of_another_base_as_such(folders, tmp_path):
     made_by_peft(folders["deep"], tmp_path / "adapter", target_modules=["q_proj"])
-    with pytest.raises(AdapterError, match=r"model\.layers\.2\.self_attn\.q_proj"):
+    with pytest.raises(AdapterError, match=r"adapter: .*model\.layers\.\d+\.self_attn\.q_proj"):
         main([str(tmp_path / "adapter"), "--base", str(folders["llama"]), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
