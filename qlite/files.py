@@ -29,8 +29,14 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write ``tensors`` as one safetensors file. Views of one buffer are written as tensors of their own."""
-    own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    """Write ``tensors`` as one safetensors file. Views of one buffer are written as tensors of their own; nothing else is copied."""
+    own, taken = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        memory = tensor.untyped_storage()
+        is_its_own = memory.nbytes() == tensor.nbytes and memory.data_ptr() not in taken
+        taken.add(memory.data_ptr())
+        own[name] = tensor if is_its_own else tensor.clone()
     with _explained(path), _replacing(path) as temporary:
         save_file(own, temporary, metadata={"format": "pt", **(metadata or {})})
 

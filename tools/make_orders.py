@@ -11,7 +11,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,7 +63,7 @@ def main() -> int:
 def make_files() -> dict[str, str]:
     """Return the text of both files by file name."""
     random_source = random.Random(SEED)
-    train_rows = make_rows(TRAIN_POOLS, TRAIN_ROWS, random_source)
+    train_rows = make_rows(with_invented(TRAIN_POOLS, random_source), TRAIN_ROWS, random_source)
     test_rows = make_rows(TEST_POOLS, TEST_ROWS, random_source)
     assert_held_out([sentence for sentence, _ in train_rows])
     return {"orders_train.jsonl": to_jsonl(train_rows), "orders_test.jsonl": to_jsonl(test_rows)}
@@ -101,6 +101,28 @@ def make_rows(pools: Pools, count: int, random_source: random.Random) -> list[tu
         rows.append((write_sentence(next(templates), order, words), order))
     assert len({sentence for sentence, _ in rows}) == count
     return rows
+
+
+def with_invented(pools: Pools, random_source: random.Random) -> Pools:
+    """Return ``pools`` with names and cities that exist nowhere, as many again as it has.
+
+    A known name can be recalled; one nobody has heard of must be copied letter by letter, which is what the held-out rows ask for.
+    """
+    return replace(
+        pools,
+        names=pools.names + invent(NAME_PARTS, len(pools.names), random_source, TEST_POOLS.names),
+        cities=pools.cities + invent(CITY_PARTS, len(pools.cities), random_source, TEST_POOLS.cities),
+    )
+
+
+def invent(parts: tuple[str, ...], count: int, random_source: random.Random, taken: tuple[str, ...]) -> tuple[str, ...]:
+    """Return ``count`` different words, one piece from each of ``parts``; none holds one of ``taken``."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        word = "".join(random_source.choice(part.split()) for part in parts).capitalize()
+        if not any(value.lower() in word.lower() for value in taken):
+            words[word] = None
+    return tuple(words)
 
 
 def deal(pool: Sequence[T], random_source: random.Random) -> Iterator[T]:
@@ -156,6 +178,16 @@ def comma_separated(text: str) -> tuple[str, ...]:
     return tuple(" ".join(value.split()) for value in text.split(","))
 
 
+NAME_PARTS = (
+    "al ber cor dar el fen gar hal is jor kel lor mar nel os per quin ros sel tor ul ves wil yor zan bri che dru gwe thi",
+    "a e i o u an en il or ar is el am ud",
+    "ra lin nor dis ssa mund vin leth mira dor bert nda tis go wen lyn ric ska zar phe",
+)
+CITY_PARTS = (
+    "ash brant cald dor elm fal grim hart inver kel lang mor nor oster pen quor rav stan tre ulver vel wick yar zell",
+    "a e i o in er en am ing el",
+    "ford mouth ville berg stad ton by holm grad minster haven dam bridge field pool burgh wold ria nia ko",
+)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 # The words are what must be learnt, so each comes twice as often as a number in digits.
 QUANTITIES = tuple(number_words().items()) * 2 + tuple((str(value), value) for value in range(2, 61))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from qlite.errors import ExportError
 from qlite.export import DTYPES
 from qlite.formats.merged import write_merged
-from qlite.formats.peft import copy_adapter, read_foreign_adapter
+from qlite.formats.peft import read_foreign_adapter
 from qlite.model.load import Base
 from qlite.training.console import open_console
 from qlite.verb import run_verb
@@ -30,13 +31,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="storage of the base to merge over")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the merged weights")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
+    if args.out.exists() and not args.force:
+        raise ExportError(f'"{args.out}" exists already; choose another --out, or replace it with --force')
     foreign = read_foreign_adapter(args.adapter)
     with open_console(f"merge  {args.adapter}  into  {args.base}") as console:
-        base = Base(model=args.base, revision=args.revision, sha256=args.sha256, bits=args.bits)
+        # float32: bfloat16 would round a float16 or float32 base before it is merged.
+        base = Base(model=args.base, revision=args.revision, sha256=args.sha256, bits=args.bits, dtype="float32")
         loaded = base.load(torch.device("cpu"), console.phase)
-        foreign.method.attach(loaded.model)
-        copy_adapter(foreign.tensors, loaded.model, args.adapter, keep_dtype=True)
+        foreign.put_on(loaded.model, args.adapter)
         write_merged(args.out, loaded.model, loaded.tokenizer, loaded.generation_config, DTYPES[args.dtype], console.phase)
     print(f"wrote {args.out}")
 

@@ -13,8 +13,9 @@ from qlite.errors import AdapterError
 from qlite.files import write_json, write_tensors
 from qlite.methods.base import Method, adapted_linears, trainable_tensors
 from qlite.methods.lora import LoRA
+from qlite.quant.linear import is_linear
 
-PREFIX = "base_model.model."
+PREFIX, LORA_A = "base_model.model.", ".lora_A.weight"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # PEFT 0.21's options that are read here, follow from the tensors, only guide training, or only say where the adapter is from.
@@ -121,6 +122,25 @@ class ForeignAdapter:
     method: LoRA
     tensors: dict[str, Tensor]
 
+    def put_on(self, model: nn.Module, origin: Path) -> None:
+        """Attach the adapter to ``model`` with its tensors as they are; ``origin`` is only named in messages.
+
+        Raises:
+            AdapterError: it does not fit ``model``.
+        """
+        layers = {name for name, module in model.named_modules() if is_linear(module)}
+        unknown = [name for name in self.layers if name not in layers]
+        if unknown:
+            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise AdapterError(f"{origin}: the adapter does not fit this base: it has no linear layer {unknown[0]}{more}")
+        self.method.attach(model)
+        copy_adapter(self.tensors, model, origin, keep_dtype=True)
+
+    @property
+    def layers(self) -> list[str]:
+        """The dotted names of the adapted linears."""
+        return [name[len(PREFIX) : -len(LORA_A)] for name in self.tensors if name.endswith(LORA_A)]
+
 
 def read_foreign_adapter(folder: Path) -> ForeignAdapter:
     """Return the PEFT adapter in ``folder`` as a method and tensors of ours.
@@ -130,7 +150,7 @@ def read_foreign_adapter(folder: Path) -> ForeignAdapter:
     """
     config, tensors = _read_config(folder / CONFIG), read_tensors(folder)
     _refuse_unsupported(config, folder / CONFIG)
-    ranks = {name[len(PREFIX) : -len(".lora_A.weight")]: t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A.weight")}
+    ranks = {name[len(PREFIX) : -len(LORA_A)]: t.shape[0] for name, t in tensors.items() if name.endswith(LORA_A)}
     if not ranks:
         raise AdapterError(f"{folder / WEIGHTS}: holds no tensor called *.lora_A.weight; is it a LoRA adapter?")
     method = LoRA(
