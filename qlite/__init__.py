@@ -6,8 +6,9 @@ import os
 __version__ = "0.1.0"
 
 # Both must be set before torch and bitsandbytes are imported.
-# OpenMP's threads spin while they wait for each other; on a CPU that something else uses too, each wait then costs a
-# time slice: decoding beside one other busy process took 6.7 s a token spinning and 0.13 s sleeping (tools/LOG.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads spin while they wait for each other. By default they spin for so long that on a CPU which something
+# else uses too every wait costs a time slice: a token decoded beside one busy program took 2.3 s, with a short spin 0.3 s
+# (alone: 0.10 and 0.11 s; tools/LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # bitsandbytes warns, when it is imported, that an optional CPU kernel package is missing; qlite does not use it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 Every function has a CPU path, so that all else can be written once.
 """
 
+import ctypes
 import hashlib
 import importlib
 import os
@@ -47,6 +48,8 @@ def pick_device(name: str) -> torch.device:
             raise MachineError(f'parallel.device = "{name}": torch {torch.__version__} sees {count} CUDA devices; use "auto" or "cpu"')
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
+    else:
+        _keep_freed_memory()
     return device
 
 
@@ -131,6 +134,21 @@ def mix_seed(*parts: int) -> int:
     """Return one well-mixed 32-bit seed for ``parts``: the CPU generator reads no more than 32 bits."""
     digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "little")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc's allocator keep large freed blocks instead of handing them back to the kernel and faulting them in again.
+
+    Activations are large, and each step frees and takes the same ones: on CPU a training step is 1.2 times as fast with
+    this, at the same peak (tools/LOG.md). Elsewhere than on Linux nothing is done.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError):
+        return
 
 
 def _nvml_handle(device: torch.device):

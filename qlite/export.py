@@ -14,8 +14,8 @@ from qlite.errors import ExportError
 from qlite.files import new_folder, write_tensors, write_text
 from qlite.formats.merged import write_merged
 from qlite.formats.peft import CONFIG, WEIGHTS, read_tensors
-from qlite.training.open_run import open_run
 from qlite.training.console import open_console
+from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.units import GIB, format_bytes
 from qlite.verb import run_verb

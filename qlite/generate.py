@@ -12,8 +12,8 @@ import torch
 
 from qlite.device import MemoryMeter, peak_process_bytes, seed_all
 from qlite.serving.answer import Sampling, TextStream, generate_ids
-from qlite.training.open_run import OpenRun, open_run
 from qlite.training.console import clean
+from qlite.training.open_run import OpenRun, open_run
 from qlite.training.run_folder import find_run
 from qlite.units import format_bytes
 from qlite.verb import run_verb

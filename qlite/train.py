@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         run.begin(recipe, "", 0)
         print(f"{run.path} is finished already. To train it anew: --fresh")
     else:
-        with open_console(f"qlite  {args.recipe.stem}  {recipe.base.model}") as console:
+        with open_console(f"qlite  {args.recipe.stem}  {Path(recipe.base.model).name}") as console:
             train(recipe, run, console)
     print_summary(run)
 

@@ -37,7 +37,7 @@ def losses(folder: Path) -> list[str]:
 
 
 def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
-    folder, recipe, seen = whole
+    folder, recipe, _ = whole
     written = {str(p.relative_to(folder / "run")) for p in (folder / "run").rglob("*") if p.is_file()}
     step = f"checkpoints/step-{STEPS:08d}"
     assert {
@@ -205,7 +205,8 @@ def test_killed_with_sigkill_the_same_command_gives_the_same_bytes(tmp_path):
         command = [sys.executable, "-m", "qlite.train", str(folder / "mine.toml")]
         if name == "killed":
             chance = random.Random(0)
-            assert any([kill_once(command, folder, chance.uniform(0, 0.3)) for _ in range(2)])
+            kills = sum(kill_once(command, folder, chance.uniform(0, 0.3)) for _ in range(2))
+            assert kills > 0
             assert not RunFolder(folder / "run").is_finished
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         sums.append((adapter_sum(folder), losses(folder)))

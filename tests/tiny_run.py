@@ -13,6 +13,7 @@ from tests.tiny import tiny_llama
 from tests.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
 
 STEPS = 6
+ANSWERS = {"exact_match_rows": 3, "answer_tokens": 4}
 
 
 def save_tiny_base(folder: Path) -> Path:
@@ -42,7 +43,7 @@ def tiny_tables(folder: Path, **changes: dict) -> dict:
         "optimizer": {"name": "adamw8bit", "lr": 1e-2},
         "schedule": {"name": "cosine", "warmup_steps": 1},
         "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")},
-        "train": {"steps": STEPS, "micro_batch": 2, "accumulation": 3, "tokens": 64, "eval_every": 3, "exact_match_rows": 3, "answer_tokens": 4},
+        "train": {"steps": STEPS, "micro_batch": 2, "accumulation": 3, "tokens": 64, "eval_every": 3, **ANSWERS},
         "parallel": {"device": "cpu", "threads": 1},
         "output": {"dir": str(folder / "run"), "save_every": 2},
     }
@@ -91,4 +92,3 @@ def run(recipe: Recipe, stop_after: int | None = None) -> Watcher:
     except KeyboardInterrupt:
         assert stop_after is not None
     return watcher
-

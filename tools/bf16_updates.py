@@ -103,7 +103,13 @@ def install(optimizer: FlatOptimizer, kind: type | None) -> None:
         flat.open, flat.close = open_, close
 
 
-WAYS = {"plain bfloat16": Plain, "stochastic rounding": Stochastic, "Kahan sum": Kahan, "float32 copy": Master, "16-bit remainder (qlite)": None}
+WAYS = {
+    "plain bfloat16": Plain,
+    "stochastic rounding": Stochastic,
+    "Kahan sum": Kahan,
+    "float32 copy": Master,
+    "16-bit remainder (qlite)": None,
+}
 
 
 def main(argv: list[str]) -> None:

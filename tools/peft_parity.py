@@ -74,7 +74,9 @@ def save_base(base: Base, folder: Path) -> None:
 def train_peft(folder: Path, bits: int, method: LoRA, batches: list[Batch], start: dict, dtype: torch.dtype) -> list[float]:
     """Return the losses of a plain PEFT loop whose adapter is kept in float32 and used in ``dtype``."""
     config = {
-        4: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16),
+        4: BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        ),
         8: BitsAndBytesConfig(load_in_8bit=True),
         16: None,
     }[bits]

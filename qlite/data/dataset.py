@@ -61,14 +61,17 @@ class Data(Table):
         train, spoken = self._encode(rows, format, encoder, tokens, note)
         test, messages = self._encode(test_rows, format, encoder, tokens, note)
         if not train:
-            raise DataError(f"train.tokens = {tokens}: no row of {self.train} is that short; raise it")
+            raise DataError(f"train.tokens = {tokens}: {self.train} has no row with an answer that is that short; raise it")
         note(f'data: {len(train)} training rows in format "{format}", {len(test)} held out; {_share(train)}')
         return DataSet(train, test, messages, encoder, _common_system(spoken))
 
     def _encode(self, rows: list[Row], format: str, encoder: Encoder, tokens: int, note) -> tuple[list[Encoded], list[Messages]]:
-        kept, messages, too_long = [], [], 0
+        kept, messages, too_long, empty = [], [], 0, []
         for row in rows:
             conversation = to_messages(row, format)
+            if not conversation[-1]["content"].strip():
+                empty.append(row.where)
+                continue
             encoded = encoder.encode(conversation, row.where)
             if format == "text":
                 kept += [piece for piece in _pieces(encoded, tokens) if len(piece) > 1]
@@ -77,6 +80,8 @@ class Data(Table):
             else:
                 kept.append(encoded)
                 messages.append(conversation)
+        if empty:
+            note(f"data: {len(empty)} of {len(rows)} rows have an empty answer and are left out, first {empty[0]}")
         if too_long:
             note(f"data: {too_long} of {len(rows)} rows are longer than train.tokens = {tokens} and are left out")
         return kept, messages

@@ -6,12 +6,14 @@ from qlite.data.rows import Row
 from qlite.errors import DataError
 
 Messages = list[dict[str, str]]
+# Alpaca's own heading; its template chooses its opening sentence by it.
+INPUT_HEADING = "### Input:"
 
 
 def _alpaca(fields: dict) -> Messages:
     """Taori et al. 2023, Stanford Alpaca: instruction, optional input, output."""
     extra = fields.get("input") or ""
-    prompt = f"{fields['instruction']}\n\n{extra}" if extra.strip() else fields["instruction"]
+    prompt = f"{fields['instruction']}\n\n{INPUT_HEADING}\n{extra}" if extra.strip() else fields["instruction"]
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": fields["output"]}]
 
 
@@ -54,7 +56,7 @@ def to_messages(row: Row, format: str) -> Messages:
     """Return ``row`` as messages.
 
     Raises:
-        DataError: a field is missing, not text, or empty where the model is to learn it.
+        DataError: a field is missing or not text, or no answer stands last.
     """
     needed, read = FORMATS[format]
     missing = [field for field in needed if field not in row.fields]
@@ -69,6 +71,6 @@ def to_messages(row: Row, format: str) -> Messages:
     for message in messages:
         if not isinstance(message["content"], str) or not isinstance(message["role"], str):
             raise DataError(f"{row.where}: a {message['role']} turn is a {type(message['content']).__name__}, not text")
-    if messages[-1]["role"] == "user" or not messages[-1]["content"].strip():
-        raise DataError(f"{row.where}: the last turn has no answer to learn")
+    if messages[-1]["role"] not in ("assistant", "text"):
+        raise DataError(f"{row.where}: the last turn is of role {messages[-1]['role']!r}; there is no answer to learn")
     return messages

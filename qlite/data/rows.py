@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def read_rows(source: str, split: str = "train", key: str = "data.train") -> lis
     Raises:
         DataError: the file is missing, empty or malformed (with its line), or the data set cannot be had.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
+    with suppress(RuntimeError):  # "~nobody": no such user, so no such file, which is said below
+        path = path.expanduser()
     if path.suffix == ".jsonl":
         rows = list(_jsonl(_text(path, key), path.name))
     elif path.suffix == ".json":

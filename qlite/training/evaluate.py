@@ -12,7 +12,7 @@ from qlite.serving.answer import Sampling, answer_all
 from qlite.training.report import AnswerReport, EvalReport, Observer
 from qlite.training.step import Stepper, trained_tokens
 
-ANSWERS_AT_ONCE = 50
+ANSWERS_AT_ONCE = 100
 SAMPLES = 2
 
 
@@ -22,6 +22,7 @@ def evaluate(stepper: Stepper, data: DataSet, train: Train, step: int, observer:
     rows = sorted(data.test, key=len)
     batches = list(batches_of(rows, max(train.micro_batch, 8), data.encoder.pad_id))
     total, loss = trained_tokens(batches), 0.0
+    observer.phase("evaluate", 0, len(batches))
     for number, batch in enumerate(batches, start=1):
         loss += stepper.evaluate([batch]) * trained_tokens([batch]) / total
         observer.phase("evaluate", number, len(batches))
@@ -34,7 +35,8 @@ def compare_answers(model: PreTrainedModel, data: DataSet, train: Train, step: i
     chosen = data.test_messages[: train.exact_match_rows]
     prompts = [messages[:-1] for messages in chosen]
     expected = [messages[-1]["content"].strip() for messages in chosen]
-    answers = []
+    answers: list[str] = []
+    observer.phase("answer held-out prompts", 0, len(chosen))
     for answer in answer_all(model, data.encoder, prompts, Sampling(max_tokens=train.answer_tokens), ANSWERS_AT_ONCE):
         answers.append(answer.strip())
         observer.phase("answer held-out prompts", len(answers), len(chosen))

@@ -172,8 +172,10 @@ class RunView:
 
 
 def short_seconds(seconds: float) -> str:
+    """Return a duration, with a decimal below ten seconds."""
     return f"{seconds:.1f}s" if seconds < 10 else format_seconds(seconds)
 
 
 def format_perplexity(value: float) -> str:
+    """Return a perplexity with two decimals, or with an exponent from ten thousand on."""
     return f"{value:,.2f}" if value < 1e4 else f"{value:.2e}"

@@ -41,7 +41,8 @@ class Stepper:
         if not (torch.tensor([result.loss, result.grad_norm]).isfinite().all()):
             optimizer.zero_grad()
             raise Diverged(
-                f"loss {result.loss}, gradient norm {result.grad_norm}: not finite, so nothing was updated. Lower optimizer.lr or raise schedule.warmup_steps"
+                f"loss {result.loss}, gradient norm {result.grad_norm}: not finite, so nothing was updated. "
+                "Lower optimizer.lr or raise schedule.warmup_steps"
             )
         optimizer.step()
         return result

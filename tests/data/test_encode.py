@@ -69,7 +69,9 @@ def test_a_tokenizer_whose_pad_is_its_end_token_still_trains_the_end_token():
 
 def test_a_template_without_an_end_token_gets_one():
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     assert trained_text(Encoder(tokenizer), TALK[1:3]) == "1<eos>"
 
 
@@ -91,9 +93,7 @@ def test_a_tokenizer_without_an_end_token_is_refused():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row():
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}|{% endif %}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}|{% endif %}{% endfor %}"
     with pytest.raises(DataError, match="rows.jsonl line 3"):
         Encoder(tokenizer).encode(TALK[1:], "rows.jsonl line 3")
 

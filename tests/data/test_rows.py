@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qlite.data.dataset import Data
+from qlite.data.encode import Encoder
 from qlite.data.formats import detect_format, to_messages
 from qlite.data.rows import Row, read_rows
 from qlite.errors import DataError
@@ -33,7 +34,7 @@ def test_a_byte_order_mark_windows_line_ends_and_u2028_are_no_trouble(tmp_path):
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{"prompt": "a"', "a.jsonl line 1: not JSON"),
-        ("a.jsonl", b'{}\n[1]\n', "a.jsonl line 2: a row is an object"),
+        ("a.jsonl", b"{}\n[1]\n", "a.jsonl line 2: a row is an object"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl byte 0: not UTF-8"),
         ("a.jsonl", b"\n \n", "has no rows"),
         ("a.json", b"{}", "one list of rows"),
@@ -59,7 +60,7 @@ def test_a_missing_file_is_said_with_the_folder_looked_in(tmp_path):
     [
         ({"prompt": "p", "completion": "c"}, "prompt", "p", "c"),
         ({"instruction": "i", "input": "", "output": "o"}, "alpaca", "i", "o"),
-        ({"instruction": "i", "input": "x", "output": "o"}, "alpaca", "i\n\nx", "o"),
+        ({"instruction": "i", "input": "x", "output": "o"}, "alpaca", "i\n\n### Input:\nx", "o"),
         ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}, "messages", "u", "a"),
     ],
 )
@@ -76,7 +77,6 @@ def test_formats_are_found_by_their_fields(fields, name, prompt, answer):
         ({"question": "q"}, None, "fields 'question' fit no format"),
         ({"prompt": "p"}, "prompt", 'no field "completion"'),
         ({"prompt": "p", "completion": 3}, "prompt", "a assistant turn is a int, not text"),
-        ({"prompt": "p", "completion": " "}, "prompt", "no answer to learn"),
         ({"messages": []}, "messages", "no answer"),
         ({"messages": [{"role": "user"}]}, "messages", "KeyError"),
         ({"messages": "text"}, "messages", "TypeError"),
@@ -104,6 +104,26 @@ def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path):
     assert "2 of 4 rows are longer than train.tokens = 60" in notes[0]
 
 
+def test_rows_with_an_empty_answer_are_left_out_and_counted(tmp_path):
+    # 28 rows of the classic Alpaca set are so.
+    notes = []
+    data = Data(train=data_file(tmp_path, [1, 0, 2, 0])).load(tiny_tokenizer(), 60, notes.append)
+    assert len(data.train) == 2
+    assert "2 of 4 rows have an empty answer and are left out, first rows.jsonl line 2" in notes[0]
+
+
+def test_the_alpaca_prompts_are_the_originals_word_for_word():
+    encoder = Encoder(tiny_tokenizer("alpaca"))
+    row = {"instruction": "Add.", "input": "1 1", "output": "2"}
+    wanted = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+        "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n"
+    )
+    short = wanted.replace(", paired with an input that provides further context", "").replace("### Input:\n1 1\n\n", "")
+    for fields, prompt in ((row, wanted), ({**row, "input": ""}, short)):
+        assert encoder.tokenizer.decode(encoder.encode_prompt(to_messages(Row(fields, ""), "alpaca")[:-1])) == prompt
+
+
 def test_held_out_rows_come_off_the_end(tmp_path):
     data = Data(train=data_file(tmp_path, [1, 2, 3, 4, 5]), held_out_rows=2).load(tiny_tokenizer(), 100, lambda _: None)
     assert len(data.train) == 3
@@ -112,7 +132,7 @@ def test_held_out_rows_come_off_the_end(tmp_path):
 
 def test_nothing_short_enough_and_too_much_held_out_are_errors(tmp_path):
     source = data_file(tmp_path, [200, 300])
-    with pytest.raises(DataError, match="train.tokens = 60: no row of .* is that short"):
+    with pytest.raises(DataError, match="train.tokens = 60: has no row with an answer that is that short"):
         Data(train=source).load(tiny_tokenizer(), 60, lambda _: None)
     with pytest.raises(DataError, match="data.held_out_rows = 2: .* has only 2 rows"):
         Data(train=source, held_out_rows=2).load(tiny_tokenizer(), 600, lambda _: None)

@@ -18,7 +18,8 @@ def params(dtype=torch.bfloat16) -> list[nn.Parameter]:
 
 
 def build(name: str, tensors: list[nn.Parameter], notes: list[str] | None = None):
-    return Optimizer(name=name, lr=1e-2, weight_decay=0.1).build([{"params": tensors, "lr": 1e-2}], CPU, (notes if notes is not None else []).append)
+    said = [] if notes is None else notes
+    return Optimizer(name=name, lr=1e-2, weight_decay=0.1).build([{"params": tensors, "lr": 1e-2}], CPU, said.append)
 
 
 def step(optimizer, tensors: list[nn.Parameter], number: int) -> None:

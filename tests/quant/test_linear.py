@@ -134,4 +134,3 @@ def test_dense_weight_is_a_copy():
     layer = nn.Linear(4, 4)
     dense_weight(layer).zero_()
     assert layer.weight.abs().sum() > 0
-
