@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
     run = RunFolder(Path(recipe.output.dir))
     if args.fresh and run.path.exists():
         remove_folder(run.path)
+    run.check(recipe)
     if run.is_finished:
-        run.begin(recipe, "", 0)
         print(f"{run.path} is finished already. To train it anew: --fresh")
     else:
         with open_console(f"qlite  {args.recipe.stem}  {Path(recipe.base.model).name}") as console:
@@ -64,27 +64,33 @@ def train(recipe: Recipe, run: RunFolder, console: Observer) -> None:
     """
     where = device.pick_device(recipe.parallel.device)
     threads = device.set_threads(recipe.parallel.threads)
-    run.begin(recipe, device.describe(where), threads)
-    observer = Broadcast(console, run)
     meter = device.MemoryMeter(where)
-
-    base = recipe.base.load(where, observer.phase)
-    data = recipe.data.load(base.tokenizer, recipe.train.tokens, observer.note)
+    base = recipe.base.load(where, console.phase)
+    notes: list[str] = []
+    data = recipe.data.load(base.tokenizer, recipe.train.tokens, notes.append)
     device.seed_all(recipe.train.seed)
     recipe.method.attach(base.model)
-    observer.note(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(base.model))} trained parameters")
+    notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(base.model))} trained parameters")
     if recipe.memory.checkpointing == "block":
         checkpoint_blocks(base.model)
     stepper = Stepper(base.model, recipe.method, recipe.memory.loss_chunk)
     groups = recipe.method.param_groups(base.model, recipe.optimizer.lr)
-    optimizer = recipe.optimizer.build(groups, where, observer.note)
+    optimizer = recipe.optimizer.build(groups, where, notes.append)
+
+    # Only now is anything written: a mistyped path or target has shown itself by here.
+    changed = run.begin(recipe, device.describe(where), threads)
+    observer = Broadcast(console, run)
 
     plan = recipe.train
     batches = TokenBatches(data.train, plan.micro_batch, plan.accumulation, plan.seed, data.encoder.pad_id)
     steps = plan.steps or plan.epochs * batches.steps_per_epoch
     state = run.resume(base.model, optimizer)
+    for note in notes:
+        observer.note(note)
     if state.step:
         observer.note(f"going on after step {state.step}")
+        if changed:
+            observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")
     elif plan.exact_match_rows:
         observer.answered(compare_answers(base.model, data, plan, 0, observer))
 

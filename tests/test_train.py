@@ -13,7 +13,7 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from qlite.errors import RunError
+from qlite.errors import QliteError, RunError
 from qlite.files import is_whole, sha256
 from qlite.train import main
 from qlite.training.run_folder import RunFolder, find_run
@@ -128,6 +128,23 @@ def test_a_changed_recipe_is_refused_with_the_key_old_and_new(whole, tmp_path):
     run(recipe, stop_after=1)
     with pytest.raises(RunError, match=r"train.seed: 0 -> 1.*optimizer.lr: 0.01 -> 0.02|optimizer.lr: 0.01 -> 0.02.*train.seed: 0 -> 1"):
         run(tiny_recipe(tmp_path, train={"seed": 1}, optimizer={"lr": 0.02}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"base": {"model": "./nothing"}}, {"method": {"targets": ["q_prj"]}}, {"data": {"train": "nothing.jsonl"}}]
+)
+def test_a_run_that_cannot_begin_leaves_no_folder_behind(tmp_path, changes):
+    with pytest.raises(QliteError):
+        run(tiny_recipe(tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_machine_is_said_on_resuming(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, stop_after=3)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "torch": "2.7.0"}))
+    assert any("torch: 2.7.0 -> " in note for note in run(recipe).notes)
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):

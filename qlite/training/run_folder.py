@@ -64,18 +64,14 @@ class RunFolder:
         except OSError as error:
             raise RunError(f'"{self.path}" is no run folder: it has no recipe.toml. Finished runs: {_names(self.path.parent)}') from error
 
-    def begin(self, recipe: Recipe, device: str, threads: int) -> None:
-        """Make the folder for ``recipe``, or check that it is this recipe's.
-
-        Raises:
-            RunError: the folder belongs to another recipe, or this run would not give the same bits.
-        """
-        facts = {"qlite": __version__, **{name: version(name) for name in LIBRARIES}, "device": device, "threads": threads}
+    def check(self, recipe: Recipe) -> None:
+        """Raise RunError if the folder belongs to another recipe or holds something else. Nothing is written."""
         if not (self.path / "recipe.toml").is_file():
-            if self.path.exists() and any(self.path.iterdir()):
-                raise RunError(f'output.dir = "{self.path}": the folder exists and holds something else; choose another')
-            write_text(self.path / "recipe.toml", recipe_toml(recipe))
-            write_json(self.path / "run.json", facts)
+            others = (
+                [path.name for path in self.path.iterdir() if not path.name.startswith((".", "run.json"))] if self.path.is_dir() else []
+            )
+            if others or self.path.is_file():
+                raise RunError(f'output.dir = "{self.path}": exists and holds something else ({", ".join(others[:3])}); choose another')
             return
         differences = recipe_differences(self.recipe(), recipe)
         if differences:
@@ -84,9 +80,18 @@ class RunFolder:
                 "Go on with the old recipe, choose another output.dir, or start afresh with --fresh"
             )
 
-    def facts_then(self) -> dict:
-        """Return the versions, device and threads that the run began with."""
-        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+    def begin(self, recipe: Recipe, device: str, threads: int) -> list[str]:
+        """Make the folder for ``recipe``, if it is not there yet; called when all that can be wrong with a run has been read.
+
+        Returns what differs from the machine it began on ("torch: 2.12.0 -> 2.13.0"): with it the last bits will, too.
+        """
+        self.check(recipe)
+        facts = {"qlite": __version__, **{name: version(name) for name in LIBRARIES}, "device": device, "threads": threads}
+        if not (self.path / "recipe.toml").is_file():
+            write_json(self.path / "run.json", facts)
+            write_text(self.path / "recipe.toml", recipe_toml(recipe))  # last: with it the folder is this run's
+        then = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        return [f"{key}: {then.get(key)} -> {facts.get(key)}" for key in {**then, **facts} if then.get(key) != facts.get(key)]
 
     def note(self, message: str) -> None:
         """Keep what the user was told beside the figures."""

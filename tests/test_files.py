@@ -1,0 +1,68 @@
+"""What is written is whole or not there at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlite.errors import MachineError
+from qlite.files import MANIFEST, is_whole, new_folder, write_json, write_tensors, write_text
+
+
+def test_a_folder_appears_whole_with_the_sums_of_its_files(tmp_path):
+    with new_folder(tmp_path / "a" / "b") as folder:
+        write_text(folder / "x.txt", "x")
+        assert not (tmp_path / "a" / "b").exists()
+    assert is_whole(tmp_path / "a" / "b")
+    assert set(json.loads((tmp_path / "a" / "b" / MANIFEST).read_text())) == {"x.txt"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "no manifest"])
+def test_damage_to_any_file_is_seen(tmp_path, damage):
+    with new_folder(tmp_path / "f") as folder:
+        write_text(folder / "x.txt", "hello")
+    file = tmp_path / "f" / ("x.txt" if damage != "no manifest" else MANIFEST)
+    {
+        "flip": lambda: file.write_text("hellp"),
+        "cut": lambda: file.write_text("hell"),
+        "delete": file.unlink,
+        "no manifest": file.unlink,
+    }[damage]()
+    assert not is_whole(tmp_path / "f")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_if_filling_it_fails_nothing_is_left_and_the_old_one_stays(tmp_path, error):
+    with new_folder(tmp_path / "f") as folder:
+        write_text(folder / "x.txt", "old")
+
+    def fill():
+        with new_folder(tmp_path / "f") as folder:
+            write_text(folder / "x.txt", "new")
+            raise error
+
+    with pytest.raises(error):
+        fill()
+    assert (tmp_path / "f" / "x.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_file_that_cannot_be_written_is_said_with_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match=r"cannot write .*file.*x\.txt"):
+        write_text(tmp_path / "file" / "x.txt", "x")
+
+
+def test_views_of_one_buffer_are_written_as_tensors_of_their_own(tmp_path):
+    buffer = torch.arange(6.0)
+    write_tensors(tmp_path / "t.safetensors", {"a": buffer[:2], "b": buffer[2:].view(2, 2).T})
+    read = load_file(tmp_path / "t.safetensors")
+    assert torch.equal(read["a"], torch.tensor([0.0, 1.0]))
+    assert torch.equal(read["b"], torch.tensor([[2.0, 4.0], [3.0, 5.0]]))
+
+
+def test_numbers_that_are_not_json_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
