@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
+    if not args.shard_gib > 0:
+        raise ExportError(f"--shard-gib {args.shard_gib}: should be more than 0")
     run = find_run(args.run)
     out = args.out or run.path / (f"merged-{args.dtype}" if args.merge else "peft")
     if out.exists() and not args.force:

@@ -51,14 +51,21 @@ def append_line(path: Path, line: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on leaving, add a manifest of SHA-256 sums and rename it to ``path``.
 
-    If filling it fails, nothing is left behind. An older folder at ``path`` gives way only once the new one is complete.
+    If filling it fails, nothing is left behind. An older folder at ``path`` gives way once the new one is complete, but only
+    if it is one that this function made and nobody has put anything into.
+
+    Raises:
+        MachineError: the disk does not take it, or ``path`` holds something else.
     """
     with _explained(path):
+        if path.exists() and not _is_ours(path):
+            raise MachineError(f'"{path}" holds files that qlite did not write there; choose another folder')
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
         try:
             yield temporary
-            sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())
+            sums = {file.relative_to(temporary).as_posix(): sha256(file) for file in files}
             write_json(temporary / MANIFEST, sums)
             _swap(temporary, path)
         except BaseException:
@@ -92,6 +99,15 @@ def _replacing(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether ``folder`` holds nothing but what its manifest lists."""
+    try:
+        listed = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()} <= listed | {MANIFEST}
 
 
 def _swap(temporary: Path, path: Path) -> None:

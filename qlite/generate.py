@@ -64,8 +64,8 @@ def ask(opened: OpenRun, messages: list[dict[str, str]], sampling: Sampling, see
 
 
 def clean_lines(text: str) -> str:
-    """Return ``text`` with line breaks kept and whatever would steer the terminal removed."""
-    return "\n".join(clean(line, limit=len(line) + 1) if line else "" for line in text.split("\n"))
+    """Return ``text`` with line breaks and tabs kept and whatever would steer the terminal removed."""
+    return "\n".join("\t".join(clean(part, limit=len(part) + 1) for part in line.split("\t")) for line in text.split("\n"))
 
 
 if __name__ == "__main__":

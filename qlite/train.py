@@ -21,7 +21,7 @@ from qlite.recipe.schema import Recipe
 from qlite.training.console import open_console
 from qlite.training.evaluate import compare_answers, evaluate
 from qlite.training.report import Broadcast, Observer, StepReport
-from qlite.training.run_folder import RunFolder, remove_folder
+from qlite.training.run_folder import RunFolder
 from qlite.training.step import Stepper
 from qlite.training.summary import print_summary, summarise
 from qlite.units import format_count
@@ -45,25 +45,25 @@ def main(argv: list[str]) -> None:
         raise RecipeError("no recipe given; try: python -m qlite.train recipes/quickstart.toml")
     recipe = read_recipe(args.recipe, args.overrides).with_absolute_paths()
     run = RunFolder(Path(recipe.output.dir))
-    if args.fresh and run.path.exists():
-        remove_folder(run.path)
-    run.check(recipe)
-    if run.is_finished:
+    if not args.fresh:
+        run.check(recipe)
+    if run.is_finished and not args.fresh:
         print(f"{run.path} is finished already. To train it anew: --fresh")
     else:
         with open_console(f"qlite  {args.recipe.stem}  {Path(recipe.base.model).name}") as console:
-            train(recipe, run, console)
+            train(recipe, run, console, args.fresh)
     print_summary(run)
 
 
-def train(recipe: Recipe, run: RunFolder, console: Observer) -> None:
-    """Train what ``recipe`` says into ``run``, going on from its newest checkpoint if it has one.
+def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False) -> None:
+    """Train what ``recipe`` says into ``run``, going on from its newest checkpoint if it has one and not ``fresh``.
 
     Raises:
         QliteError: the recipe, the data, the model's files or the machine do not allow it.
     """
     where = device.pick_device(recipe.parallel.device)
     threads = device.set_threads(recipe.parallel.threads)
+    device.keep_freed_memory()
     meter = device.MemoryMeter(where)
     base = recipe.base.load(where, console.phase)
     notes: list[str] = []
@@ -76,14 +76,18 @@ def train(recipe: Recipe, run: RunFolder, console: Observer) -> None:
     stepper = Stepper(base.model, recipe.method, recipe.memory.loss_chunk)
     groups = recipe.method.param_groups(base.model, recipe.optimizer.lr)
     optimizer = recipe.optimizer.build(groups, where, notes.append)
-
-    # Only now is anything written: a mistyped path or target has shown itself by here.
-    changed = run.begin(recipe, device.describe(where), threads)
-    observer = Broadcast(console, run)
-
     plan = recipe.train
     batches = TokenBatches(data.train, plan.micro_batch, plan.accumulation, plan.seed, data.encoder.pad_id)
     steps = plan.steps or plan.epochs * batches.steps_per_epoch
+    recipe.schedule.check(steps)
+
+    # Only now is anything written or deleted: a mistyped path or target has shown itself by here.
+    if fresh:
+        run.discard()
+    else:
+        run.check(recipe)
+    changed = run.begin(recipe, device.describe(where), threads)
+    observer = Broadcast(console, run)
     state = run.resume(base.model, optimizer)
     for note in notes:
         observer.note(note)
@@ -122,9 +126,10 @@ def train(recipe: Recipe, run: RunFolder, console: Observer) -> None:
         if is_due(recipe.output.save_every, step, steps):
             run.save(state, base.model, optimizer, recipe.output.keep)
 
+    run.write_adapter(recipe, base.model)
     if plan.exact_match_rows:
         observer.answered(compare_answers(base.model, data, plan, steps, observer))
-    run.finish(recipe, base.model, summarise(run.records(), meter.read(), data.system))
+    run.finish(summarise(run.records(), meter.read(), data.system))
 
 
 def is_due(every: int, step: int, steps: int) -> bool:
@@ -133,4 +138,4 @@ def is_due(every: int, step: int, steps: int) -> bool:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    run_verb(main, interrupted="interrupted; the same command goes on from the newest checkpoint, if one was written")

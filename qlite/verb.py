@@ -1,21 +1,30 @@
-"""What every verb shares: an error of the user's ends with its message and exit code, never with a traceback."""
+"""What every verb shares: an error of the user's or the machine's ends with its message and exit code, never with a traceback."""
 
 import os
 import sys
 from collections.abc import Callable
 
-from qlite.errors import QliteError
+import torch
+
+from qlite.errors import MachineError, QliteError
 
 
-def run_verb(main: Callable[[list[str]], None]) -> None:
+def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted") -> None:
     """Run ``main`` with the command line's arguments and leave the process with the right exit code."""
-    # Told apart from a user's own setting: without it, tokenizers warns about forks that qlite never makes.
+    # qlite encodes in this process; without a word of it, the tokenizers library warns at every fork that it may deadlock.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         main(sys.argv[1:])
     except QliteError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        print(
+            f"out of memory: {first}\nLower train.micro_batch (and raise train.accumulation), train.tokens or memory.loss_chunk",
+            file=sys.stderr,
+        )
+        sys.exit(MachineError.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.exit(130)

@@ -16,4 +16,4 @@ def test_losses_are_those_kept(case):
         assert now == kept["losses"]
     else:
         # Another torch or another instruction set sums in another order; in bfloat16 that shows in the third digit.
-        assert now == pytest.approx(kept["losses"], rel=2e-2)
+        assert now == pytest.approx(kept["losses"], rel=1e-5 if "float32" in case else 5e-3)

@@ -13,8 +13,9 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from qlite.errors import QliteError, RunError
+from qlite.errors import QliteError, RecipeError, RunError
 from qlite.files import is_whole, sha256
+from qlite.recipe.read import build_recipe
 from qlite.train import main
 from qlite.training.run_folder import RunFolder, find_run
 from tests.tiny_run import STEPS, run, tiny_recipe, tiny_tables
@@ -176,6 +177,61 @@ def test_the_closing_words_name_figures_and_the_next_command(tmp_path, capsys):
     words = capsys.readouterr().out
     for part in ("tokens/s", "exact match", "before training", "peak memory", "qlite.export --merge", "qlite.generate"):
         assert part in words
+
+
+def test_fresh_deletes_the_old_run_only_once_the_new_one_can_begin(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(tomli_w.dumps(tiny_tables(tmp_path, train={"steps": 2})))
+    main([str(path)])
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = adapter_sum(tmp_path)
+    with pytest.raises(QliteError):
+        main([str(path), "--fresh", "base.model=./nothing"])
+    assert RunFolder(tmp_path / "run").is_finished
+    assert adapter_sum(tmp_path) == before
+    main([str(path), "--fresh", "train.seed=3"])
+    assert adapter_sum(tmp_path) != before
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_recipe_alone_does_not_make_a_folder_ours(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.toml").write_text("mine")
+    with pytest.raises(RunError, match="holds something else"):
+        run(tiny_recipe(tmp_path))
+    RunFolder(folder).discard()
+    assert (folder / "recipe.toml").read_text() == "mine"
+
+
+def test_a_line_of_metrics_cut_short_by_a_crash_stops_nothing(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, stop_after=3)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "answers", "samples": [["a", "{}')
+    assert run(recipe).steps[-1].step == STEPS
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "run.json", "result.json"])
+def test_damaged_files_of_a_run_are_named(tmp_path, name):
+    recipe = tiny_recipe(tmp_path, train={"steps": 2})
+    run(recipe)
+    (tmp_path / "run" / name).write_text("{")
+    again = {"result.json": lambda: RunFolder(tmp_path / "run").result}.get(name, lambda: run(recipe))
+    with pytest.raises(RunError, match=name):
+        again()
+
+
+def test_where_it_is_written_is_no_part_of_what_a_run_is(tmp_path):
+    run(tiny_recipe(tmp_path), stop_after=3)
+    assert run(tiny_recipe(tmp_path, output={"keep": 5, "save_every": 1})).steps[0].step == 3
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(tmp_path):
+    tables = tiny_tables(tmp_path, train={"epochs": 1}, schedule={"warmup_steps": 50})
+    del tables["train"]["steps"]
+    with pytest.raises(RecipeError, match="warmup_steps = 50: not less than the run's 7 steps"):
+        run(build_recipe(tables, "tiny.toml"))
 
 
 def test_find_run_says_what_is_wrong(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlite import export, generate
-from qlite.errors import ExportError, RunError
+from qlite.errors import ExportError, MachineError, RecipeError, RunError
 from qlite.serving.answer import Sampling, answer_all, answer_batch
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder
@@ -65,6 +65,30 @@ def test_an_export_never_overwrites_without_force_and_is_the_same_twice(finished
     assert (out / "model.safetensors").read_bytes() == first
 
 
+def test_force_replaces_only_what_an_export_wrote(finished, tmp_path):
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    with pytest.raises(MachineError, match="did not write there"):
+        export.main(["--merge", str(finished), "--out", str(mine), "--force"])
+    with pytest.raises(MachineError, match="did not write there"):
+        export.main(["--merge", str(finished), "--out", str(finished), "--force"])
+    assert (mine / "thesis.txt").read_text() == "mine"
+    assert RunFolder(finished).is_finished
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--max-tokens", "0"], "1 or more"), (["--temperature", "-1"], "temperature -1"), (["--top-p", "5"], "at most 1")]
+)
+def test_numbers_that_make_no_sense_are_refused(finished, flags, words):
+    with pytest.raises(RecipeError, match=words):
+        generate.main([str(finished), "--prompt", "abc", *flags])
+
+
+def test_tabs_and_line_breaks_of_an_answer_are_kept_and_escapes_are_not():
+    assert generate.clean_lines("\tif x:\n\t\ty\x1b[2J") == "\tif x:\n\t\ty"
+
+
 def test_the_adapter_is_written_as_pefts_two_files(finished, tmp_path):
     out = tmp_path / "peft"
     export.main(["--adapter", str(finished), "--out", str(out)])
@@ -78,7 +102,7 @@ def test_a_batch_answers_as_each_prompt_alone(finished):
     model, encoder = own.base.model.float(), own.encoder
     together = answer_batch(model, encoder, PROMPTS, GREEDY)
     assert together == [answer_batch(model, encoder, [prompt], GREEDY)[0] for prompt in PROMPTS]
-    assert list(answer_all(model, encoder, PROMPTS, GREEDY, batch=2)) == together
+    assert list(answer_all(model, encoder, PROMPTS, GREEDY)) == together
     assert any(together)
 
 

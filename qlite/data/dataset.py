@@ -62,6 +62,8 @@ class Data(Table):
         test, messages = self._encode(test_rows, format, encoder, tokens, note)
         if not train:
             raise DataError(f"train.tokens = {tokens}: {self.train} has no row with an answer that is that short; raise it")
+        if test_rows and not test:
+            raise DataError(f"train.tokens = {tokens}: no held-out row with an answer is that short; raise it")
         note(f'data: {len(train)} training rows in format "{format}", {len(test)} held out; {_share(train)}')
         return DataSet(train, test, messages, encoder, _common_system(spoken))
 

@@ -37,7 +37,9 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto"):
         self.tokenizer = tokenizer
-        self.template = tokenizer.chat_template if template == "auto" else TEMPLATES[template]
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        self.template = own if template == "auto" else TEMPLATES[template]
         if not self.template:
             names = ", ".join(f'"{name}"' for name in TEMPLATES)
             raise DataError(f'data.template: this tokenizer brings no chat template, so "auto" finds none; choose one of {names}')

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Return the last hidden states [B, T, D] for ``input_ids`` [B, T].
 
     There is no padding mask: rows are padded on the right, where a causal model's real tokens cannot look.
     """
-    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def logits_head(model: PreTrainedModel) -> nn.Module:

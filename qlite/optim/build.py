@@ -133,7 +133,8 @@ class FlatOptimizer:
             if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
                 state[key].copy_(value)
             else:
-                state[key] = value.to(flat.grad.device) if isinstance(value, Tensor) else value
+                # torch's step count stays on the CPU, where torch made it: on a card every step would wait for it.
+                state[key] = value.to(flat.grad.device) if isinstance(value, Tensor) and key != "step" else value
 
 
 def _flatten(params: list[torch.nn.Parameter]) -> list[FlatParameters]:

@@ -7,8 +7,12 @@ costs 2 bytes per parameter instead of 4. The float32 values exist only while th
 Measured against plain bfloat16, stochastic rounding and Kahan summation in tools/LOG.md.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
+
+CHUNK = 1 << 22
 
 
 def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,19 +54,29 @@ class FlatParameters:
     @torch.no_grad()
     def open(self) -> None:
         """Give ``master`` its float32 values and gradient for one optimizer step."""
-        self.master.data = self.weight if self.remainder is None else join_float32(self.weight, self.remainder)
+        if self.remainder is None:
+            self.master.data = self.weight
+        else:
+            self.master.data = torch.empty_like(self.grad)
+            for master, weight, remainder in self._chunks():
+                master.copy_(join_float32(weight, remainder))
         self.master.grad = self.grad
 
     @torch.no_grad()
     def close(self) -> None:
         """Write the stepped ``master`` back into the parameters, set it empty, and zero the gradient sum."""
         if self.remainder is not None:
-            weight, remainder = split_float32(self.master.data)
-            self.weight.copy_(weight)
-            self.remainder.copy_(remainder)
+            for master, weight, remainder in self._chunks():
+                upper, lower = split_float32(master)
+                weight.copy_(upper)
+                remainder.copy_(lower)
         self.master.grad = None
         self.master.data = self.grad.new_empty(0)
         self.grad.zero_()
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield matching parts of master, weight and remainder: the conversions' temporaries are as large as one part."""
+        return zip(*(t.split(CHUNK) for t in (self.master.data, self.weight, self.remainder)), strict=True)
 
 
 def _adder(total: Tensor):

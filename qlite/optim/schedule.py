@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qlite.errors import RecipeError
 from qlite.table import Table
 
 
@@ -19,6 +20,13 @@ class Schedule(Table):
     """Steps over which the learning rate rises in equal parts from 0 to optimizer.lr."""
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate at the end of a decay, as a share of optimizer.lr."""
+
+    def check(self, steps: int) -> None:
+        """Raise RecipeError if a run of ``steps`` steps would end within its warm-up."""
+        if self.warmup_steps >= steps:
+            raise RecipeError(
+                f"schedule.warmup_steps = {self.warmup_steps}: not less than the run's {steps} steps; lower it or train longer"
+            )
 
     def factor(self, step: int, steps: int) -> float:
         """Return the factor on the learning rate in ``step`` (counted from 1) of ``steps``, in 0 .. 1.

@@ -141,7 +141,8 @@ class Recipe:
         """Return the same recipe with local paths made absolute, so that it means the same from every folder."""
         data = {key: _absolute(value) for key in ("train", "test") if (value := getattr(self.data, key))}
         base = dataclasses.replace(self.base, model=_absolute(self.base.model))
-        return dataclasses.replace(self, base=base, data=dataclasses.replace(self.data, **data))
+        output = dataclasses.replace(self.output, dir=_expanded(self.output.dir))
+        return dataclasses.replace(self, base=base, data=dataclasses.replace(self.data, **data), output=output)
 
 
 TABLES: dict[str, type[Table]] = {
@@ -169,4 +170,12 @@ def _absolute(value: str) -> str:
         path = Path(value).expanduser()
         return str(path.absolute()) if path.exists() else value
     except (RuntimeError, OSError):  # "~name" of no user of this machine; a name longer than the disk allows
+        return value
+
+
+def _expanded(value: str) -> str:
+    """Return ``value`` with a leading ~ written out."""
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
         return value

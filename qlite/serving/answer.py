@@ -1,6 +1,7 @@
 """Answers from a model: greedy or sampled, one at a time as text streams in, or many prompts in one batch."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from qlite.data.encode import Encoder
 from qlite.data.formats import Messages
+from qlite.errors import RecipeError
+
+# A token of the cache takes 128 KiB in an 8B model: 1 GiB at most.
+TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,14 @@ class Sampling:
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise RecipeError(f"max tokens {self.max_tokens}: should be 1 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise RecipeError(f"temperature {self.temperature}: should be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise RecipeError(f"top-p {self.top_p}: should be more than 0, at most 1")
 
 
 @torch.no_grad()
@@ -37,14 +50,23 @@ def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[Message
     return [encoder.decode(_until_stop(row, encoder.stop_ids)) for row in new.tolist()]
 
 
-def answer_all(model: PreTrainedModel, encoder: Encoder, prompts: list[Messages], sampling: Sampling, batch: int) -> Iterator[str]:
-    """Yield the answers to ``prompts`` in order, ``batch`` at a time. Rows of like length meet, to pad little."""
-    order = sorted(range(len(prompts)), key=lambda i: len(encoder.encode_prompt(prompts[i])))
+def answer_all(
+    model: PreTrainedModel, encoder: Encoder, prompts: list[Messages], sampling: Sampling, told: Callable[[int], None] = lambda _: None
+) -> list[str]:
+    """Return the answers to ``prompts`` in order; ``told`` hears how many are done. Rows of like length meet, to pad little.
+
+    As many rows are decoded together as their cache stays below TOKENS_AT_ONCE tokens.
+    """
+    lengths = [len(encoder.encode_prompt(prompt)) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
     answers: dict[int, str] = {}
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+    while len(answers) < len(prompts):
+        left = order[len(answers) :]
+        rows = max(1, TOKENS_AT_ONCE // (lengths[left[min(99, len(left) - 1)]] + sampling.max_tokens))
+        chosen = left[:rows]
         answers |= dict(zip(chosen, answer_batch(model, encoder, [prompts[i] for i in chosen], sampling), strict=True))
-    yield from (answers[i] for i in range(len(prompts)))
+        told(len(answers))
+    return [answers[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -63,6 +85,7 @@ def generate_ids(
         do_sample=sampling.temperature > 0,
         temperature=sampling.temperature or None,
         top_p=sampling.top_p if sampling.temperature > 0 else None,
+        top_k=0 if sampling.temperature > 0 else None,  # transformers' own default would keep 50 tokens
         eos_token_id=encoder.stop_ids,
         pad_token_id=encoder.pad_id,
         use_cache=True,
@@ -98,7 +121,9 @@ class TextStream(BaseStreamer):
             self.write(text[len(self._written) :])
             self._written = text
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Hand over what was held back: an answer may end in half a character."""
+        self.write(self.encoder.decode(_until_stop(self.ids, self.encoder.stop_ids))[len(self._written) :])
 
 
 def _until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:

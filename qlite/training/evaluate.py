@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -12,7 +13,6 @@ from qlite.serving.answer import Sampling, answer_all
 from qlite.training.report import AnswerReport, EvalReport, Observer
 from qlite.training.step import Stepper, trained_tokens
 
-ANSWERS_AT_ONCE = 100
 SAMPLES = 2
 
 
@@ -20,7 +20,7 @@ def evaluate(stepper: Stepper, data: DataSet, train: Train, step: int, observer:
     """Return loss and perplexity over all held-out rows. Padding is kept small by length order."""
     start = time.perf_counter()
     rows = sorted(data.test, key=len)
-    batches = list(batches_of(rows, max(train.micro_batch, 8), data.encoder.pad_id))
+    batches = list(batches_of(rows, train.micro_batch, data.encoder.pad_id))
     total, loss = trained_tokens(batches), 0.0
     observer.phase("evaluate", 0, len(batches))
     for number, batch in enumerate(batches, start=1):
@@ -35,11 +35,15 @@ def compare_answers(model: PreTrainedModel, data: DataSet, train: Train, step: i
     chosen = data.test_messages[: train.exact_match_rows]
     prompts = [messages[:-1] for messages in chosen]
     expected = [messages[-1]["content"].strip() for messages in chosen]
-    answers: list[str] = []
-    observer.phase("answer held-out prompts", 0, len(chosen))
-    for answer in answer_all(model, data.encoder, prompts, Sampling(max_tokens=train.answer_tokens), ANSWERS_AT_ONCE):
-        answers.append(answer.strip())
-        observer.phase("answer held-out prompts", len(answers), len(chosen))
+    phase = "answer held-out prompts"
+    observer.phase(phase, 0, len(chosen))
+    sampling = Sampling(max_tokens=train.answer_tokens)
+    told = partial(_tell, observer, phase, len(chosen))
+    answers = [answer.strip() for answer in answer_all(model, data.encoder, prompts, sampling, told)]
     exact = sum(a == e for a, e in zip(answers, expected, strict=True))
     asked = [prompt[-1]["content"] for prompt in prompts]
     return AnswerReport(step, len(chosen), exact, list(zip(asked, expected, answers, strict=True))[:SAMPLES])
+
+
+def _tell(observer: Observer, phase: str, total: int, done: int) -> None:
+    observer.phase(phase, done, total)

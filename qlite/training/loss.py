@@ -19,8 +19,8 @@ def chunked_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor, denom
     """
     # Row-major places of the hidden states that predict a trained token: one before the token itself.
     predicts = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).reshape(-1).nonzero().squeeze(1)
-    targets = labels.reshape(-1)[predicts + 1].to(hidden.device, non_blocking=True)
-    used = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicts.to(hidden.device, non_blocking=True))
+    targets = labels.reshape(-1)[predicts + 1].to(hidden.device)
+    used = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicts.to(hidden.device))
     params = tuple(p for p in head.parameters() if p.requires_grad)
     return _ChunkedLoss.apply(used, targets, head, denominator, chunk, *params)
 

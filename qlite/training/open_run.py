@@ -33,5 +33,6 @@ def open_run(run: RunFolder, device_name: str, progress: Progress) -> OpenRun:
     """Load the base of ``run`` on the device called ``device_name``, without the adapter."""
     recipe = run.recipe()
     where = device.pick_device(device_name)
+    device.keep_freed_memory()
     base = recipe.base.load(where, progress)
     return OpenRun(run, recipe, base, Encoder(base.tokenizer, recipe.data.template), where)

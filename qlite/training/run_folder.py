@@ -9,6 +9,7 @@ runs/quickstart/
 import json
 import shutil
 import tomllib
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,13 +49,18 @@ class RunFolder:
         self.metrics, self.adapter = path / "metrics.jsonl", path / "adapter"
 
     @property
+    def is_begun(self) -> bool:
+        """Whether a run of qlite's was begun here: a recipe alone may be anybody's."""
+        return all((self.path / name).is_file() for name in ("recipe.toml", "run.json"))
+
+    @property
     def is_finished(self) -> bool:
-        return (self.path / "result.json").is_file()
+        return self.is_begun and (self.path / "result.json").is_file() and (self.adapter / WEIGHTS).is_file()
 
     @property
     def result(self) -> dict:
         """What the finished run said of itself."""
-        return json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        return self._read("result.json")
 
     def recipe(self) -> Recipe:
         """Return the frozen recipe. Raises RunError where there is none."""
@@ -63,34 +69,43 @@ class RunFolder:
             return build_recipe(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
         except OSError as error:
             raise RunError(f'"{self.path}" is no run folder: it has no recipe.toml. Finished runs: {_names(self.path.parent)}') from error
+        except ValueError as error:
+            raise RunError(f"{path}: damaged ({error}); start afresh with --fresh") from error
 
     def check(self, recipe: Recipe) -> None:
         """Raise RunError if the folder belongs to another recipe or holds something else. Nothing is written."""
-        if not (self.path / "recipe.toml").is_file():
-            others = (
-                [path.name for path in self.path.iterdir() if not path.name.startswith((".", "run.json"))] if self.path.is_dir() else []
-            )
+        if not self.is_begun:
+            inside = list(self.path.iterdir()) if self.path.is_dir() else []
+            others = [path.name for path in inside if not path.name.startswith((".", "run.json"))]
             if others or self.path.is_file():
                 raise RunError(f'output.dir = "{self.path}": exists and holds something else ({", ".join(others[:3])}); choose another')
             return
-        differences = recipe_differences(self.recipe(), recipe)
+        # Where and how often it is written is no part of what a run computes.
+        differences = [text for text in recipe_differences(self.recipe(), recipe) if not text.startswith("output.")]
         if differences:
             raise RunError(
                 f'"{self.path}" holds a run of another recipe ({"; ".join(differences)}). '
                 "Go on with the old recipe, choose another output.dir, or start afresh with --fresh"
             )
 
+    def discard(self) -> None:
+        """Delete the run that was begun here: what qlite wrote while training, and nothing else (exports stay)."""
+        if self.is_begun:
+            for name in ("result.json", "recipe.toml", "metrics.jsonl", "run.json"):  # first what makes it count as finished
+                (self.path / name).unlink(missing_ok=True)
+            for folder in (self.adapter, self.path / "checkpoints"):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def begin(self, recipe: Recipe, device: str, threads: int) -> list[str]:
         """Make the folder for ``recipe``, if it is not there yet; called when all that can be wrong with a run has been read.
 
         Returns what differs from the machine it began on ("torch: 2.12.0 -> 2.13.0"): with it the last bits will, too.
         """
-        self.check(recipe)
         facts = {"qlite": __version__, **{name: version(name) for name in LIBRARIES}, "device": device, "threads": threads}
-        if not (self.path / "recipe.toml").is_file():
+        if not self.is_begun:
             write_json(self.path / "run.json", facts)
             write_text(self.path / "recipe.toml", recipe_toml(recipe))  # last: with it the folder is this run's
-        then = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        then = self._read("run.json")
         return [f"{key}: {then.get(key)} -> {facts.get(key)}" for key in {**then, **facts} if then.get(key) != facts.get(key)]
 
     def note(self, message: str) -> None:
@@ -113,8 +128,11 @@ class RunFolder:
         """Return the records of metrics.jsonl; a last line cut short by a crash is left out."""
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError):
+                records.append(json.loads(line))
+        return records
 
     def save(self, state: TrainState, model: nn.Module, optimizer: FlatOptimizer, keep: int) -> None:
         """Write a checkpoint, whole or not at all, then drop all but the ``keep`` newest."""
@@ -124,7 +142,7 @@ class RunFolder:
             write_tensors(folder / "optimizer.safetensors", tensors)
             write_json(folder / "state.json", {**asdict(state), "optimizer": numbers})
         for old in self._checkpoints()[keep:]:
-            remove_folder(old)
+            shutil.rmtree(old)
 
     def resume(self, model: nn.Module, optimizer: FlatOptimizer) -> TrainState:
         """Load the newest whole checkpoint into ``model`` and ``optimizer``; without any, return the state of step 0."""
@@ -140,11 +158,21 @@ class RunFolder:
         self._rewind(-1)
         return TrainState()
 
-    def finish(self, recipe: Recipe, model: nn.Module, result: dict) -> None:
-        """Write the adapter and the result; with it the run counts as finished."""
+    def write_adapter(self, recipe: Recipe, model: nn.Module) -> None:
+        """Write what was trained."""
         with new_folder(self.adapter) as folder:
             write_adapter(folder, model, recipe.method, recipe.base.model)
+
+    def finish(self, result: dict) -> None:
+        """Write the result; with it the run counts as finished."""
         write_json(self.path / "result.json", result)
+
+    def _read(self, name: str) -> dict:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: damaged or missing ({error}); start afresh with --fresh") from error
 
     def _log(self, record: dict) -> None:
         append_line(self.metrics, json.dumps(record, ensure_ascii=False))
@@ -170,7 +198,7 @@ def find_run(path: str | None, runs: Path = Path("runs")) -> RunFolder:
         RunError: there is none, or it is not finished.
     """
     if path is None:
-        finished = [folder for folder in runs.glob("*") if (folder / "result.json").is_file()]
+        finished = [folder for folder in runs.glob("*") if RunFolder(folder).is_finished]
         if not finished:
             raise RunError(f'no finished run under "{runs}"; name one, or train first: python -m qlite.train recipes/quickstart.toml')
         return RunFolder(max(finished, key=lambda folder: (folder / "result.json").stat().st_mtime))
@@ -179,12 +207,6 @@ def find_run(path: str | None, runs: Path = Path("runs")) -> RunFolder:
     if not run.is_finished:
         raise RunError(f'"{path}" is not finished; the command that began it goes on with it')
     return run
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a checkpoint or a run that qlite made; folders of another content are left alone."""
-    if (folder / "state.json").is_file() or (folder / "recipe.toml").is_file():
-        shutil.rmtree(folder)
 
 
 def _names(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """One optimizer step: gradients summed over micro-batches, weighted by trained tokens, clipped, applied."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,9 @@ class Stepper:
             Diverged: loss or gradient is not finite; the parameters are as before.
         """
         loss = self.accumulate(batches)
-        result = StepResult(loss.item(), optimizer.clip(clip_norm).item())
-        if not (torch.tensor([result.loss, result.grad_norm]).isfinite().all()):
+        # The step's one wait for the device: what is not finite must be known before it is stepped.
+        result = StepResult(*torch.stack([loss, optimizer.clip(clip_norm)]).tolist())
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             optimizer.zero_grad()
             raise Diverged(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: not finite, so nothing was updated. "
@@ -72,7 +74,7 @@ class Stepper:
         return sum(self._loss(batch, tokens).item() for batch in batches)
 
     def _loss(self, batch: Batch, tokens: int) -> Tensor:
-        hidden = hidden_states(self.model, batch.input_ids.to(self.device, non_blocking=True))
+        hidden = hidden_states(self.model, batch.input_ids.to(self.device))
         return chunked_cross_entropy(self.head, hidden, batch.labels, tokens, self.loss_chunk)
 
 

@@ -1,5 +1,6 @@
 """What a finished run says of itself: result.json, and the closing words on the terminal."""
 
+import shlex
 from statistics import median
 
 from rich.console import Console
@@ -53,6 +54,7 @@ def print_summary(run: RunFolder) -> None:
     for prompt, _, answer in samples:
         console.print(Text(f"\n> {clean(prompt)}\n  {clean(answer)}"))
     prompt = clean(samples[0][0]).replace('"', "'") if samples else "..."
+    path = shlex.quote(str(run.path))
     # Not wrapped: these lines are there to be copied.
-    console.print(f"\nNext:  python -m qlite.export --merge {run.path}", soft_wrap=True)
-    console.print(f'       python -m qlite.generate {run.path} --prompt "{prompt}"', soft_wrap=True)
+    console.print(f"\nNext:  python -m qlite.export --merge {path}", soft_wrap=True)
+    console.print(f'       python -m qlite.generate {path} --prompt "{prompt}"', soft_wrap=True)

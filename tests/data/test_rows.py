@@ -132,7 +132,7 @@ def test_held_out_rows_come_off_the_end(tmp_path):
 
 def test_nothing_short_enough_and_too_much_held_out_are_errors(tmp_path):
     source = data_file(tmp_path, [200, 300])
-    with pytest.raises(DataError, match="train.tokens = 60: has no row with an answer that is that short"):
+    with pytest.raises(DataError, match="train.tokens = 60: .* has no row with an answer that is that short"):
         Data(train=source).load(tiny_tokenizer(), 60, lambda _: None)
     with pytest.raises(DataError, match="data.held_out_rows = 2: .* has only 2 rows"):
         Data(train=source, held_out_rows=2).load(tiny_tokenizer(), 600, lambda _: None)
