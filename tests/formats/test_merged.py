@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from qlite.errors import AdapterError, ExportError, NotMergeable, QliteError
+from qlite.errors import AdapterError, ExportError, MachineError, NotMergeable, QliteError
 from qlite.files import is_whole
 from qlite.formats import merged
 from qlite.formats.merged import INDEX, write_merged
@@ -234,12 +234,19 @@ def test_writing_changes_nothing_in_the_model(folders, tmp_path):
 
 def test_a_second_export_replaces_the_first_whole(folders, tmp_path):
     write(tmp_path / "out", adapted(folders["deep"]), shard_bytes=500_000)
-    (tmp_path / "out" / "left-over.txt").write_text("old")
+    assert len(list((tmp_path / "out").glob("*.safetensors*"))) > 2
     write(tmp_path / "out", adapted(folders["llama"]))
-    assert not (tmp_path / "out" / "left-over.txt").exists()
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
     assert is_whole(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_somebody_put_a_file_into_is_not_replaced(folders, tmp_path):
+    write(tmp_path / "out", adapted(folders["llama"]))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(MachineError, match="did not write there"):
+        write(tmp_path / "out", adapted(folders["llama"]))
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 # Memory
