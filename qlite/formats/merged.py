@@ -16,11 +16,11 @@ from qlite.errors import ExportError, NotMergeable
 from qlite.files import new_folder, write_json, write_tensors
 from qlite.methods.base import AdaptedLinear, trainable_tensors
 from qlite.model.load import file_names
+from qlite.model.wheel import Progress
 from qlite.quant.linear import QuantLinear, dense_weight
 from qlite.units import GIB
 
 INDEX = "model.safetensors.index.json"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

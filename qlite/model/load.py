@@ -6,7 +6,7 @@ one tensor, the device the packed weights plus one.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,10 +20,10 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_
 from qlite.errors import ModelError
 from qlite.model.checkpoint import open_checkpoint
 from qlite.model.source import locate
+from qlite.model.wheel import Progress
 from qlite.quant.linear import QuantLinear, Storage
 from qlite.table import Table
 
-Progress = Callable[[str, int, int], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of transformers 5.23's families the dense ones have at most 4 % there (Mamba's states), mixtures of experts at least 26 %.
 LARGEST_SHARE_OUTSIDE = 0.1

@@ -7,7 +7,8 @@ import torch
 from qlite import device
 from qlite.data.encode import Encoder
 from qlite.formats.peft import load_adapter
-from qlite.model.load import LoadedBase, Progress
+from qlite.model.load import LoadedBase
+from qlite.model.wheel import Progress
 from qlite.recipe.schema import Recipe
 from qlite.training.run_folder import RunFolder
 
