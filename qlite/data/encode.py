@@ -1,93 +1,116 @@
 """Conversations to token ids, in one place for training, evaluation and generation.
 
-What the model is asked with in generation is, id for id, what it saw before the answer in training.
+What the model is asked with in generation is, id for id, what it saw before the answer in training: both are made here, by
+``_rows``, piece by piece. A piece is what one speaker adds; it is tokenised apart, so no token spans prompt and answer.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlite.data.formats import Messages
-from qlite.data.template import TEMPLATES
+from qlite.data.formats import Conversation, Messages
+from qlite.data.template import TEMPLATES, freeze_date
 from qlite.errors import DataError
 
 IGNORED = -100
 """Label of a token that carries no loss."""
+ANSWERS, LAST, ALL = "answers", "last", "all"
+"""What of a conversation is trained: every turn of the assistant, its last one, or every token."""
+# What a template's own code can raise on a conversation that it was not written for.
+TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as token ids, and which of them carry a loss."""
+    """One row as token ids, and which of them carry a loss. Lists or arrays of equal length."""
 
-    ids: list[int]
-    trained: list[bool]
+    ids: Sequence[int]
+    trained: Sequence[bool]
+    answer_start: int = 0
+    """Where the last answer begins: what stands before it is what generation asks with."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def trained_tokens(self) -> int:
-        return sum(self.trained)
+        return int(np.count_nonzero(self.trained))
+
+
+@dataclass
+class _Pieces:
+    """A row in the making: texts and whether they are trained."""
+
+    texts: list[str] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    done: str = ""
+    answer_piece: int = 0
+
+    def add(self, text: str, trained: bool) -> None:
+        self.texts.append(text)
+        self.trained.append(trained)
+        self.done += text
 
 
 class Encoder:
-    """Encodes with one tokenizer and one chat template (the tokenizer's own, or one of TEMPLATES by name)."""
+    """Encodes with one tokenizer and one chat template: Jinja text, or None for a model that is only given raw text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto"):
-        self.tokenizer = tokenizer
-        own = tokenizer.chat_template
-        own = own.get("default") if isinstance(own, dict) else own
-        self.template = own if template == "auto" else TEMPLATES[template]
-        if not self.template:
-            names = ", ".join(f'"{name}"' for name in TEMPLATES)
-            raise DataError(f'data.template: this tokenizer brings no chat template, so "auto" finds none; choose one of {names}')
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, loss_on: str = ANSWERS):
+        self.tokenizer, self.template, self.loss_on = tokenizer, template, loss_on
+        self._frozen = template and freeze_date(template)
         if tokenizer.eos_token is None:
             raise DataError("base.model: its tokenizer has no end-of-text token, so no answer could ever end")
 
-    def encode(self, messages: Messages, where: str = "row") -> Encoded:
-        """Return the conversation's ids; the assistant's turns, with the token that ends each, are trained.
+    def encode(self, conversation: Conversation, where: str = "row") -> list[Encoded]:
+        """Return the conversation as one row, or as several where the template rewrites earlier turns (Qwen3's reasoning).
 
         Raises:
-            DataError: the template cannot render these messages turn by turn.
+            DataError: the template cannot render these messages.
         """
-        if messages[0]["role"] == "text":
-            return self._encode_text(messages[0]["content"])
-        ids: list[int] = []
-        trained: list[bool] = []
-        done = ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:index], where, ask=True)
-            answer = self._answer(prompt, messages[: index + 1], where)
-            self._extend(ids, trained, done, prompt, where, train=False)
-            self._extend(ids, trained, prompt, prompt + answer, where, train=True)
-            done = prompt + answer
-        return Encoded(ids, trained)
+        return self.encode_many([conversation], [where])[0]
 
-    def encode_prompt(self, messages: Messages, where: str = "prompt") -> list[int]:
-        """Return the ids that ask for the next assistant turn after ``messages``: history encoded as ``encode`` does."""
-        answered = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        past = self.encode(messages[: answered + 1], where) if answered >= 0 else Encoded([], [])
-        ids, trained = list(past.ids), list(past.trained)
-        prompt = self._render(messages, where, ask=True)
-        done = ""
-        if answered >= 0:
-            before = self._render(messages[:answered], where, ask=True)
-            done = before + self._answer(before, messages[: answered + 1], where)
-        self._extend(ids, trained, done, prompt, where, train=False)
-        return ids
+    def encode_many(self, conversations: list[Conversation], wheres: list[str]) -> list[list[Encoded]]:
+        """Return ``encode`` of each conversation, tokenised all at once; ``wheres`` name them in messages."""
+        talks = [c for c in conversations if not c.is_text]
+        prompts, fulls = self._rendered(talks, [w for c, w in zip(conversations, wheres, strict=True) if not c.is_text])
+        rows, texts = [], []
+        for conversation, where in zip(conversations, wheres, strict=True):
+            if conversation.is_text:
+                texts.append(conversation)
+                rows.append(None)
+            else:
+                rows.append(self._rows(conversation, prompts, fulls, where))
+        encoded = iter(self._tokenised([row for group in rows if group is not None for row in group]))
+        raw = iter(self._raw(texts))
+        return [[next(raw)] if group is None else [next(encoded) for _ in group] for group in rows]
+
+    def encode_prompt(self, messages: Messages, where: str = "prompt", tools: list[dict] | None = None) -> list[int]:
+        """Return the ids that ask for the next assistant turn after ``messages``: those that training has before its answer.
+
+        Without a template the last message is raw text to be continued.
+        """
+        if self.template is None:
+            return self._ids([messages[-1]["content"]], special=True)[0]
+        asked = Conversation([*messages, {"role": "assistant", "content": ""}], tools)
+        prompts, fulls = self._rendered([asked], [where], is_open=True)
+        row = self._rows(asked, prompts, fulls, where, is_open=True)[-1]
+        return list(self._tokenised([row])[0].ids)
 
     @cached_property
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer: end of text, and the one that closes an assistant's turn in this template."""
-        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        last = turn.ids[-1]
         stops = {self.tokenizer.eos_token_id}
-        if last in self.tokenizer.all_special_ids or last in self.tokenizer.added_tokens_decoder:
-            stops.add(last)
+        if self.template is not None:
+            turn = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            last = int(self.encode(turn, "data.template")[-1].ids[-1])
+            if last in self.tokenizer.all_special_ids or last in self.tokenizer.added_tokens_decoder:
+                stops.add(last)
         return sorted(stops)
 
     @property
@@ -96,42 +119,149 @@ class Encoder:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer's ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def _encode_text(self, text: str) -> Encoded:
-        ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
-        if ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return Encoded(ids, [True] * len(ids))
+    def control_token(self, conversation: Conversation) -> str | None:
+        """Return a token with a meaning to the model (end of turn, ...) that stands in a message as if it were text, or None."""
+        for message in conversation.messages:
+            if found := self._control.search(message["content"]):
+                return found[0]
+        return None
 
-    def _answer(self, prompt: str, messages: Messages, where: str) -> str:
-        """Return the text that ``messages``' last turn adds to ``prompt``, up to and including what ends the turn."""
-        full = self._render(messages, where, ask=False)
+    # From a conversation to pieces of text
+
+    def _rendered(self, conversations: list[Conversation], wheres: list[str], is_open: bool = False) -> tuple[dict, dict]:
+        """Return, by (conversation's id, answer's index), the text before each answer and the text up to its end.
+
+        ``is_open``: the last answer is not there yet, and so has no end.
+        """
+        places = [(c, i, w) for c, w in zip(conversations, wheres, strict=True) for i in c.answers]
+        if places and self.template is None:
+            names = ", ".join(f'"{name}"' for name in TEMPLATES)
+            raise DataError(
+                f'data.template: this tokenizer brings no chat template, so "auto" finds none; choose one of {names} or a .jinja file'
+            )
+        keys = [(id(c), i) for c, i, _ in places]
+        prompts = self._render([(c.messages[:i], c.tools, w) for c, i, w in places], ask=True)
+        ended = places[:-1] if is_open else places
+        fulls = self._render([(c.messages[: i + 1], c.tools, w) for c, i, w in ended], ask=False)
+        return dict(zip(keys, prompts, strict=True)), dict(zip(keys, fulls, strict=False))
+
+    def _render(self, requests: list[tuple[Messages, list | None, str]], ask: bool) -> list[str]:
+        apply = self.tokenizer.apply_chat_template
+        options = {"chat_template": self._frozen, "tokenize": False, "add_generation_prompt": ask}
+        if requests and all(tools is None for _, tools, _ in requests):
+            with suppress(*TEMPLATE_FAULTS):  # again one by one, to name the row
+                return apply([messages for messages, _, _ in requests], **options)
+        return [self._render_one(messages, tools, where, options) for messages, tools, where in requests]
+
+    def _render_one(self, messages: Messages, tools: list | None, where: str, options: dict) -> str:
+        if tools is not None and "tools" not in self.template:
+            raise DataError(f"{where}: the row offers tools, and the chat template has no place for them; choose another data.template")
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+        except TemplateError as error:
+            raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
+        except TEMPLATE_FAULTS as error:
+            raise DataError(f"{where}: the chat template fails on this conversation ({type(error).__name__}: {error})") from error
+
+    def _rows(self, conversation: Conversation, prompts: dict, fulls: dict, where: str, is_open: bool = False) -> list[_Pieces]:
+        """Return the conversation's rows; ``is_open``: the last answer is not there yet, and its row ends with the question."""
+        rows: list[_Pieces] = []
+        answers = conversation.answers
+        for index in answers:
+            key, message = (id(conversation), index), conversation.messages[index]
+            if not rows or not prompts[key].startswith(rows[-1].done):
+                rows.append(_Pieces())
+            row = rows[-1]
+            row.add(prompts[key][len(row.done) :], self.loss_on == ALL)
+            row.answer_piece = len(row.texts)
+            if is_open and index == answers[-1]:
+                break
+            says = bool(message["content"].strip() or message.get("tool_calls"))
+            is_wanted = (self.loss_on != LAST or index == answers[-1]) and index not in conversation.untrained
+            row.add(self._answer(message, prompts[key], fulls[key], where), says and is_wanted)
+        self._require_all_said(conversation, rows[-1].done, where)
+        return rows if is_open else [row for row in rows if any(row.trained)] or rows[-1:]
+
+    def _answer(self, message: dict, prompt: str, full: str, where: str) -> str:
+        """Return what ``message`` adds to ``prompt``, up to and including what ends the turn."""
         if not full.startswith(prompt):
             raise DataError(f"{where}: the chat template does not continue its own prompt with the answer; choose data.template")
+        answer, content = full[len(prompt) :], message["content"].strip()
+        said = answer.find(content) if content else -1
+        end = self._end.search(answer, said + len(content)) if said >= 0 else None
+        if end is not None:
+            return answer[: end.end()]
         # What follows the end token (a line break in ChatML) opens the next turn; the model stops before it.
-        answer = full[len(prompt) :].rstrip()
-        return answer if answer.endswith(self._end_tokens) else answer + self.tokenizer.eos_token
+        answer = answer.rstrip()
+        return answer if self._end.search(answer[-40:]) and answer.endswith(self._end_tokens) else answer + self.tokenizer.eos_token
+
+    def _require_all_said(self, conversation: Conversation, text: str, where: str) -> None:
+        """Raise DataError if the template has left out what the user or the system says."""
+        for message in conversation.messages:
+            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+                raise DataError(
+                    f"{where}: the chat template leaves the {message['role']} message out; choose another data.template, or drop it"
+                )
 
     @cached_property
     def _end_tokens(self) -> tuple[str, ...]:
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         return tuple({token for token in [*added, *self.tokenizer.all_special_tokens] if token.strip()})
 
-    def _render(self, messages: Messages, where: str, ask: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, add_generation_prompt=ask)
-        except TemplateError as error:
-            raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
+    @cached_property
+    def _end(self) -> re.Pattern:
+        return re.compile("|".join(map(re.escape, sorted(self._end_tokens, key=len, reverse=True))))
 
-    def _extend(self, ids: list[int], trained: list[bool], done: str, text: str, where: str, train: bool) -> None:
-        """Append the ids of what ``text`` adds to ``done``. Encoded apart, so that no token spans prompt and answer."""
-        if not text.startswith(done):
-            raise DataError(
-                f"{where}: the chat template rewrites earlier turns, so they cannot be trained turn by turn; keep one answer a row"
-            )
-        more = self.tokenizer(text[len(done) :], add_special_tokens=False)["input_ids"]
-        ids.extend(more)
-        trained.extend([train] * len(more))
+    @cached_property
+    def _control(self) -> re.Pattern:
+        written = {token for token in self._end_tokens if token in (self.template or "")}
+        tokens = {token for token in written | set(self.tokenizer.all_special_tokens) if token.strip()}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    # From pieces of text to ids
+
+    def _tokenised(self, rows: list[_Pieces]) -> list[Encoded]:
+        firsts = iter(self._ids([row.texts[0] for row in rows]))
+        others = iter(self._continued([text for row in rows for text in row.texts[1:]]))
+        encoded = []
+        for row in rows:
+            pieces = [next(firsts), *(next(others) for _ in row.texts[1:])]
+            ids = [token for piece in pieces for token in piece]
+            trained = [flag for piece, flag in zip(pieces, row.trained, strict=True) for _ in piece]
+            encoded.append(Encoded(ids, trained, sum(len(piece) for piece in pieces[: row.answer_piece])))
+        return encoded
+
+    def _raw(self, conversations: list[Conversation]) -> list[Encoded]:
+        end, rows = self.tokenizer.eos_token_id, []
+        all_ids = self._ids([conversation.messages[0]["content"] for conversation in conversations], special=True)
+        for conversation, ids in zip(conversations, all_ids, strict=True):
+            is_ended = conversation.goes_on or ids[-1:] == [end]
+            rows.append(ids if is_ended else [*ids, end])
+        return [Encoded(ids, [True] * len(ids)) for ids in rows]
+
+    def _continued(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of texts that follow another one."""
+        if not self._prefixes_space:
+            return self._ids(texts)
+        # Behind a line break such a tokenizer adds no space of its own; the break's ids are taken off again.
+        line_break = self._ids(["\n"])[0]
+        count = len(line_break)
+        behind = self._ids(["\n" + text for text in texts])
+        return [ids[count:] if ids[:count] == line_break else self._ids([text])[0] for ids, text in zip(behind, texts, strict=True)]
+
+    @cached_property
+    def _prefixes_space(self) -> bool:
+        """Whether the tokenizer puts a space before every text it is given (Llama 2, Mistral): wrong in mid-conversation."""
+        alone, behind, line_break = self._ids(["a", "\na", "\n"])
+        return behind[len(line_break) :] != alone
+
+    def _ids(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+            "input_ids"
+        ]

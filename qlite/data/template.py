@@ -1,4 +1,11 @@
-"""Chat templates by name, for base models that bring none of their own. Jinja, as transformers renders it."""
+"""Chat templates: the tokenizer's own, a built-in one for base models that bring none, or a Jinja file of the user's."""
+
+import re
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qlite.errors import DataError
 
 TEMPLATES: dict[str, str] = {
     # Taori et al. 2023: the two prompts, word for word, that the original Alpaca run was trained with.
@@ -19,3 +26,52 @@ TEMPLATES: dict[str, str] = {
         "{{ bos_token or '' }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
     ),
 }
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+SUFFIXES = (".jinja", ".jinja2", ".j2")
+# Llama 3's own date where a template's program has no clock. Any will do, if training and asking agree on it.
+FROZEN_DATE = {"d": "26", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24", "A": "Friday", "a": "Fri", "H": "12", "M": "00"}
+
+
+def is_template_name(name: str) -> bool:
+    """Return whether ``name`` can be a recipe's data.template: "auto", a built-in's name or a Jinja file's path."""
+    return name == "auto" or name in TEMPLATES or name.endswith(SUFFIXES)
+
+
+def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the Jinja text of ``name``: "auto" (the tokenizer's own, None if it has none), a built-in's name or a file's path.
+
+    Raises:
+        DataError: the file cannot be read, or the built-in needs tokens that the tokenizer does not have.
+    """
+    if name == "auto":
+        own = tokenizer.chat_template
+        return (own.get("default") if isinstance(own, dict) else own) or None
+    if name in TEMPLATES:
+        missing = [token for token in CHATML_TOKENS if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
+        if name == "chatml" and missing:
+            raise DataError(
+                'data.template = "chatml": this tokenizer has no token <|im_end|>, so the model could not learn to stop at it; '
+                'choose "plain" or "alpaca"'
+            )
+        return TEMPLATES[name]
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f'data.template: cannot read "{name}" ({error.strerror}); the folder looked in is {Path.cwd()}') from error
+    except UnicodeDecodeError as error:
+        raise DataError(f'data.template: "{name}" byte {error.start}: not UTF-8; save it as UTF-8') from error
+    if "messages" not in text:
+        raise DataError(f'data.template: "{name}" never reads "messages", so it is no chat template')
+    return text
+
+
+def freeze_date(template: str) -> str:
+    """Return ``template`` with the calls that write today's date replaced by one date.
+
+    A prompt with the date of training in it would never be asked again.
+    """
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda found: f"{found[1]}{_date(found[2])}{found[1]}", template)
+
+
+def _date(format: str) -> str:
+    return re.sub(r"%-?([a-zA-Z])", lambda found: FROZEN_DATE.get(found[1], ""), format)

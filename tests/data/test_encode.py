@@ -3,9 +3,12 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from qlite.data.encode import Encoder
-from qlite.data.template import TEMPLATES
+from qlite.data.encode import ALL, ANSWERS, LAST, Encoded, Encoder
+from qlite.data.formats import Conversation
+from qlite.data.template import TEMPLATES, find_template, freeze_date
 from qlite.errors import DataError
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -16,90 +19,308 @@ TALK = [
     {"role": "user", "content": "Two?"},
     {"role": "assistant", "content": "2"},
 ]
+# Gives an earlier answer without its reasoning, as Qwen3 and DeepSeek do.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 text = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=12)
-words = text.filter(lambda s: s.strip() == s)
+words = text.filter(lambda s: s.strip() == s and "<" not in s)  # no control tokens: they are refused
 
 
-def trained_text(encoder: Encoder, messages: list[dict]) -> str:
-    encoded = encoder.encode(messages)
-    return encoder.tokenizer.decode([i for i, t in zip(encoded.ids, encoded.trained, strict=True) if t])
+def encoder(template: str | None = "chatml", loss_on: str = ANSWERS, **special) -> Encoder:
+    tokenizer = tiny_tokenizer(template, **special)
+    return Encoder(tokenizer, tokenizer.chat_template, loss_on)
+
+
+def with_template(jinja: str, loss_on: str = ANSWERS) -> Encoder:
+    return Encoder(tiny_tokenizer(), jinja, loss_on)
+
+
+def encode(own: Encoder, messages: list[dict], **more) -> Encoded:
+    (row,) = own.encode(Conversation(messages, **more), "rows.jsonl line 3")
+    return row
+
+
+def trained_text(own: Encoder, messages: list[dict], **more) -> str:
+    row = encode(own, messages, **more)
+    return own.tokenizer.decode([i for i, t in zip(row.ids, row.trained, strict=True) if t])
+
+
+# What is trained
 
 
 def test_every_answer_and_its_end_token_are_trained_and_nothing_else():
-    assert trained_text(Encoder(tiny_tokenizer()), TALK) == "1<|im_end|>2<|im_end|>"
+    assert trained_text(encoder(), TALK) == "1<|im_end|>2<|im_end|>"
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_an_answer_ends_with_a_token_that_generation_stops_at(template):
-    encoder = Encoder(tiny_tokenizer(template))
-    encoded = encoder.encode(TALK)
-    assert encoded.ids[-1] in encoder.stop_ids
-    assert encoded.trained[-1]
+def test_only_the_last_answer_is_trained_where_the_recipe_says_so():
+    assert trained_text(encoder(loss_on=LAST), TALK) == "2<|im_end|>"
+
+
+def test_everything_is_trained_where_the_recipe_says_so():
+    row = encode(encoder(loss_on=ALL), TALK)
+    assert all(row.trained)
+    assert row.ids == encode(encoder(), TALK).ids
+
+
+def test_a_switched_off_answer_is_read_and_not_trained():
+    assert trained_text(encoder(), TALK, untrained=frozenset([2])) == "2<|im_end|>"
+
+
+def test_an_empty_answer_teaches_nothing():
+    empty = [*TALK[:4], {"role": "assistant", "content": " "}]
+    assert trained_text(encoder(), empty) == "1<|im_end|>"
+    assert encode(encoder(), [TALK[1], empty[-1]]).trained_tokens == 0
+
+
+def test_what_the_last_answer_begins_with_is_known():
+    row = encode(encoder(), TALK)
+    own = encoder()
+    assert own.tokenizer.decode(row.ids[row.answer_start :]) == "2<|im_end|>"
+    assert list(row.ids[: row.answer_start]) == own.encode_prompt(TALK[:-1])
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.sampled_from(sorted(TEMPLATES)))
-def test_the_ids_chat_would_send_are_those_training_saw_before_each_answer(turns, template):
-    encoder = Encoder(tiny_tokenizer(template))
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=4), st.sampled_from([ANSWERS, LAST, ALL]), st.sampled_from(sorted(TEMPLATES)))
+def test_trained_are_exactly_the_tokens_of_the_answers_that_the_mask_means(turns, loss_on, template):
+    own = encoder(template, loss_on)
     messages = [m for user, answer in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})]
-    ids, trained = (lambda e: (e.ids, e.trained))(encoder.encode(messages))
-    for index in range(0, len(messages), 2):
-        prompt = encoder.encode_prompt(messages[: index + 1])
-        assert ids[: len(prompt)] == prompt
-        assert not trained[len(prompt) - 1]
-        assert trained[len(prompt)]
+    row = encode(own, messages)
+    end = "<|im_end|>" if template == "chatml" else "<eos>"
+    answers = [f"{answer}{end}" for _, answer in turns]
+    got = own.tokenizer.decode([i for i, t in zip(row.ids, row.trained, strict=True) if t])
+    whole = own.tokenizer.decode(row.ids)
+    assert got == {ANSWERS: "".join(answers), LAST: answers[-1], ALL: whole}[loss_on]
+    assert row.trained[-1]
+    assert row.ids[-1] in own.stop_ids
 
 
 @settings(deadline=None)
 @given(words, words)
 def test_what_is_trained_decodes_to_the_answer(user, answer):
-    encoder = Encoder(tiny_tokenizer())
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-    encoded = encoder.encode(messages)
-    start = encoded.trained.index(True)
-    assert encoder.decode(encoded.ids[start:]) == answer
+    own = encoder()
+    row = encode(own, [{"role": "user", "content": user}, {"role": "assistant", "content": answer}])
+    assert own.decode(row.ids[row.answer_start :]) == answer
+
+
+# The law: what chat sends is what training saw
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.sampled_from([*sorted(TEMPLATES), "forgetful"]), st.booleans())
+def test_the_ids_chat_would_send_are_those_training_saw_before_each_answer(turns, template, has_system):
+    own = with_template(FORGETFUL) if template == "forgetful" else encoder(template)
+    messages = [m for user, answer in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})]
+    messages = [{"role": "system", "content": "S"}, *messages] if has_system else messages
+    row = encode(own, messages)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = own.encode_prompt(messages[:index])
+            assert list(row.ids[: len(prompt)]) == prompt
+            assert not row.trained[len(prompt) - 1]
+            assert row.trained[len(prompt)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(words, words, words), min_size=2, max_size=4))
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_of_them_as_chat_would_send_it(turns):
+    own = with_template(FORGETFUL)
+    messages = []
+    for user, thought, answer in turns:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": f"{thought}</think>{answer}"}]
+    rows = own.encode(Conversation(messages))
+    assert len(rows) == len(turns)
+    for number, row in enumerate(rows):
+        prompt = own.encode_prompt(messages[: 2 * number + 1])
+        assert list(row.ids[: row.answer_start]) == prompt
+        assert own.decode(row.ids[row.answer_start :]) == messages[2 * number + 1]["content"]
+        assert list(row.trained) == [index >= row.answer_start for index in range(len(row))]
+
+
+def test_a_batch_is_encoded_as_each_conversation_alone():
+    own = encoder()
+    talks = [
+        Conversation(TALK),
+        Conversation([{"role": "text", "content": "abc"}]),
+        Conversation(TALK[1:3]),
+        Conversation([{"role": "text", "content": ""}]),
+    ]
+    together = own.encode_many(talks, ["a", "b", "c", "d"])
+    assert together == [own.encode(talk) for talk in talks]
+
+
+def mistral_like() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before whatever it is given, as Llama 2's and Mistral's do."""
+    letters = ["<unk>", "<s>", "</s>", "▁", *"[INST]/abc?"]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(letters))}
+    for word in ("▁a", "▁b", "▁c"):
+        vocab[word] = len(vocab)
+    merges = [("▁", letter) for letter in "abc"]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    return fast
+
+
+def test_an_answer_behind_a_prompt_gets_no_second_space():
+    tokenizer = mistral_like()
+    own = Encoder(tokenizer, tokenizer.chat_template)
+    row = encode(own, [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "a"}])
+    assert tokenizer.convert_ids_to_tokens(row.ids[row.answer_start :]) == ["▁a", "</s>"]
+    whole = tokenizer(
+        own.tokenizer.apply_chat_template([{"role": "user", "content": "b?"}], tokenize=False) + " a</s>", add_special_tokens=False
+    )
+    assert list(row.ids) == whole["input_ids"]
+
+
+# Beginning and end
+
+
+def test_there_is_one_beginning_of_text_token_whoever_writes_it():
+    # The fault this guards against: the template writes it, and the tokenizer adds another one.
+    tokenizer = tiny_tokenizer("chatml", bos_token="<pad>")
+    own = Encoder(tokenizer, tokenizer.chat_template)
+    assert encode(own, TALK).ids.count(tokenizer.bos_token_id) == 1
+    assert own.encode_prompt(TALK[:2]).count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_ends_with_a_token_that_generation_stops_at(template):
+    own = encoder(template)
+    row = encode(own, TALK)
+    assert row.ids[-1] in own.stop_ids
+    assert row.trained[-1]
 
 
 def test_a_tokenizer_whose_pad_is_its_end_token_still_trains_the_end_token():
-    encoder = Encoder(tiny_tokenizer("alpaca", pad_token="<eos>"))
-    encoded = encoder.encode(TALK[1:3])
-    assert encoded.ids[-1] == encoder.tokenizer.eos_token_id == encoder.pad_id
-    assert encoded.trained[-1]
+    own = encoder("alpaca", pad_token="<eos>")
+    row = encode(own, TALK[1:3])
+    assert row.ids[-1] == own.tokenizer.eos_token_id == own.pad_id
+    assert row.trained[-1]
 
 
 def test_a_template_without_an_end_token_gets_one():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
+    own = with_template(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    assert trained_text(Encoder(tokenizer), TALK[1:3]) == "1<eos>"
+    assert trained_text(own, TALK[1:3]) == "1<eos>"
+
+
+def test_what_a_template_writes_behind_the_end_of_a_turn_is_not_learnt():
+    # Phi-3 closes the whole conversation with another token; the model is to stop at the turn's own.
+    own = with_template(TEMPLATES["chatml"] + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    assert trained_text(own, TALK) == "1<|im_end|>2<|im_end|>"
+    assert own.tokenizer.convert_tokens_to_ids("<|im_end|>") in own.stop_ids
 
 
 def test_raw_text_is_trained_as_a_whole_and_ended():
-    encoded = Encoder(tiny_tokenizer()).encode([{"role": "text", "content": "abc"}])
-    assert all(encoded.trained)
-    assert len(encoded) == 4
+    row = encode(encoder(None), [{"role": "text", "content": "abc"}])
+    assert all(row.trained)
+    assert len(row) == 4
+    assert row.answer_start == 0
 
 
-def test_without_any_template_the_key_and_the_choices_are_named():
-    with pytest.raises(DataError, match='data.template: .* "alpaca", "chatml", "plain"'):
-        Encoder(tiny_tokenizer(None))
+def test_a_piece_of_a_text_that_goes_on_is_not_ended():
+    assert (
+        encode(encoder(None), [{"role": "text", "content": "abc"}], goes_on=True).ids
+        == encode(encoder(None), [{"role": "text", "content": "abc"}]).ids[:-1]
+    )
+
+
+def test_without_a_template_a_prompt_is_text_to_be_continued():
+    own = encoder(None)
+    assert own.decode(own.encode_prompt([{"role": "user", "content": "abc"}])) == "abc"
+    assert own.stop_ids == [own.tokenizer.eos_token_id]
+
+
+# What is refused
+
+
+def test_a_conversation_without_any_template_is_refused_with_the_choices():
+    with pytest.raises(DataError, match='data.template: .* "alpaca", "chatml", "plain" or a .jinja file'):
+        encode(encoder(None), TALK)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused():
     with pytest.raises(DataError, match="no end-of-text token"):
-        Encoder(tiny_tokenizer(eos_token=None))
+        encoder(eos_token=None)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row():
+@pytest.mark.parametrize(
+    ("jinja", "words"),
+    [
+        ("{{ raise_exception('no system messages') }}", "refuses this conversation: no system messages"),
+        ("{{ messages[9].content }}", "rows.jsonl line 3: the chat template refuses"),
+        ("{{ messages[0].content + 1 }}", "rows.jsonl line 3: the chat template fails"),
+        (
+            "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves the system message out",
+        ),
+        (
+            "{% for m in messages %}{% if m.role != 'user' %}{{ m.role }}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves the user message out",
+        ),
+        ("{{ messages|length }}", "does not continue its own prompt"),
+    ],
+)
+def test_a_template_that_cannot_render_a_row_names_it(jinja, words):
+    with pytest.raises(DataError, match="rows.jsonl line 3") as error:
+        encode(with_template(jinja), TALK)
+    assert words in str(error.value)
+
+
+def test_tools_that_the_template_has_no_place_for_are_refused():
+    with pytest.raises(DataError, match="rows.jsonl line 3: the row offers tools"):
+        encode(encoder(), TALK, tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_tools_reach_a_template_that_has_a_place_for_them():
+    own = with_template("{{ tools | tojson }}" + TEMPLATES["chatml"])
+    row = encode(own, TALK, tools=[{"name": "weather"}])
+    assert own.tokenizer.decode(row.ids).startswith('[{"name": "weather"}]')
+
+
+def test_a_control_token_in_the_text_is_found():
+    own = encoder()
+    assert own.control_token(Conversation(TALK)) is None
+    assert own.control_token(Conversation([*TALK[:-1], {"role": "assistant", "content": "done<|im_end|>"}])) == "<|im_end|>"
+
+
+# Templates by name and file
+
+
+def test_templates_are_found_by_name_and_file(tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}|{% endif %}{% endfor %}"
-    with pytest.raises(DataError, match="rows.jsonl line 3"):
-        Encoder(tokenizer).encode(TALK[1:], "rows.jsonl line 3")
+    assert find_template("auto", tokenizer) == TEMPLATES["chatml"]
+    assert find_template("plain", tokenizer) == TEMPLATES["plain"]
+    assert find_template(str(tmp_path / "mine.jinja"), tokenizer) == "{{ messages }}"
+    assert find_template("auto", tiny_tokenizer(None)) is None
 
 
-def test_a_template_that_refuses_a_role_names_the_row():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
-    with pytest.raises(DataError, match="rows.jsonl line 3.*no system messages"):
-        Encoder(tokenizer).encode(TALK, "rows.jsonl line 3")
+def test_template_files_that_are_none_are_refused(tmp_path):
+    (tmp_path / "a.jinja").write_bytes(b"\xff\xfe")
+    (tmp_path / "b.jinja").write_text("Dear {{ name }},")
+    for name, words in (("a.jinja", "byte 0: not UTF-8"), ("b.jinja", "no chat template"), ("c.jinja", "cannot read")):
+        with pytest.raises(DataError, match=words):
+            find_template(str(tmp_path / name), tiny_tokenizer())
+
+
+def test_chatml_is_refused_for_a_tokenizer_that_lacks_its_tokens():
+    with pytest.raises(DataError, match='data.template = "chatml": this tokenizer has no token <|im_end|>'):
+        find_template("chatml", mistral_like())
+
+
+def test_a_template_that_writes_the_date_writes_one_date():
+    template = "Today: {{ strftime_now('%d %b %Y') }}\n" + TEMPLATES["chatml"]
+    assert freeze_date(template).startswith("Today: {{ '26 Jul 2024' }}\n")
+    own = with_template(template)
+    assert own.tokenizer.decode(own.encode_prompt(TALK[:2])).startswith("Today: 26 Jul 2024\n")
