@@ -6,9 +6,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
+import platformdirs
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,6 +47,36 @@ def append_line(path: Path, line: str) -> None:
     """Append one line to a log. A log is no truth to resume from, so it is not flushed to the device."""
     with _explained(path), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(line + "\n")
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder of qlite: $QLITE_CACHE, or what the platform provides for caches."""
+    chosen = os.environ.get("QLITE_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("qlite", appauthor=False))
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a binary stream whose content becomes ``path`` on leaving; for what is too large to be held in memory first."""
+    with _explained(path), _replacing(path) as temporary, temporary.open("wb") as stream:
+        yield stream
+
+
+def drop_oldest(folder: Path, budget_bytes: int) -> None:
+    """Delete the sub-folders of ``folder`` that were used longest ago, until the others take at most ``budget_bytes``."""
+    sizes = {sub: sum(file.stat().st_size for file in sub.glob("*")) for sub in folder.glob("*") if _is_ours(sub)}
+    total = sum(sizes.values())
+    for sub in sorted(sizes, key=lambda sub: (sub / MANIFEST).stat().st_mtime):
+        if total <= budget_bytes:
+            return
+        total -= sizes[sub]
+        shutil.rmtree(sub, ignore_errors=True)
+
+
+def mark_used(folder: Path) -> None:
+    """Make ``folder`` the one that ``drop_oldest`` drops last; on a read-only disk nothing happens."""
+    with suppress(OSError):
+        os.utime(folder / MANIFEST)
 
 
 @contextmanager

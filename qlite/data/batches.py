@@ -1,20 +1,26 @@
 """Which rows meet in which step: a pure function of the seed and the step's number, so resuming needs no loader state."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qlite.data.encode import IGNORED, Encoded
+from qlite.data.pack import pack
 from qlite.device import mix_seed
+
+# Micro-batches among which rows are sorted by length. More would pad less, and make a step's rows less random.
+SORTED_TOGETHER = 32
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to the longest of them: ``input_ids`` [B, T]; ``labels`` [B, T], -100 where untrained.
+    """Lines padded on the right to the longest of them: ``input_ids`` [B, T]; ``labels`` [B, T], -100 where untrained.
 
+    ``position_ids`` [B, T], where lines hold several documents: counted anew from each one's start; None where each line is one row.
     ``labels`` stay on the CPU: which positions are trained is known there without waiting for a device.
     """
 
@@ -22,6 +28,7 @@ class Batch:
     labels: Tensor
     tokens: int
     """Tokens that are not padding."""
+    position_ids: Tensor | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -29,51 +36,118 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORED).sum())
 
     @classmethod
-    def of(cls, rows: list[Encoded], pad_id: int) -> "Batch":
-        """Return ``rows`` as one batch."""
-        width = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), width), pad_id)
-        labels = torch.full((len(rows), width), IGNORED)
-        for index, row in enumerate(rows):
-            ids = torch.tensor(row.ids)
-            input_ids[index, : len(row)] = ids
-            labels[index, : len(row)] = torch.where(torch.tensor(row.trained), ids, IGNORED)
-        return cls(input_ids, labels, sum(len(row) for row in rows))
+    def of(cls, rows: Sequence[Encoded], pad_id: int) -> "Batch":
+        """Return ``rows`` as one batch, a row a line."""
+        lines = cls.packed([[row] for row in rows], pad_id)
+        return cls(lines.input_ids, lines.labels, lines.tokens)
+
+    @classmethod
+    def packed(cls, lines: Sequence[Sequence[Encoded]], pad_id: int) -> "Batch":
+        """Return a batch of lines that hold several rows each. The padding at a line's end counts as a document of its own."""
+        width = max(sum(map(len, line)) for line in lines)
+        input_ids = torch.full((len(lines), width), pad_id)
+        labels = torch.full((len(lines), width), IGNORED)
+        positions = torch.zeros((len(lines), width), dtype=torch.long)
+        tokens = 0
+        for index, line in enumerate(lines):
+            start = 0
+            for row in line:
+                stop = start + len(row)
+                ids = torch.as_tensor(row.ids, dtype=torch.long)
+                input_ids[index, start:stop] = ids
+                labels[index, start:stop] = torch.where(torch.as_tensor(row.trained, dtype=torch.bool), ids, IGNORED)
+                labels[index, start] = IGNORED  # what stands before it belongs to another document
+                positions[index, start:stop] = torch.arange(len(row))
+                start = stop
+            positions[index, start:] = torch.arange(width - start)
+            tokens += start
+        return cls(input_ids, labels, tokens, positions)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TokenBatches:
-    """The training rows, cut into steps of ``accumulation`` micro-batches of ``micro_batch`` rows."""
+    """The training rows, cut into steps of ``accumulation`` micro-batches of ``micro_batch`` lines.
 
-    rows: list[Encoded]
+    A line is one row or, with ``pack_tokens``, as many as fit into so many tokens.
+    """
+
+    rows: Sequence[Encoded]
     micro_batch: int
     accumulation: int
     seed: int
     pad_id: int
+    pack_tokens: int | None = None
+    _kept: tuple[int, list] = field(default=(-1, []), init=False, repr=False)
+    """One epoch's number and micro-batches."""
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        own = getattr(self.rows, "lengths", None)
+        return np.array([len(row) for row in self.rows]) if own is None else own
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Steps in one pass over the rows; the last may be smaller."""
-        return -(-len(self.rows) // (self.micro_batch * self.accumulation))
+        """Steps in one pass over the rows; the last may be smaller. The same in every epoch, whatever its order."""
+        return -(-len(self._lines(np.arange(len(self.lengths)))) // (self.micro_batch * self.accumulation))
 
     def step(self, number: int) -> list[Batch]:
-        """Return the micro-batches of step ``number``, counted from 1.
+        """Return the micro-batches of step ``number``, counted from 1; the largest comes first."""
+        return [self._batch(lines) for lines in self.plan(number)]
 
-        Each epoch has its own order. Within a step rows are grouped by length: that moves padding, not the gradient.
-        """
+    def plan(self, number: int) -> list[list[list[int]]]:
+        """Return the micro-batches of step ``number`` as lines of row numbers."""
         epoch, within = divmod(number - 1, self.steps_per_epoch)
-        size = self.micro_batch * self.accumulation
-        chosen = [self.rows[i] for i in self._order(epoch)[within * size : (within + 1) * size]]
-        chosen.sort(key=len, reverse=True)
-        return list(batches_of(chosen, self.micro_batch, self.pad_id))
+        if self._kept[0] != epoch:
+            self._kept = (epoch, self._epoch(epoch))
+        micro_batches = self._kept[1]
+        return sorted(micro_batches[within * self.accumulation : (within + 1) * self.accumulation], key=self._size, reverse=True)
 
-    def _order(self, epoch: int) -> list[int]:
+    def _batch(self, lines: list[list[int]]) -> Batch:
+        rows = [[self.rows[index] for index in line] for line in lines]
+        return Batch.packed(rows, self.pad_id) if self.pack_tokens else Batch.of([row for (row,) in rows], self.pad_id)
+
+    def _epoch(self, epoch: int) -> list[list[list[int]]]:
         # A generator of its own: dropout's draws never move the data, and the data never moves dropout's.
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-        return torch.randperm(len(self.rows), generator=generator).tolist()
+        order = torch.randperm(len(self.lengths), generator=generator).numpy()
+        lines = self._lines(order)
+        if self.pack_tokens:
+            lines = [lines[i] for i in torch.randperm(len(lines), generator=generator).tolist()]
+        micro_batches = list(self._grouped(lines, generator))
+        if epoch == 0:
+            # The largest of all first: what does not fit into memory shows at step 1.
+            largest = max(range(len(micro_batches)), key=lambda index: self._size(micro_batches[index]))
+            micro_batches[0], micro_batches[largest] = micro_batches[largest], micro_batches[0]
+        return micro_batches
+
+    def _lines(self, order: np.ndarray) -> list[list[int]]:
+        """Return the rows in ``order`` as lines."""
+        if self.pack_tokens is None:
+            return [[index] for index in order.tolist()]
+        return [[int(order[i]) for i in line] for line in pack(self.lengths[order], self.pack_tokens)]
+
+    def _grouped(self, lines: list[list[int]], generator: torch.Generator) -> Iterator[list[list[int]]]:
+        """Yield micro-batches of lines of like length, in random order within each stretch that was sorted."""
+        size = self.micro_batch
+        stretch = size * max(SORTED_TOGETHER, self.accumulation)
+        for start in range(0, len(lines), stretch):
+            part = sorted(lines[start : start + stretch], key=lambda line: self._width([line]), reverse=True)
+            groups = [part[i : i + size] for i in range(0, len(part), size)]
+            order = torch.randperm(len(groups), generator=generator).tolist()
+            # The one that is not full stays last: in mid-epoch it would move all others.
+            order.sort(key=lambda index: len(groups[index]) < size)
+            yield from (groups[index] for index in order)
+
+    def _size(self, lines: list[list[int]]) -> int:
+        """Return the tokens of a micro-batch, padding and all."""
+        return self._width(lines) * len(lines)
+
+    def _width(self, lines: list[list[int]]) -> int:
+        return max(int(self.lengths[line].sum()) for line in lines)
 
 
-def batches_of(rows: list[Encoded], size: int, pad_id: int) -> Iterator[Batch]:
+def batches_of(rows: Sequence[Encoded], size: int, pad_id: int) -> Iterator[Batch]:
     """Yield ``rows`` in order as batches of ``size`` rows; the last may be smaller."""
     for start in range(0, len(rows), size):
-        yield Batch.of(rows[start : start + size], pad_id)
+        yield Batch.of([rows[index] for index in range(start, min(start + size, len(rows)))], pad_id)

@@ -1,105 +1,175 @@
-"""The [data] table: from a data file to encoded training and held-out rows."""
+"""The [data] table: from data files to encoded training and held-out rows, and what stands in the way of training on them."""
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from qlite.data.encode import Encoded, Encoder
-from qlite.data.formats import Messages, detect_format, to_messages
-from qlite.data.rows import Row, read_rows
+from qlite.data.check import describe, problems
+from qlite.data.choose import Cut, cut, hold_out, weighted
+from qlite.data.encode import Encoder
+from qlite.data.encoding import Feed, Progress, encode_feed
+from qlite.data.formats import FormatName
+from qlite.data.sources import Source
+from qlite.data.store import Rows
+from qlite.data.template import find_template
 from qlite.errors import DataError
 from qlite.table import Table
+
+Fault = Literal["long", "untrained", "unended", "control"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one purpose, training or testing, and what happened on the way to them."""
+
+    rows: Rows
+    cut: Cut
+    key: str
+    identity: str
+    """Hash of all that the ids depend on."""
+    paths: tuple[str, ...] = ()
+    """Its sources, as they are called now."""
+    equal: int = 0
+    """Rows left out for being equal to a held-out one."""
+
+    @property
+    def meta(self) -> dict:
+        """What the encoding pass noted: sources, files, rows left out."""
+        return self.cut.rows.store.meta
+
+    @property
+    def read(self) -> int:
+        """Rows read from all sources."""
+        return sum(source["rows"] for source in self.meta["sources"])
 
 
 @dataclass(frozen=True)
 class DataSet:
     """What a run trains and is tested on."""
 
-    train: list[Encoded]
-    test: list[Encoded]
-    test_messages: list[Messages]
-    """The held-out conversations as text, for comparing answers."""
+    train: Rows
+    test: Rows
     encoder: Encoder
-    system: str = ""
-    """The system message, if every training row has the same one."""
+    parts: list[Part]
+    """How they came about: the training source, and the test source if it is one of its own."""
+    problems: list[str] = field(default_factory=list)
+    """Why the recipe would not be trained: each with key, rows and fix."""
+
+    def require_sound(self) -> None:
+        """Raise DataError, with all of them, if there are problems."""
+        if self.problems:
+            look = "Look at them before a weight is loaded: python -m qlite.preview RECIPE"
+            raise DataError("\n".join([*self.problems, look]))
+
+    @property
+    def system(self) -> str:
+        """The system message, if every training row has the same one."""
+        return self.parts[0].meta["system"]
+
+    def question(self, index: int) -> str:
+        """Return what the user says last in test row ``index``, to be shown."""
+        row = self.test[index]
+        known = self.test.store.meta["examples"].get(str(int(self.test.row[index])))
+        return self.encoder.decode(row.ids[: row.answer_start]) if known is None else known
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of what the rows and prompts depend on; a run that goes on must find the same."""
+        template = hashlib.sha256((self.encoder.template or "").encode()).hexdigest()[:32]
+        return {part.key: part.identity for part in self.parts} | {"data.template": template}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Table):
     """The rows to learn and the held-out rows to measure with."""
 
-    train: str
-    """Training rows: a .jsonl or .json file, or a hub data set "org/name"."""
-    test: str | None = None
-    """Held-out rows, from a source of the same kinds."""
+    train: str | tuple[Source, ...]
+    """Training rows: a file (.jsonl, .json, .csv, .parquet, .txt), a folder, a pattern, or a hub data set "org/name"; or [[data.train]]."""
+    test: str | tuple[Source, ...] | None = None
+    """Held-out rows, from sources of the same kinds."""
     held_out_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows taken off the end of the training rows to be held out, where there is no test source."""
+    """Rows taken from the training rows to be held out, where there is no test source: by a hash, the same on every machine."""
     split: str = "train"
     """Split of a hub data set."""
-    format: Literal["auto", "messages", "prompt", "alpaca", "text"] = "auto"
-    """Schema of the rows; "auto" looks at the first one."""
-    template: Literal["auto", "alpaca", "chatml", "plain"] = "auto"
-    """Chat template: the tokenizer's own ("auto") or a built-in one, for base models that have none."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    format: Literal["auto", FormatName] = "auto"
+    """Schema of the rows; "auto" looks at the first ones and says what it found."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the data calls our fields: { messages = "turns", content = "utterance", input = "instances.0.input", prompt = "{a}: {b}" }."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """What the data calls the speakers: { assistant = "SYSTEM" }."""
+    separator: str | None = None
+    """In .txt files: each line is a row, cut at this into prompt and completion."""
+    system: str = ""
+    """System message of conversations that have none."""
+    template: str = "auto"
+    """Chat template: the tokenizer's own ("auto"), a built-in one ("alpaca", "chatml", "plain"), or a .jinja file."""
+    loss_on: Literal["answers", "last", "all"] = "answers"
+    """What is trained of a conversation: all the assistant's turns, the last one, or every token."""
+    long_rows: Literal["drop", "cut_start", "cut_end"] = "drop"
+    """A conversation longer than train.tokens is left out, or loses its start or its end."""
+    stride: Annotated[int, Field(ge=1)] | None = None
+    """Raw text longer than train.tokens is split into windows that begin so many tokens apart; by default they do not overlap."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A row that does not fit its format stops the run, or is left out and counted."""
+    allow: tuple[Fault, ...] = ()
+    """What would stop the run but may be: "long" rows (over 1 %), "untrained" rows, "unended" answers, "control" tokens in the text."""
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, tokens: int, note: Callable[[str], None]) -> DataSet:
-        """Return all rows encoded, those longer than ``tokens`` left out.
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Encoder:
+        """Return what turns conversations into ids, with the Jinja text ``template`` if it is given, else the recipe's.
+
+        Raises:
+            DataError: the recipe's template cannot be had.
+        """
+        return Encoder(tokenizer, template or find_template(self.template, tokenizer), self.loss_on)
+
+    def sources(self, key: str) -> tuple[Source, ...]:
+        """Return the sources of ``key``, "train" or "test", each with what the table says for all of them."""
+        given = getattr(self, key)
+        sources = (Source(path=given),) if isinstance(given, str) else given
+        shared = {"split": self.split, "revision": self.revision, "separator": self.separator, "columns": self.columns, "roles": self.roles}
+        shared["format"] = None if self.format == "auto" else self.format
+        return tuple(replace(s, **{name: value for name, value in shared.items() if getattr(s, name) is None}) for s in sources)
+
+    def load(
+        self, tokenizer: PreTrainedTokenizerBase, tokens: int, note: Callable[[str], None], progress: Progress = lambda *_: None
+    ) -> DataSet:
+        """Return all rows encoded, none longer than ``tokens``.
 
         Raises:
             DataError: a source, a row or the template cannot be used, or nothing is left to train on.
         """
-        encoder = Encoder(tokenizer, self.template)
-        rows = read_rows(self.train, self.split, "data.train")
-        test_rows = read_rows(self.test, self.split, "data.test") if self.test else []
-        if self.held_out_rows >= len(rows):
-            raise DataError(f"data.held_out_rows = {self.held_out_rows}: {self.train} has only {len(rows)} rows; lower it")
-        if self.held_out_rows:
-            rows, test_rows = rows[: -self.held_out_rows], rows[-self.held_out_rows :]
-        format = detect_format(rows[0]) if self.format == "auto" else self.format
-        train, spoken = self._encode(rows, format, encoder, tokens, note)
-        test, messages = self._encode(test_rows, format, encoder, tokens, note)
-        if not train:
-            raise DataError(f"train.tokens = {tokens}: {self.train} has no row with an answer that is that short; raise it")
-        if test_rows and not test:
-            raise DataError(f"train.tokens = {tokens}: no held-out row with an answer is that short; raise it")
-        note(f'data: {len(train)} training rows in format "{format}", {len(test)} held out; {_share(train)}')
-        return DataSet(train, test, messages, encoder, _common_system(spoken))
+        encoder = self.encoder(tokenizer)
+        train = self._part("train", encoder, tokens, progress)
+        parts, found = [train], problems(train, self, encoder, tokens)
+        if self.test:
+            test = self._part("test", encoder, tokens, progress)
+            parts.append(test)
+            found += problems(test, self, encoder, tokens)
+            rows, held = train.rows, test.rows
+        else:
+            if self.held_out_rows >= len(train.rows):
+                raise DataError(f"data.held_out_rows = {self.held_out_rows}: there are only {len(train.rows)} rows in all; lower it")
+            rows, held, equal = hold_out(train.rows, self.held_out_rows)
+            parts = [replace(train, equal=equal)]
+        rows = weighted(rows, [source.weight for source in self.sources("train")])
+        if not len(rows):
+            raise DataError("data.train: the weights of its sources leave no row to train on; raise them")
+        data = DataSet(rows, held, encoder, parts, found)
+        for line in describe(data):
+            note(line)
+        return data
 
-    def _encode(self, rows: list[Row], format: str, encoder: Encoder, tokens: int, note) -> tuple[list[Encoded], list[Messages]]:
-        kept, messages, too_long, empty = [], [], 0, []
-        for row in rows:
-            conversation = to_messages(row, format)
-            if not conversation[-1]["content"].strip():
-                empty.append(row.where)
-                continue
-            encoded = encoder.encode(conversation, row.where)
-            if format == "text":
-                kept += [piece for piece in _pieces(encoded, tokens) if len(piece) > 1]
-            elif len(encoded) > tokens:
-                too_long += 1
-            else:
-                kept.append(encoded)
-                messages.append(conversation)
-        if empty:
-            note(f"data: {len(empty)} of {len(rows)} rows have an empty answer and are left out, first {empty[0]}")
-        if too_long:
-            note(f"data: {too_long} of {len(rows)} rows are longer than train.tokens = {tokens} and are left out")
-        return kept, messages
-
-
-def _common_system(conversations: list[Messages]) -> str:
-    firsts = {m[0]["content"] if m[0]["role"] == "system" else "" for m in conversations}
-    return firsts.pop() if len(firsts) == 1 else ""
-
-
-def _pieces(encoded: Encoded, tokens: int) -> list[Encoded]:
-    """Return a raw text cut into pieces of at most ``tokens`` ids."""
-    starts = range(0, len(encoded), tokens)
-    return [Encoded(encoded.ids[s : s + tokens], encoded.trained[s : s + tokens]) for s in starts]
-
-
-def _share(rows: list[Encoded]) -> str:
-    total, trained = sum(len(row) for row in rows), sum(row.trained_tokens for row in rows)
-    return f"{total / len(rows):.0f} tokens a row, {trained / total:.0%} of them trained"
+    def _part(self, key: str, encoder: Encoder, tokens: int, progress: Progress) -> Part:
+        sources = self.sources(key)
+        feed = Feed(sources, f"data.{key}", self.system, self.bad_rows == "skip")
+        store, identity = encode_feed(feed, encoder, progress)
+        rows = cut(store, tokens, self.long_rows, self.stride)
+        if not len(rows.rows):
+            raise DataError(f"train.tokens = {tokens}: data.{key} has no row with an answer that is that short; raise it")
+        return Part(rows.rows, rows, f"data.{key}", identity, tuple(source.path for source in sources))

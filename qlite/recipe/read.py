@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from qlite.errors import RecipeError
 from qlite.methods import METHODS
-from qlite.recipe.keys import closest, describe, one_of, table_adapter, table_keys, table_schema, toml_key, toml_value
+from qlite.recipe.keys import closest, describe, one_of, table_adapter, table_in_list, table_keys, table_schema, toml_key, toml_value
 from qlite.recipe.schema import TABLES, Recipe, table_class
 
 SHOWN_CHARACTERS = 80
@@ -20,12 +20,18 @@ SHOWN_CHARACTERS = 80
 # What other trainers call our keys (PEFT, transformers, alpaca-lora, axolotl), where letters alone would not lead there.
 OTHER_NAMES = {
     "batch_size": "train.micro_batch",
+    "attn_implementation": "base.attention",
     "bf16": "base.dtype",
+    "chat_template": "data.template",
     "cutoff_len": "train.tokens",
     "dataset": "data.train",
+    "dataset_name": "data.train",
+    "datasets": "data.train",
+    "early_stopping_patience": "train.patience",
     "gradient_accumulation_steps": "train.accumulation",
     "gradient_checkpointing": "memory.checkpointing",
     "learning_rate": "optimizer.lr",
+    "load_best_model_at_end": "output.adapter",
     "load_in_4bit": "base.bits",
     "load_in_8bit": "base.bits",
     "lr_scheduler": "schedule.name",
@@ -38,9 +44,13 @@ OTHER_NAMES = {
     "num_train_epochs": "train.epochs",
     "optim": "optimizer.name",
     "per_device_train_batch_size": "train.micro_batch",
+    "pad_to_sequence_len": "train.packing",
     "r": "method.rank",
+    "sample_packing": "train.packing",
     "sequence_len": "train.tokens",
     "target_modules": "method.targets",
+    "train_on_inputs": "data.loss_on",
+    "train_on_responses_only": "data.loss_on",
     "use_dora": "method.dora",
     "use_rslora": "method.rslora",
     "val_set_size": "data.held_out_rows",
@@ -111,22 +121,47 @@ def _read_table(table: str, values: object, wrong: dict[str, str]) -> object:
 
 def _explain(table: str, cls: type, values: dict, error: ValidationError, wrong: dict[str, str]) -> set[str]:
     """Put pydantic's findings into ``wrong`` in our words: key, value seen, fix. Return the keys of the table they are about."""
-    entries = table_schema(cls)["properties"]
+    schema = table_schema(cls)
+    own = [key.name.rpartition(".")[2] for key in table_keys(table, cls) if key.name.startswith(f"{table}.")]
     unread = set()
     for item in error.errors(include_url=False, include_input=False):
         name, *inner = item["loc"]
-        key = f"{table}.{name}"
-        unread.add(key)
-        if name not in entries:
-            wrong[key] = f"{table}.{toml_key(name)} = {_shown(values[name])}: no such key; {_right_key(table, cls, name)}"
-        elif name not in values:
-            wrong[key] = f"{key}: must be given. {entries[name]['description']}"
-        elif isinstance(values[name], dict) and inner and "additionalProperties" in entries[name]:
-            part = f"{key}.{toml_key(inner[0])}"
-            wrong[part] = _misfit(part, values[name][inner[0]], entries[name]["additionalProperties"])
+        unread.add(f"{table}.{name}")
+        listed = table_in_list(schema, schema["properties"].get(name, {}))
+        if listed and isinstance(values.get(name), list):
+            if inner[0] != "str":  # pydantic tries all that the key may be; of a list only the list is of interest
+                wrong |= _explain_listed(f"{table}.{name}", values[name], inner[1:], listed)
         else:
-            wrong[key] = _misfit(key, values[name], entries[name])
+            wrong |= _explain_key(table, values, [name, *inner], schema["properties"], own)
     return unread
+
+
+def _explain_listed(key: str, tables: list, place: list, schema: dict) -> dict[str, str]:
+    """Return what is wrong with one table of a list, by key: ``place`` is its index and what is wrong in it."""
+    if not place:
+        return {key: f"{key} = {_shown(tables)}: should be tables, each under [[{key}]]"}
+    index, *inner = place
+    name = f"{key}[{index + 1}]"
+    if not inner or not isinstance(tables[index], dict):
+        return {name: f"{name} = {_shown(tables[index])}: should be a table, written under [[{key}]]"}
+    return _explain_key(name, tables[index], inner, schema["properties"], list(schema["properties"]))
+
+
+def _explain_key(table: str, values: dict, place: list, entries: dict, own: list[str]) -> dict[str, str]:
+    """Return what is wrong with one key of ``table``, by key; ``own``: the keys that it has."""
+    name, *inner = place
+    key = f"{table}.{name}"
+    if name not in entries:
+        return {key: f"{table}.{toml_key(name)} = {_shown(values[name])}: no such key; {_right_key(table, own, name)}"}
+    if name not in values:
+        return {key: f"{key}: must be given. {entries[name]['description']}"}
+    # A key that may be left out takes "nothing" beside its table.
+    parts = [part for part in [entries[name], *entries[name].get("anyOf", ())] if "additionalProperties" in part]
+    inner = [part for part in inner if part in values[name]] if isinstance(values[name], dict) else []
+    if parts and inner:
+        part = f"{key}.{toml_key(inner[0])}"
+        return {part: _misfit(part, values[name][inner[0]], parts[0]["additionalProperties"])}
+    return {key: _misfit(key, values[name], entries[name])}
 
 
 def _misfit(key: str, value: object, entry: dict) -> str:
@@ -146,7 +181,7 @@ def _likely_fix(value: object, entry: dict) -> str:
         return "; inf and nan are no numbers to compute with"
     if isinstance(value, float) and "integer" in kinds and value.is_integer():
         return f"; write {int(value)}"
-    if kinds - {"null"} == {"string"} and not entry.keys() & {"pattern", "enum"} and not isinstance(value, list | dict | None):
+    if kinds - {"null", "array"} == {"string"} and not entry.keys() & {"pattern", "enum"} and not isinstance(value, list | dict | None):
         return f'; if that is meant, put it in quotes: "{toml_value(value)}"'
     return ""
 
@@ -155,9 +190,8 @@ def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _right_key(table: str, cls: type, name: str) -> str:
+def _right_key(table: str, own: list[str], name: str) -> str:
     """Return where the key ``name``, which ``table`` does not have, should probably stand, or what ``table`` has."""
-    own = [key.name.partition(".")[2] for key in table_keys(table, cls)]
     elsewhere = _tables_with(name)
     if name.lower() in OTHER_NAMES:
         return f"here it is called {OTHER_NAMES[name.lower()]}"

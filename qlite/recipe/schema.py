@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qlite.data.dataset import Data
+from qlite.data.formats import FIELDS
+from qlite.data.sources import FILE_SUFFIXES, Source, is_hub
+from qlite.data.template import SUFFIXES, TEMPLATES, is_template_name
 from qlite.methods import METHODS, Method
 from qlite.model.load import Base
 from qlite.optim.build import Optimizer
 from qlite.optim.schedule import Schedule
 from qlite.table import Table
 
+# Files whose rows have fields of their own.
+ROW_SUFFIXES = tuple(suffix for suffix in FILE_SUFFIXES if suffix not in (".txt", ".md"))
 Count = Annotated[int, Field(ge=1)]
 Every = Annotated[int, Field(ge=0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", json_schema_extra={"words": '"auto", "cpu", "cuda" or "cuda:1"'})]
@@ -36,17 +42,23 @@ class Train(Table):
     accumulation: Count = 16
     """Micro-batches whose gradients make one optimizer step."""
     tokens: Annotated[int, Field(ge=2)] = 512
-    """Longest row in tokens; longer rows are left out (raw text is cut into pieces), and the run says how many."""
+    """Longest row in tokens; what happens to longer ones is data.long_rows, and the run says how many there are."""
+    packing: bool = False
+    """Fill lines of train.tokens with as many rows as fit, which do not see each other; micro_batch then counts lines."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest L2 norm of a step's gradient; 0: no clipping."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the adapter's start, the order of rows and dropout."""
     eval_every: Every = 0
     """Steps between evaluations on the held-out rows; 0: only at the end."""
+    patience: Every = 0
+    """Evaluations in a row without a lower held-out loss after which the run stops; 0: it never stops early."""
     exact_match_rows: Every = 0
     """Held-out rows that the model answers before and after training, compared letter by letter; 0: none."""
     answer_tokens: Count = 128
     """Longest such answer in tokens."""
+    samples: tuple[str, ...] = ()
+    """Prompts that the model answers at every evaluation, to be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +91,8 @@ class Output(Table):
     """Steps between checkpoints; 0: only at the end."""
     keep: Count = 2
     """Newest checkpoints that are kept."""
+    adapter: Literal["last", "best"] = "last"
+    """The adapter that the run ends with: that of the last step, or that of the lowest held-out loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +129,33 @@ class Recipe:
     def _data_problems(self) -> Iterator[str]:
         train, data = self.train, self.data
         if not data.train:
-            yield 'data.train = "": is empty; give a .jsonl or .json file, or a hub data set "org/name"'
+            empty = json.dumps(data.train)  # a text or a list
+            yield f'data.train = {empty}: is empty; give a file, a folder, or a hub data set "org/name"'
         if data.test and data.held_out_rows:
-            yield f'data.held_out_rows = {data.held_out_rows}: data.test = "{data.test}" is the held-out part already; remove one'
-        for key in ("exact_match_rows", "eval_every"):
-            if getattr(train, key) and not (data.test or data.held_out_rows):
-                yield f"train.{key} = {getattr(train, key)}: there are no held-out rows; give data.test or data.held_out_rows"
+            yield f"data.held_out_rows = {data.held_out_rows}: data.test is the held-out part already; remove one"
+        wanted = {f"train.{key}": getattr(train, key) for key in ("exact_match_rows", "eval_every", "patience")}
+        wanted["output.adapter"] = self.output.adapter if self.output.adapter != "last" else None
+        for key, value in wanted.items():
+            if value and not (data.test or data.held_out_rows):
+                yield f"{key} = {json.dumps(value)}: there are no held-out rows; give data.test or data.held_out_rows"
+        if not is_template_name(data.template):
+            yield f'data.template = "{data.template}": should be "auto", {", ".join(json.dumps(n) for n in TEMPLATES)} or a .jinja file'
+        if data.stride and data.stride > train.tokens:
+            yield f"data.stride = {data.stride}: is more than train.tokens = {train.tokens}: text between windows would be lost; lower it"
+        yield from self._mapping_problems()
+
+    def _mapping_problems(self) -> Iterator[str]:
+        """Yield the names in column and role mappings that are none of ours."""
+        tables = {"data": self.data}
+        for part in ("train", "test"):
+            given = getattr(self.data, part)
+            tables |= {f"data.{part}[{i}]": source for i, source in enumerate(given, start=1)} if isinstance(given, tuple) else {}
+        for name, table in tables.items():
+            for key, known in (("columns", FIELDS), ("roles", ("system", "user", "assistant", "tool"))):
+                for wrong in (table_values := getattr(table, key) or {}).keys() - set(known):
+                    other = table_values[wrong]
+                    turned = f'; turn it round: {{ {other} = "{wrong}" }}' if other in known else f"; there are: {', '.join(known)}"
+                    yield f'{name}.{key}.{wrong} = "{other}": no field of ours is called so{turned}'
 
     def _unused_keys(self) -> Iterator[str]:
         """Yield the keys that were set and could do nothing, because another key leaves them no part."""
@@ -133,13 +168,36 @@ class Recipe:
             yield f'schedule.final_ratio = {self.schedule.final_ratio}: schedule.name = "constant" never decays; remove one'
         if self.optimizer.name == "lion8bit" and self.optimizer.eps != Optimizer().eps:
             yield f'optimizer.eps = {self.optimizer.eps}: optimizer.name = "lion8bit" has no such term; remove it'
-        sources = [source for source in (self.data.train, self.data.test) if source]
-        if self.data.split != "train" and all(source.endswith((".json", ".jsonl")) for source in sources):
-            yield f'data.split = "{self.data.split}": only a hub data set has splits, and data.train = "{self.data.train}"; remove it'
+        yield from self._unused_source_keys()
+        has_held_out = bool(self.data.test or self.data.held_out_rows)
+        for key, value in (("output.adapter", self.output.adapter == "best"), ("train.patience", self.train.patience)):
+            if value and has_held_out and not self.train.eval_every:
+                yield f"{key}: there is one evaluation, at the end, so this can do nothing; give train.eval_every"
+
+    def _unused_source_keys(self) -> Iterator[str]:
+        """Yield what is said of sources that cannot have it."""
+        data = self.data
+        given = [value for value in (data.train, data.test) if value]
+        sources = [source for value in given for source in ([Source(path=value)] if isinstance(value, str) else value)]
+        hubs = [source for source in sources if is_hub(source.path)]
+        for key in ("split", "revision"):
+            if getattr(data, key) not in ("train", None) and sources and not hubs:
+                yield f'data.{key} = "{getattr(data, key)}": only a hub data set has one, and data.train = "{sources[0].path}"; remove it'
+        lines = [source for source in sources if source not in hubs and not source.path.endswith(ROW_SUFFIXES)]
+        if data.separator is not None and sources and not lines:
+            yield f'data.separator = "{data.separator}": only .txt files are cut at one, and data.train = "{sources[0].path}"; remove it'
+        for part in ("train", "test"):
+            tables = getattr(data, part)
+            for number, source in enumerate(tables if isinstance(tables, tuple) else (), start=1):
+                for key in ("name", "split", "revision", "stream"):
+                    if getattr(source, key) not in (None, False) and source not in hubs:
+                        yield f'data.{part}[{number}].{key}: only a hub data set has one, and its path is "{source.path}"; remove it'
 
     def with_absolute_paths(self) -> "Recipe":
         """Return the same recipe with local paths made absolute, so that it means the same from every folder."""
-        data = {key: _absolute(value) for key in ("train", "test") if (value := getattr(self.data, key))}
+        data = {key: _absolute_sources(value) for key in ("train", "test") if (value := getattr(self.data, key))}
+        if self.data.template.endswith(SUFFIXES):
+            data["template"] = _absolute(self.data.template)
         base = dataclasses.replace(self.base, model=_absolute(self.base.model))
         output = dataclasses.replace(self.output, dir=_expanded(self.output.dir))
         return dataclasses.replace(self, base=base, data=dataclasses.replace(self.data, **data), output=output)
@@ -165,10 +223,17 @@ def table_class(table: str, values: dict) -> type[Table]:
     return TABLES[table]
 
 
+def _absolute_sources(given: str | tuple[Source, ...]) -> str | tuple[Source, ...]:
+    if isinstance(given, str):
+        return _absolute(given)
+    return tuple(dataclasses.replace(source, path=_absolute(source.path)) for source in given)
+
+
 def _absolute(value: str) -> str:
     try:
         path = Path(value).expanduser()
-        return str(path.absolute()) if path.exists() else value
+        is_pattern = bool(set(value) & set("*?["))
+        return os.path.normpath(path.absolute()) if is_pattern or path.exists() else value
     except (RuntimeError, OSError):  # "~name" of no user of this machine; a name longer than the disk allows
         return value
 

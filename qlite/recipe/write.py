@@ -15,8 +15,15 @@ def recipe_tables(recipe: Recipe) -> dict[str, dict]:
         part = getattr(recipe, table)
         values = {"name": part.name} if table == "method" else {}
         values |= {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        tables[table] = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
+        tables[table] = {key: _toml(value) for key, value in values.items() if value is not None}
     return tables
+
+
+def _toml(value: object) -> object:
+    """Return a key's value as TOML takes it."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _toml(v) for field in dataclasses.fields(value) if (v := getattr(value, field.name)) is not None}
+    return [_toml(part) for part in value] if isinstance(value, tuple) else value
 
 
 def recipe_toml(recipe: Recipe) -> str:

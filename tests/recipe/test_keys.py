@@ -10,17 +10,22 @@ from qlite.recipe.keys import all_keys, describe, print_keys, toml_value
 # fmt: off
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.quant_type", "base.double_quant",
-    "base.block_size", "base.dtype",
+    "base.block_size", "base.dtype", "base.attention",
     "method.name", "method.rank", "method.alpha", "method.dropout", "method.targets", "method.rank_per_target",
     "method.rslora", "method.dora",
     "optimizer.name", "optimizer.lr", "optimizer.weight_decay", "optimizer.betas", "optimizer.eps",
     "schedule.name", "schedule.warmup_steps", "schedule.final_ratio",
-    "data.train", "data.test", "data.held_out_rows", "data.split", "data.format", "data.template",
-    "train.steps", "train.epochs", "train.micro_batch", "train.accumulation", "train.tokens", "train.clip_norm",
-    "train.seed", "train.eval_every", "train.exact_match_rows", "train.answer_tokens",
+    "data.train", "[[data.train]].path", "[[data.train]].name", "[[data.train]].split", "[[data.train]].revision",
+    "[[data.train]].stream", "[[data.train]].rows", "[[data.train]].separator", "[[data.train]].weight", "[[data.train]].format",
+    "[[data.train]].columns", "[[data.train]].roles",
+    "data.test", "data.held_out_rows", "data.split", "data.revision", "data.format", "data.columns", "data.roles", "data.separator",
+    "data.system", "data.template", "data.loss_on", "data.long_rows", "data.stride", "data.bad_rows", "data.allow",
+    "train.steps", "train.epochs", "train.micro_batch", "train.accumulation", "train.tokens", "train.packing",
+    "train.clip_norm", "train.seed", "train.eval_every", "train.patience", "train.exact_match_rows", "train.answer_tokens",
+    "train.samples",
     "memory.checkpointing", "memory.loss_chunk",
     "parallel.device", "parallel.threads",
-    "output.dir", "output.save_every", "output.keep",
+    "output.dir", "output.save_every", "output.keep", "output.adapter",
 ]
 # fmt: on
 
@@ -35,7 +40,7 @@ def printed(monkeypatch, columns: int) -> str:
 
 def test_these_are_all_the_keys():
     assert [key.name for key in all_keys()] == ALL_KEYS
-    assert len(ALL_KEYS) == 47
+    assert len(ALL_KEYS) == 73
 
 
 @pytest.mark.parametrize("key", list(all_keys()), ids=lambda key: key.name)
@@ -46,8 +51,8 @@ def test_key_is_documented_in_a_sentence(key):
     assert not (key.must_be_given and key.default)
 
 
-def test_two_keys_must_be_given():
-    assert [key.name for key in all_keys() if key.must_be_given] == ["base.model", "data.train"]
+def test_two_keys_must_be_given_and_the_path_of_a_source():
+    assert [key.name for key in all_keys() if key.must_be_given] == ["base.model", "data.train", "[[data.train]].path"]
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120])

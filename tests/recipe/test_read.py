@@ -53,8 +53,8 @@ MALFORMED = [
     ("optimizer", "learning_rate = 1e-3", "optimizer.learning_rate = 0.001: no such key; here it is called optimizer.lr"),
     ("train", "warmup_steps = 5", "train.warmup_steps = 5: no such key; it stands in [schedule]"),
     ("train", "num_epochs = 5", "train.num_epochs = 5: no such key; here it is called train.epochs"),
-    ("output", "zzz = true", "output.zzz = true: no such key; [output] has: dir, save_every, keep"),
-    ("data", '"" = 1', 'data."" = 1: no such key; [data] has: train, test, held_out_rows, split, format, template'),
+    ("output", "zzz = true", "output.zzz = true: no such key; [output] has: dir, save_every, keep, adapter"),
+    ("data", '"" = 1', 'data."" = 1: no such key; [data] has: train, test, held_out_rows, split, revision, format, columns'),
     # Wrong types
     ("train", 'micro_batch = "4"', 'train.micro_batch = "4": should be a whole number, 1 or more; remove the quotes: 4'),
     ("train", 'micro_batch = "four"', 'train.micro_batch = "four": should be a whole number, 1 or more'),
@@ -72,7 +72,7 @@ MALFORMED = [
     ("base", 'model = ["a", "b"]', 'base.model = ["a", "b"]: should be text'),
     ("base", "revision = 2024-05-01", 'base.revision = 2024-05-01: should be text; if that is meant, put it in quotes: "2024-05-01"'),
     ("base", "revision = 1979-05-27T07:32:00Z", 'put it in quotes: "1979-05-27 07:32:00+00:00"'),
-    ("data", "test = false", 'data.test = false: should be text; if that is meant, put it in quotes: "false"'),
+    ("data", "test = false", 'data.test = false: should be text or a list of tables; if that is meant, put it in quotes: "false"'),
     ("method", "targets = 3", "method.targets = 3: should be text or a list of texts"),
     ("method", 'targets = ["q_proj", 1]', 'method.targets = ["q_proj", 1]: should be text or a list of texts'),
     ("method", "rank_per_target = 8", "method.rank_per_target = 8: should be a table of whole numbers, 1 or more"),
@@ -109,20 +109,51 @@ MALFORMED = [
     ("method", "name = []", 'method.name = []: no such method; should be "lora"'),
     ("parallel", 'device = "gpu"', 'parallel.device = "gpu": should be "auto", "cpu", "cuda" or "cuda:1"'),
     ("parallel", "device = 0", 'parallel.device = 0: should be "auto", "cpu", "cuda" or "cuda:1"'),
+    ("data", "train = 5", 'data.train = 5: should be text or a list of tables; if that is meant, put it in quotes: "5"'),
+    ("data", 'train = ["a.jsonl"]', 'data.train[1] = "a.jsonl": should be a table, written under [[data.train]]'),
+    ("data", "train = []", "data.train = []: is empty; give a file"),
+    ("data", 'train = [{path = "a", weigth = 2}]', 'data.train[1].weigth = 2: no such key; did you mean "weight"?'),
+    ("data", 'train = [{path = "a"}, {path = "b", weight = 0}]', "data.train[2].weight = 0: should be a number, more than 0"),
+    ("data", "train = [{weight = 2}]", "data.train[1].path: must be given."),
+    ("data", 'train = [{path = ""}]', 'data.train[1].path = "": should be text'),
+    ("data", 'train = [{path = "a", columns = {prompt = 3}}]', "data.train[1].columns.prompt = 3: should be text"),
+    ("data", "columns = {prompt = 3}", "data.columns.prompt = 3: should be text"),
+    ("data", 'format = "sharegtp"', 'data.format = "sharegtp": should be "auto", "messages",'),
+    ("data", 'loss_on = "answer"', 'data.loss_on = "answer": should be "answers", "last" or "all"; did you mean "answers"?'),
+    ("data", 'allow = ["lang"]', 'data.allow = ["lang"]: should be a list of "long", "untrained", "unended" or "control"'),
+    ("train", "sample_packing = true", "train.sample_packing = true: no such key; here it is called train.packing"),
+    ("train", 'samples = "Hello"', 'train.samples = "Hello": should be a list of texts'),
     # Keys that do not go together
+    (
+        "data",
+        'columns = {question = "q", turns = "messages"}',
+        'data.columns.turns = "messages": no field of ours is called so; turn it round',
+    ),
+    ("data", 'roles = {USER = "user"}', 'data.roles.USER = "user": no field of ours is called so; turn it round: { user = "USER" }'),
+    (
+        "data",
+        'train = [{path = "a", roles = {boss = "x"}}]',
+        'data.train[1].roles.boss = "x": no field of ours is called so; there are: system,',
+    ),
+    ("data", 'template = "chatlm"', 'data.template = "chatlm": should be "auto", "alpaca", "chatml", "plain" or a .jinja file'),
+    ("data", "stride = 513", "data.stride = 513: is more than train.tokens = 512: text between windows would be lost; lower it"),
+    ("train", "patience = 3", "train.patience = 3: there are no held-out rows; give data.test or data.held_out_rows"),
+    ("output", 'adapter = "best"', 'output.adapter = "best": there are no held-out rows; give data.test or data.held_out_rows'),
     ("train", "epochs = 3", "train.steps = 20 and train.epochs = 3 both say how long to train; remove one"),
     ("schedule", "warmup_steps = 20", "schedule.warmup_steps = 20: not less than train.steps = 20; lower it"),
     ("train", "eval_every = 5", "train.eval_every = 5: there are no held-out rows; give data.test or data.held_out_rows"),
     ("train", "exact_match_rows = 5", "train.exact_match_rows = 5: there are no held-out rows"),
     ("base", "bits = 8\nquant_type = 'fp4'", 'base.quant_type = "fp4": only a 4-bit base has it, and base.bits = 8; remove it'),
     ("base", "bits = 16\ndouble_quant = false", "base.double_quant = false: only a 4-bit base has it, and base.bits = 16; remove it"),
-    ("data", "test = 'a.jsonl'\nheld_out_rows = 5", 'data.held_out_rows = 5: data.test = "a.jsonl" is the held-out part already'),
-    ("data", "split = 'test'", 'data.split = "test": only a hub data set has splits, and data.train = "rows.jsonl"; remove it'),
+    ("data", "test = 'a.jsonl'\nheld_out_rows = 5", "data.held_out_rows = 5: data.test is the held-out part already; remove one"),
+    ("data", "split = 'test'", 'data.split = "test": only a hub data set has one, and data.train = "rows.jsonl"; remove it'),
+    ("data", "separator = '|'", 'data.separator = "|": only .txt files are cut at one, and data.train = "rows.jsonl"; remove it'),
+    ("data", 'train = [{path = "a.jsonl", stream = true}]', 'data.train[1].stream: only a hub data set has one, and its path is "a.jsonl"'),
     ("schedule", "name = 'constant'\nfinal_ratio = 0.1", 'schedule.final_ratio = 0.1: schedule.name = "constant" never decays'),
     ("optimizer", "name = 'lion8bit'\neps = 1e-6", 'optimizer.eps = 1e-06: optimizer.name = "lion8bit" has no such term; remove it'),
     ("method", "targets = []", "method.targets = []: names no layer, so nothing would be trained; remove it"),
     ("base", 'model = ""', 'base.model = "": is empty; give a folder, a .gguf file or a hub id'),
-    ("data", 'train = ""', 'data.train = "": is empty; give a .jsonl or .json file, or a hub data set "org/name"'),
+    ("data", 'train = ""', 'data.train = "": is empty; give a file, a folder, or a hub data set "org/name"'),
 ]
 
 
@@ -202,7 +233,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
 def test_key_without_a_readable_value_is_in_no_contradiction(tmp_path):
     path = write(tmp_path, GOOD.replace("steps = 20", 'steps = "20"\neval_every = 5') + "[schedule]\nwarmup_steps = 50\n")
     assert problems(path, "data.test=5") == [
-        'data.test = 5: should be text; if that is meant, put it in quotes: "5"',
+        'data.test = 5: should be text or a list of tables; if that is meant, put it in quotes: "5"',
         'train.steps = "20": should be a whole number, 1 or more; remove the quotes: 20',
     ]
 
@@ -350,7 +381,8 @@ def recipes(draw) -> dict:
     method |= {"targets": draw(TEXT | st.lists(TEXT, min_size=1, max_size=3)), "rank_per_target": draw(st.dictionaries(TEXT, COUNT))}
     optimizer = {"name": "adamw", "lr": draw(POSITIVE), "betas": [draw(RATIO), draw(RATIO)], "eps": draw(POSITIVE)}
     schedule = {"name": draw(st.sampled_from(["linear", "cosine"])), "final_ratio": draw(st.floats(0, 1))}
-    data = {"train": draw(NAME)} | ({"test": draw(NAME)} if has_test else {"held_out_rows": rows})
+    source = {"path": "org/name", "weight": draw(POSITIVE), "columns": {"prompt": draw(TEXT)}, "stream": draw(st.booleans())}
+    data = {"train": draw(NAME | st.just([source]))} | ({"test": draw(NAME)} if has_test else {"held_out_rows": rows})
     train = {
         draw(st.sampled_from(["steps", "epochs"])): draw(COUNT),
         "tokens": draw(st.integers(2, 10**6)),

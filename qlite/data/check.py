@@ -1,0 +1,121 @@
+"""What would silently spoil a training: rows that are too long, that teach nothing, that never end, that carry control tokens."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlite.data.choose import CUT_END, DROP, without_end
+from qlite.data.encode import Encoder
+
+if TYPE_CHECKING:
+    from qlite.data.dataset import Data, DataSet, Part
+
+LONG_SHARE = 0.01
+"""Share of conversations that may be longer than the limit without a word of the recipe's."""
+
+
+def problems(part: Part, data: Data, encoder: Encoder, tokens: int) -> list[str]:
+    """Return what is wrong with ``part`` and not allowed by name in ``data.allow``: each with key, rows and fix."""
+    left = part.meta["left"]
+    found = {
+        "long": _long(part, data, tokens),
+        "untrained": _untrained(part, left["untrained"]),
+        "unended": _unended(part, data, encoder),
+        "control": _control(part, left["control"]),
+    }
+    return [f'{text}. To go on all the same: data.allow = ["{name}"]' for name, text in found.items() if text and name not in data.allow]
+
+
+def _long(part: Part, data: Data, tokens: int) -> str | None:
+    store, long = part.rows.store, part.cut.long
+    if len(long) <= LONG_SHARE * part.read:
+        return None
+    enough = int(np.quantile(store.length, 1 - LONG_SHARE, method="higher"))
+    return (
+        f"train.tokens = {tokens}: {share(len(long), part.read)} of {part.key} are longer and would be "
+        f"{'left out' if data.long_rows == DROP else 'cut'}, first {_names([store.where(row) for row in long])}; {enough} would hold 99 %"
+    )
+
+
+def _untrained(part: Part, left: dict) -> str | None:
+    if not left["count"]:
+        return None
+    return (
+        f"{part.key}: {share(left['count'], part.read)} have no token to learn (an empty answer, or one that is switched off), "
+        f"first {_names(left['first'])}; mend them, or they are left out"
+    )
+
+
+def _unended(part: Part, data: Data, encoder: Encoder) -> str | None:
+    if data.long_rows != CUT_END or not len(rows := without_end(part.rows, part.cut.long, encoder.stop_ids)):
+        return None
+    return (
+        f'data.long_rows = "cut_end": {share(len(rows), part.read)} of {part.key} lose the token that ends the answer, '
+        f"first {_names([part.rows.where(row) for row in rows])}: the model would learn not to stop; raise train.tokens, or drop them"
+    )
+
+
+def _control(part: Part, left: dict) -> str | None:
+    if not left["count"]:
+        return None
+    return (
+        f"{part.key}: {share(left['count'], part.read)} have a token of the model's own in their text, first {_names(left['first'])}: "
+        'it would be taken for what it means, not for text. If the chat template is applied already, the rows are format = "text"'
+    )
+
+
+def describe(data: DataSet) -> list[str]:
+    """Return in words what was found and what is left out."""
+    lines = [line for part in data.parts for line in described(part)]
+    both = int(np.isin(data.test.digests, data.train.digests).sum())
+    if both:
+        lines.append(f"data: {share(both, len(data.test))} held out are training rows, too: they measure memory")
+    total, trained = int(data.train.lengths.sum()), int(data.train.trained_counts.sum())
+    mean = f"{total / len(data.train):.0f} tokens a row, {trained / total:.0%} of them trained"
+    return [*lines, f"data: {len(data.train):,} training rows, {len(data.test):,} held out; {mean}"]
+
+
+def described(part: Part) -> list[str]:
+    """Return in words where a part's rows come from and which are left out."""
+    left, long = part.meta["left"], part.cut.long
+    lines = []
+    for source, path in zip(part.meta["sources"], part.paths, strict=True):
+        found = " (found from its first rows)" if source["is_detected"] else ""
+        lines.append(f'{part.key}: {source["rows"]:,} rows of {_shortest(path)} in format "{source["format"]}"{found}')
+    reasons = {
+        "untrained": "have nothing to learn and are left out",
+        "bad": "do not fit their format and are left out",
+        "split": "became several rows, because the template rewrites earlier turns",
+    }
+    for name, reason in reasons.items():
+        if left[name]["count"]:
+            lines.append(f"{part.key}: {share(left[name]['count'], part.read)} {reason}, first {_names(left[name]['first'])}")
+    if len(long):
+        lines.append(
+            f"{part.key}: {share(len(long), part.read)} are longer than train.tokens; {part.cut.lost_tokens:,} tokens are left out"
+        )
+    if part.cut.windows:
+        lines.append(f"{part.key}: long texts are split into {part.cut.windows:,} windows")
+    if part.equal:
+        lines.append(f"{part.key}: {part.equal:,} rows are equal to held-out ones and are not trained")
+    return lines
+
+
+def share(count: int, total: int) -> str:
+    """Return "28 of 52,002 rows (0.05 %)"."""
+    return f"{count:,} of {total:,} rows ({100 * count / max(1, total):.3g} %)"
+
+
+def _shortest(path: str) -> str:
+    """Return a local path as seen from the present folder, where that is shorter."""
+    with suppress(ValueError):  # Windows: on another drive
+        return min(path, os.path.relpath(path), key=len)
+    return path
+
+
+def _names(wheres: list[str]) -> str:
+    return " and ".join(wheres[:2])

@@ -1,0 +1,258 @@
+"""From files to rows that may be trained on: what would silently spoil a training is planted here, and refused with file, line and fix."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlite.data import encoding
+from qlite.data.dataset import Data, DataSet
+from qlite.data.sources import Source
+from qlite.errors import DataError
+from tests.tiny_tokenizer import tiny_tokenizer
+
+GOOD = {"prompt": "p", "completion": "c"}
+
+
+def save(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def answers(tmp_path: Path, lengths: list[int]) -> str:
+    return save(tmp_path / "rows.jsonl", [{"prompt": str(i), "completion": "c" * n} for i, n in enumerate(lengths)])
+
+
+def load(source, tokens: int = 200, template: str | None = "chatml", note=lambda _: None, **keys) -> DataSet:
+    """Return the data set after the checks that training makes."""
+    data = Data(train=source, **keys).load(tiny_tokenizer(template), tokens, note)
+    data.require_sound()
+    return data
+
+
+def refusal(source, **keys) -> str:
+    with pytest.raises(DataError) as error:
+        load(source, **keys)
+    return str(error.value)
+
+
+# What would spoil a training silently
+
+
+def test_answers_cut_off_at_the_limit_are_refused(tmp_path):
+    # Pain: rows are cut at the limit without a word, and the model learns to stop in mid-sentence or never.
+    source = answers(tmp_path, [5] * 50 + [100])
+    said = refusal(source, tokens=80)
+    assert "train.tokens = 80: 1 of 51 rows (1.96 %) of data.train are longer and would be left out, first rows.jsonl line 51" in said
+    assert 'data.allow = ["long"]' in said
+    assert "python -m qlite.preview RECIPE" in said
+    said = refusal(source, tokens=80, long_rows="cut_end", allow=("long",))
+    assert (
+        'data.long_rows = "cut_end": 1 of 51 rows (1.96 %) of data.train lose the token that ends the answer, first rows.jsonl line 51'
+        in said
+    )
+    assert 'data.allow = ["unended"]' in said
+
+
+def test_one_percent_of_long_rows_is_left_out_and_counted(tmp_path):
+    notes = []
+    data = load(answers(tmp_path, [5] * 99 + [100]), tokens=80, note=notes.append)
+    assert len(data.train) == 99
+    assert any("1 of 100 rows (1 %) are longer than train.tokens" in note for note in notes)
+
+
+def test_rows_cut_at_their_start_keep_their_end(tmp_path):
+    data = load(answers(tmp_path, [100]), tokens=80, long_rows="cut_start", allow=("long",))
+    row = data.train[0]
+    assert len(row) == 80
+    assert row.ids[-1] in data.encoder.stop_ids
+    assert row.trained[-1]
+
+
+def test_rows_without_a_token_to_learn_are_refused(tmp_path):
+    # Pain: every label is masked, and the loss is 0 or NaN. 28 rows of the classic Alpaca set have an empty answer.
+    said = refusal(answers(tmp_path, [1, 0, 2, 0]))
+    assert "data.train: 2 of 4 rows (50 %) have no token to learn" in said
+    assert "first rows.jsonl line 2 and rows.jsonl line 4" in said
+    assert 'data.allow = ["untrained"]' in said
+    notes = []
+    data = load(answers(tmp_path, [1, 0, 2, 0]), allow=("untrained",), note=notes.append)
+    assert len(data.train) == 2
+    assert any("2 of 4 rows (50 %) have nothing to learn and are left out, first rows.jsonl line 2" in note for note in notes)
+
+
+def test_rows_whose_answers_are_all_switched_off_are_refused(tmp_path):
+    off = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0}]}
+    on = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+    assert "1 of 2 rows (50 %) have no token to learn" in refusal(save(tmp_path / "m.jsonl", [on, off]))
+
+
+def test_a_template_that_is_in_the_rows_already_is_refused(tmp_path):
+    # Pain: the template is applied twice, and every row begins and ends twice.
+    row = {"prompt": "<|im_start|>user\nhi<|im_end|>\n", "completion": "c"}
+    said = refusal(save(tmp_path / "t.jsonl", [row, GOOD]))
+    assert "data.train: 1 of 2 rows (50 %) have a token of the model's own in their text, first t.jsonl line 1 (<|im_start|>)" in said
+    assert 'format = "text"' in said
+    assert len(load(save(tmp_path / "t.jsonl", [row, GOOD]), allow=("control",)).train) == 2
+
+
+def test_a_second_beginning_of_text_in_a_row_is_refused(tmp_path):
+    # Pain: double BOS.
+    tokenizer = tiny_tokenizer("chatml", bos_token="<pad>")
+    data = Data(train=save(tmp_path / "b.jsonl", [{"prompt": "<pad>hi", "completion": "c"}])).load(tokenizer, 200, lambda _: None)
+    with pytest.raises(DataError, match=r"b.jsonl line 1 \(<pad>\)"):
+        data.require_sound()
+
+
+def test_pad_equal_to_the_end_token_masks_no_end(tmp_path):
+    # Pain: pad == eos is masked in the labels, so the model never stops.
+    tokenizer = tiny_tokenizer("alpaca", pad_token="<eos>")
+    data = Data(train=answers(tmp_path, [1, 9])).load(tokenizer, 300, lambda _: None)
+    assert all(row.ids[-1] == tokenizer.eos_token_id == data.encoder.pad_id and row.trained[-1] for row in data.train)
+
+
+def test_held_out_rows_that_are_trained_on_are_said(tmp_path):
+    train = save(tmp_path / "a.jsonl", [{"prompt": str(i), "completion": "c"} for i in range(6)])
+    test = save(tmp_path / "b.jsonl", [{"prompt": str(i), "completion": "c"} for i in range(4, 9)])
+    notes = []
+    load(train, test=test, note=notes.append)
+    assert any("2 of 5 rows (40 %) held out are training rows, too" in note for note in notes)
+
+
+def test_all_problems_are_said_at_once(tmp_path):
+    rows = [{"prompt": "p", "completion": ""}, {"prompt": "<eos>", "completion": "c"}, {"prompt": "p", "completion": "c" * 300}]
+    said = refusal(save(tmp_path / "all.jsonl", rows))
+    assert [name in said for name in ('"long"', '"untrained"', '"control"')] == [True] * 3
+
+
+def test_a_row_of_another_schema_is_named_by_file_and_line_or_left_out(tmp_path):
+    source = save(tmp_path / "mixed.jsonl", [GOOD] * 20 + [{"text": "t"}, {**GOOD, "completion": 3}])
+    assert refusal(source).startswith('mixed.jsonl line 21: no field "prompt", which format "prompt" needs')
+    notes = []
+    assert len(load(source, bad_rows="skip", note=notes.append).train) == 20
+    assert any(
+        "2 of 22 rows (9.09 %) do not fit their format and are left out, first mixed.jsonl line 21 and mixed.jsonl line 22" in n
+        for n in notes
+    )
+
+
+def test_a_template_that_refuses_a_row_names_it_or_leaves_it_out(tmp_path):
+    jinja = tmp_path / "strict.jinja"
+    jinja.write_text(
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ m.role }}{{ m.content }}{% endfor %}"
+    )
+    source = save(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "prompt": "no"}, GOOD])
+    with pytest.raises(DataError, match="^rows.jsonl line 2: the chat template refuses this conversation: no"):
+        Data(train=source, template=str(jinja)).load(tiny_tokenizer(), 200, lambda _: None)
+    data = Data(train=source, template=str(jinja), bad_rows="skip").load(tiny_tokenizer(), 200, lambda _: None)
+    assert data.train.row.tolist() == [0, 1]
+
+
+def test_nothing_short_enough_and_too_much_held_out_are_errors(tmp_path):
+    source = answers(tmp_path, [200, 300])
+    assert "train.tokens = 60: data.train has no row with an answer that is that short" in refusal(source, tokens=60)
+    assert "data.held_out_rows = 2: there are only 2 rows in all" in refusal(source, tokens=600, held_out_rows=2)
+
+
+# What is said and kept
+
+
+def test_the_format_that_was_found_is_said(tmp_path):
+    notes = []
+    load(save(tmp_path / "a.jsonl", [GOOD]), note=notes.append)
+    assert notes[0].endswith('a.jsonl in format "prompt" (found from its first rows)')
+    notes.clear()
+    load(save(tmp_path / "a.jsonl", [GOOD]), note=notes.append, format="prompt")
+    assert notes[0].endswith('a.jsonl in format "prompt"')
+
+
+def test_several_sources_are_mixed_by_weight(tmp_path):
+    first = save(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "completion": "c"} for i in range(10)])
+    second = save(tmp_path / "b.jsonl", [{"q": f"b{i}", "r": "c"} for i in range(4)])
+    sources = (Source(path=first), Source(path=second, weight=2, columns={"prompt": "q", "completion": "r"}))
+    data = load(sources)
+    texts = [data.encoder.decode(row.ids[: row.answer_start]) for row in data.train]
+    assert sum("user\na" in text for text in texts) == 10
+    assert sum("user\nb" in text for text in texts) == 8
+    assert [source["rows"] for source in data.parts[0].meta["sources"]] == [10, 4]
+
+
+@pytest.mark.parametrize(("systems", "common"), [(["s", "s"], "s"), (["s", "t"], ""), (["s", None], "")])
+def test_a_system_message_that_all_rows_share_is_remembered(tmp_path, systems, common):
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": [{"role": "system", "content": s}, *turns] if s else turns} for s in systems]
+    assert load(save(tmp_path / "m.jsonl", rows)).system == common
+
+
+def test_the_recipes_system_message_is_in_every_row_without_one(tmp_path):
+    data = load(save(tmp_path / "m.jsonl", [GOOD, {**GOOD, "system": "own"}]), system="Be kind.")
+    texts = [data.encoder.tokenizer.decode(row.ids) for row in data.train]
+    assert ["Be kind." in text for text in texts] == [True, False]
+
+
+def test_raw_text_needs_no_template_and_is_split_into_windows(tmp_path):
+    source = save(tmp_path / "t.jsonl", [{"text": "x" * 25}])
+    assert [len(row) for row in load(source, tokens=10, template=None).train] == [10, 10, 6]
+    overlapping = load(source, tokens=10, template=None, stride=5).train
+    assert [len(row) for row in overlapping] == [10, 10, 10, 10, 6]
+    assert [int(row.trained.sum()) for row in overlapping] == [10, 5, 5, 5, 1]
+
+
+def test_questions_of_held_out_rows_are_known_as_text(tmp_path):
+    train = save(tmp_path / "a.jsonl", [{"prompt": f"question {i}", "completion": "c"} for i in range(100)])
+    data = load(train, held_out_rows=20)
+    assert len(data.train) + len(data.test) == 100
+    for index in range(20):
+        prompt = data.encoder.decode(data.test[index].ids[: data.test[index].answer_start])
+        assert data.question(index) in prompt
+        assert data.question(index).startswith("question ")
+
+
+# The cache
+
+
+def test_rows_are_encoded_once_and_again_when_anything_changes(tmp_path, monkeypatch):
+    passes = []
+    run = encoding._Encoding.run
+    monkeypatch.setattr(encoding._Encoding, "run", lambda self: (passes.append(1), run(self))[1])
+    monkeypatch.setattr(encoding, "cache_folder", lambda: tmp_path / "cache")
+    source = save(tmp_path / "a.jsonl", [GOOD, GOOD])
+
+    def count(**keys) -> int:
+        passes.clear()
+        load(source, **keys)
+        return len(passes)
+
+    assert count() == 1
+    assert count() == 0
+    assert count(tokens=300) == 0  # only which rows are used depends on it
+    assert count(loss_on="last") == 1
+    assert count(template="alpaca") == 1
+    assert count(system="s") == 1
+    assert count(columns={"prompt": "prompt"}) == 1
+    Path(source).write_text(json.dumps(GOOD) + "\n")
+    assert count() == 1
+    assert count() == 0
+
+
+def test_a_pass_that_fails_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "cache_folder", lambda: tmp_path / "cache")
+    with pytest.raises(DataError):
+        load(save(tmp_path / "a.jsonl", [GOOD] * 2000 + [{"prompt": 3, "completion": "c"}]))
+    assert list((tmp_path / "cache" / "encoded").iterdir()) == []
+
+
+def test_many_batches_keep_the_order_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_ROWS", 7)
+    data = load(save(tmp_path / "a.jsonl", [{"prompt": str(i), "completion": str(i)} for i in range(100)]))
+    assert [data.encoder.decode(row.ids[row.answer_start :]) for row in data.train] == [str(i) for i in range(100)]
+    assert [data.train.where(i) for i in (0, 99)] == ["a.jsonl line 1", "a.jsonl line 100"]
+
+
+def test_the_cache_drops_what_was_used_longest_ago(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(encoding, "CACHE_BYTES", 3000)
+    for number in range(4):
+        load(save(tmp_path / "a.jsonl", [{"prompt": str(number), "completion": "c" * 100}]))
+    kept = list((tmp_path / "cache" / "encoded").iterdir())
+    assert 1 <= len(kept) < 4
