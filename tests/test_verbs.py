@@ -50,7 +50,7 @@ def test_merged_weights_load_in_transformers_and_answer_as_the_live_adapter(fini
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         new = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=opened.encoder.stop_ids, pad_token_id=0)
         words = tokenizer.decode(new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert words == answer_batch(opened.base.model, opened.encoder, [prompt], GREEDY)[0]
+        assert words == answer_batch(opened.base.model, opened.encoder, [opened.encoder.encode_prompt(prompt)], GREEDY)[0]
     assert "float16 weights, merged over the dequantised 4-bit base" in capsys.readouterr().out
 
 
@@ -100,16 +100,17 @@ def test_a_batch_answers_as_each_prompt_alone(finished):
     own = open_run(RunFolder(finished), "cpu", lambda *_: None)
     own.attach()
     model, encoder = own.base.model.float(), own.encoder
-    together = answer_batch(model, encoder, PROMPTS, GREEDY)
-    assert together == [answer_batch(model, encoder, [prompt], GREEDY)[0] for prompt in PROMPTS]
-    assert list(answer_all(model, encoder, PROMPTS, GREEDY)) == together
+    prompts = [encoder.encode_prompt(prompt) for prompt in PROMPTS]
+    together = answer_batch(model, encoder, prompts, GREEDY)
+    assert together == [answer_batch(model, encoder, [prompt], GREEDY)[0] for prompt in prompts]
+    assert answer_all(model, encoder, prompts, GREEDY) == together
     assert any(together)
 
 
 def test_generate_streams_the_answer_and_says_its_speed(finished, opened, capsys):
     generate.main([str(finished), "--prompt", "abc", "--max-tokens", "8", "--device", "cpu"])
     out, err = capsys.readouterr()
-    assert out.strip() == answer_batch(opened.base.model, opened.encoder, [PROMPTS[0]], GREEDY)[0]
+    assert out.strip() == answer_batch(opened.base.model, opened.encoder, [opened.encoder.encode_prompt(PROMPTS[0])], GREEDY)[0]
     assert "tokens/s, peak memory" in err
 
 
@@ -140,9 +141,10 @@ def test_without_a_run_the_newest_finished_one_is_taken(finished, tmp_path, monk
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("verb", ["train", "export", "generate"])
+@pytest.mark.parametrize("verb", ["train", "export", "generate", "evaluate"])
 def test_a_mistake_ends_with_one_message_and_exit_code_2(verb, tmp_path):
-    arguments = {"train": ["nothing.toml"], "export": ["--merge", "nothing"], "generate": ["nothing", "--prompt", "x"]}[verb]
+    others = {"train": ["nothing.toml"], "export": ["--merge", "nothing"], "generate": ["nothing", "--prompt", "x"]}
+    arguments = others.get(verb, ["nothing"])
     command = [sys.executable, "-m", f"qlite.{verb}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 2

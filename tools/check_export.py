@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlite.errors import ExportError
+from qlite.evaluate import held_out
 from qlite.serving.answer import Sampling, answer_batch
+from qlite.training.console import open_console
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import find_run
 from qlite.verb import run_verb
@@ -27,12 +29,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompts", type=int, default=20)
     args = parser.parse_args(argv)
     run = find_run(args.run)
-    opened = open_run(run, "cpu", lambda *_: None)
-    opened.attach()
-    data = opened.recipe.data.load(opened.base.tokenizer, opened.recipe.train.tokens, lambda _: None)
-    prompts = [messages[:-1] for messages in data.test_messages[: args.prompts]]
+    with open_console(f"check export  {run.path}") as console:
+        opened = open_run(run, "cpu", console.phase)
+        opened.attach()
+        questions = held_out(opened, args.prompts, console).questions
     sampling = Sampling(max_tokens=opened.recipe.train.answer_tokens)
-    live = [answer_batch(opened.base.model, opened.encoder, [prompt], sampling)[0] for prompt in prompts]
+    live = [answer_batch(opened.base.model, opened.encoder, [question.prompt], sampling)[0] for question in questions]
+    prompts = [question.messages for question in questions]
     exported = answers_of_export(args.export or run.path / "merged-fp16", prompts, sampling.max_tokens)
     different = [pair for pair in zip(live, exported, strict=True) if pair[0] != pair[1]]
     for ours, theirs in different:

@@ -5,6 +5,7 @@ it learns are tensors inside the model, so saving, resuming, planning and counti
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -74,6 +75,23 @@ def trainable_count(model: nn.Module) -> int:
 def adapted_linears(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """Yield (dotted name, module) for every adapted linear, in model order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` answer as its base does, bit for bit, until the context is left: each adapted linear's base stands in its place.
+
+    Nothing is copied or loaded. Inside another ``adapters_off`` nothing is left to switch, and the outer one switches back.
+    """
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module) for name, module in adapted_linears(model)]
+    try:
+        for owner, leaf, module in places:
+            setattr(owner, leaf, module.base)
+        yield
+    finally:
+        for owner, leaf, module in places:
+            # model.train() and model.eval() did not reach what was taken out; the base heard them.
+            setattr(owner, leaf, module.train(module.base.training))
 
 
 def adapt_linears(model: nn.Module, targets: Targets, wrap: Callable[[str, nn.Module], AdaptedLinear]) -> None:

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from qlite.data.encode import Encoder
-from qlite.data.formats import Messages
 from qlite.errors import RecipeError
 
 # A token of the cache takes 128 KiB in an 8B model: 1 GiB at most.
@@ -34,16 +33,15 @@ class Sampling:
 
 
 @torch.no_grad()
-def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[Messages], sampling: Sampling) -> list[str]:
-    """Return the model's answer to each of ``prompts``, decoded together with a cache.
+def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[list[int]], sampling: Sampling) -> list[str]:
+    """Return the model's answer to each of ``prompts``, which are token ids, decoded together with a cache.
 
     Rows are padded on the left: the new tokens of all rows must stand side by side.
     """
-    encoded = [encoder.encode_prompt(prompt) for prompt in prompts]
-    width = max(len(ids) for ids in encoded)
-    input_ids = torch.full((len(encoded), width), encoder.pad_id)
+    width = max(len(ids) for ids in prompts)
+    input_ids = torch.full((len(prompts), width), encoder.pad_id)
     mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(encoded):
+    for row, ids in enumerate(prompts):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         mask[row, width - len(ids) :] = 1
     new = generate_ids(model, encoder, input_ids, mask, sampling)
@@ -51,19 +49,17 @@ def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[Message
 
 
 def answer_all(
-    model: PreTrainedModel, encoder: Encoder, prompts: list[Messages], sampling: Sampling, told: Callable[[int], None] = lambda _: None
+    model: PreTrainedModel, encoder: Encoder, prompts: list[list[int]], sampling: Sampling, told: Callable[[int], None] = lambda _: None
 ) -> list[str]:
-    """Return the answers to ``prompts`` in order; ``told`` hears how many are done. Rows of like length meet, to pad little.
+    """Return the answers to ``prompts``, token ids, in order; ``told`` hears how many are done. Rows of like length meet, to pad little.
 
     As many rows are decoded together as their cache stays below TOKENS_AT_ONCE tokens.
     """
-    lengths = [len(encoder.encode_prompt(prompt)) for prompt in prompts]
+    lengths = [len(ids) for ids in prompts]
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
     answers: dict[int, str] = {}
     while len(answers) < len(prompts):
-        left = order[len(answers) :]
-        rows = max(1, TOKENS_AT_ONCE // (lengths[left[min(99, len(left) - 1)]] + sampling.max_tokens))
-        chosen = left[:rows]
+        chosen = _first_that_fit(order[len(answers) :], lengths, sampling.max_tokens)
         answers |= dict(zip(chosen, answer_batch(model, encoder, [prompts[i] for i in chosen], sampling), strict=True))
         told(len(answers))
     return [answers[i] for i in range(len(prompts))]
@@ -77,8 +73,12 @@ def generate_ids(
     mask: torch.Tensor,
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
+    cache: Cache | None = None,
 ) -> torch.Tensor:
-    """Return only the new ids [B, N]; a row that stopped early is filled up with the pad id."""
+    """Return only the new ids [B, N]; a row that stopped early is filled up with the pad id.
+
+    ``cache`` may hold what a beginning of ``input_ids`` made the model compute before; the rest is added to it.
+    """
     model.eval()
     config = GenerationConfig(
         max_new_tokens=sampling.max_tokens,
@@ -93,8 +93,9 @@ def generate_ids(
     # transformers hands the head a strided view of the prompt's last states; torch would multiply it row by row, each with
     # its own copy of the head (100 rows on SmolLM2: 5.3 GB and 12 s).
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device), "past_key_values": cache}
     try:
-        ids = model.generate(input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, streamer=streamer)
+        ids = model.generate(**inputs, generation_config=config, streamer=streamer)
     finally:
         hook.remove()
     return ids[:, input_ids.shape[1] :]
@@ -124,6 +125,14 @@ class TextStream(BaseStreamer):
     def end(self) -> None:
         """Hand over what was held back: an answer may end in half a character."""
         self.write(self.encoder.decode(_until_stop(self.ids, self.encoder.stop_ids))[len(self._written) :])
+
+
+def _first_that_fit(order: list[int], lengths: list[int], max_tokens: int) -> list[int]:
+    """Return as many of ``order``, shortest first, as their padded cache may hold; at least one."""
+    rows = 1
+    while rows < len(order) and (rows + 1) * (lengths[order[rows]] + max_tokens) <= TOKENS_AT_ONCE:
+        rows += 1
+    return order[:rows]
 
 
 def _until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:

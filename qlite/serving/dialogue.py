@@ -1,0 +1,176 @@
+"""A conversation with a model, turn after turn: what was said, what of it fits the context, and what the model has read already."""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from qlite.data.encode import Encoder
+from qlite.data.formats import Messages
+from qlite.errors import DataError, MachineError
+from qlite.methods.base import adapters_off
+from qlite.serving.answer import Sampling, TextStream, generate_ids
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the user said and what the model answered, without its end token."""
+
+    user: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer, and how it came about."""
+
+    text: str
+    tokens: int
+    """Tokens made, the end token among them."""
+    seconds: float
+    context: int
+    """Tokens of the prompt and the answer together."""
+    left_out: int
+    """How many of the oldest exchanges were forgotten because they no longer fit the context."""
+    is_cut: bool
+    """The answer was as long as it may be before the model ended it."""
+    is_interrupted: bool
+    """Ctrl-C ended it."""
+
+
+class Dialogue:
+    """The exchanges with one model so far, under one system message; the adapter can be switched off and on between them."""
+
+    def __init__(self, model: PreTrainedModel, encoder: Encoder, sampling: Sampling, system: str | None):
+        self.model, self.encoder, self.sampling, self.system = model, encoder, sampling, system
+        self.exchanges: list[Exchange] = []
+        self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        """The longest context in tokens that the model was made for; None where its config does not say."""
+        self.is_base = False
+        """Whether the adapter is off."""
+        self._off = ExitStack()
+        self._read = _ReadAlready(model.config)
+
+    def ask(self, user: str, write: Callable[[str], None]) -> Reply:
+        """Let the model answer ``user``; ``write`` gets the text as it comes. Ctrl-C ends the answer, and what was said is kept.
+
+        An exchange is remembered if the answer has at least one token. What is sent is ``encode_prompt`` of the whole history.
+
+        Raises:
+            DataError: the message alone is longer than the model's context, or the chat template refuses the conversation.
+            MachineError: the device's memory does not suffice.
+        """
+        ids, left_out = self._fit(user)
+        started = time.perf_counter()
+        budget = min(self.sampling.max_tokens, (self.limit or sys.maxsize) - len(ids))
+        stream = TextStream(self.encoder, write)
+        is_interrupted = self._generate(ids, replace(self.sampling, max_tokens=budget), stream)
+        is_ended = bool(stream.ids) and stream.ids[-1] in self.encoder.stop_ids
+        text = self.encoder.decode(stream.ids[:-1] if is_ended else stream.ids)
+        if stream.ids:
+            self.exchanges = [*self.exchanges[left_out:], Exchange(user, text)]
+        return Reply(
+            text=text,
+            tokens=len(stream.ids),
+            seconds=time.perf_counter() - started,
+            context=len(ids) + len(stream.ids),
+            left_out=left_out if stream.ids else 0,
+            is_cut=len(stream.ids) == budget and not is_ended,
+            is_interrupted=is_interrupted,
+        )
+
+    def undo(self) -> Exchange | None:
+        """Forget the last exchange and return it; None if there is none."""
+        return self.exchanges.pop() if self.exchanges else None
+
+    def reset(self) -> None:
+        """Forget all exchanges; the system message stays."""
+        self.exchanges = []
+        self._read.forget()
+
+    def toggle_base(self) -> bool:
+        """Switch the adapter off, or on again, and return whether it is off now."""
+        self._read.forget()
+        if self.is_base:
+            self._off.close()
+        else:
+            self._off.enter_context(adapters_off(self.model))
+        self.is_base = not self.is_base
+        return self.is_base
+
+    def messages(self, user: str, left_out: int = 0) -> Messages:
+        """Return the conversation that asks for the answer to ``user``, without the ``left_out`` oldest exchanges."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for exchange in self.exchanges[left_out:]:
+            messages.append({"role": "user", "content": exchange.user})
+            messages.append({"role": "assistant", "content": exchange.answer})
+        return [*messages, {"role": "user", "content": user}]
+
+    def _fit(self, user: str) -> tuple[list[int], int]:
+        """Return the ids to send, and how many of the oldest exchanges stay out so that an answer still has room.
+
+        Room means ``max_tokens``, but never more than half the context: a small model must remember something.
+        """
+        limit = self.limit or sys.maxsize
+        room = min(self.sampling.max_tokens, limit // 2)
+        for left_out in range(len(self.exchanges) + 1):
+            ids = self.encoder.encode_prompt(self.messages(user, left_out))
+            if len(ids) + room <= limit:
+                return ids, left_out
+        if len(ids) >= limit:
+            raise DataError(f"the message and what the template adds are {len(ids)} tokens; this model reads at most {limit}: shorten it")
+        return ids, left_out
+
+    def _generate(self, ids: list[int], sampling: Sampling, stream: TextStream) -> bool:
+        """Let the model go on after ``ids`` into ``stream``; return whether Ctrl-C ended it."""
+        prompt = torch.tensor([ids])
+        cache = self._read.take(ids)
+        try:
+            generate_ids(self.model, self.encoder, prompt, torch.ones_like(prompt), sampling, stream, cache)
+            self._read.keep(cache, [*ids, *stream.ids])
+        except KeyboardInterrupt:
+            stream.end()
+            return True
+        except torch.OutOfMemoryError as error:
+            first = str(error).splitlines()[0]
+            raise MachineError(f"out of memory with {len(ids)} tokens of context: {first}\nMake the conversation shorter") from error
+        return False
+
+
+class _ReadAlready:
+    """The keys and values of the ids that the model read last; where the next prompt begins alike, they are not computed again."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of it: another model is to answer, or a pass was broken off between two layers."""
+        self._cache: Cache | None = None
+        self._ids: list[int] = []
+
+    def take(self, ids: list[int]) -> Cache:
+        """Return a cache of the longest beginning that ``ids`` shares with what was kept. It is forgotten here until ``keep``."""
+        cache, known = self._cache, self._ids
+        self.forget()
+        # The last id is always computed: its logits choose the first new token.
+        shared = _common_length(known, ids[:-1])
+        if cache is None or shared == 0:
+            return DynamicCache(config=self.config.get_text_config(decoder=True))
+        cache.crop(shared - len(known))
+        return cache
+
+    def keep(self, cache: Cache, ids: list[int]) -> None:
+        """Keep ``cache``, which holds a beginning of ``ids``; one that has let go of old tokens (sliding window) cannot be cut back."""
+        if cache.is_croppable and not any(cache.is_sliding):
+            self._cache, self._ids = cache, ids[: cache.get_seq_length()]
+
+
+def _common_length(first: list[int], second: list[int]) -> int:
+    """Return how many ids the two begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
