@@ -7,21 +7,26 @@ python -m qlite.train --keys
 
 import argparse
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from qlite import device
 from qlite.data.batches import TokenBatches
+from qlite.data.dataset import DataSet
 from qlite.errors import RecipeError
 from qlite.methods.base import trainable_count
 from qlite.model.checkpointing import checkpoint_blocks
+from qlite.model.packing import check_packing
+from qlite.optim.build import FlatOptimizer
 from qlite.recipe.keys import print_keys
 from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
 from qlite.training.console import open_console
-from qlite.training.evaluate import compare_answers, evaluate
+from qlite.training.evaluate import compare_answers, evaluate, require_answers, sample
 from qlite.training.report import Broadcast, Observer, StepReport
-from qlite.training.run_folder import RunFolder
+from qlite.training.run_folder import RunFolder, TrainState
 from qlite.training.step import Stepper
 from qlite.training.summary import print_summary, summarise
 from qlite.units import format_count
@@ -55,81 +60,132 @@ def main(argv: list[str]) -> None:
     print_summary(run)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    model: PreTrainedModel
+    data: DataSet
+    batches: TokenBatches
+    steps: int
+    stepper: Stepper
+    optimizer: FlatOptimizer
+    meter: device.MemoryMeter
+    machine: dict[str, str | int]
+    notes: list[str]
+
+
 def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False) -> None:
     """Train what ``recipe`` says into ``run``, going on from its newest checkpoint if it has one and not ``fresh``.
 
     Raises:
         QliteError: the recipe, the data, the model's files or the machine do not allow it.
     """
-    where = device.pick_device(recipe.parallel.device)
-    threads = device.set_threads(recipe.parallel.threads)
-    device.keep_freed_memory()
-    meter = device.MemoryMeter(where)
-    base = recipe.base.load(where, console.phase)
-    notes: list[str] = []
-    data = recipe.data.load(base.tokenizer, recipe.train.tokens, notes.append)
-    device.seed_all(recipe.train.seed)
-    recipe.method.attach(base.model)
-    notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(base.model))} trained parameters")
-    if recipe.memory.checkpointing == "block":
-        checkpoint_blocks(base.model)
-    stepper = Stepper(base.model, recipe.method, recipe.memory.loss_chunk)
-    groups = recipe.method.param_groups(base.model, recipe.optimizer.lr)
-    optimizer = recipe.optimizer.build(groups, where, notes.append)
-    plan = recipe.train
-    batches = TokenBatches(data.train, plan.micro_batch, plan.accumulation, plan.seed, data.encoder.pad_id)
-    steps = plan.steps or plan.epochs * batches.steps_per_epoch
-    recipe.schedule.check(steps)
+    parts = prepare(recipe, console)
 
     # Only now is anything written or deleted: a mistyped path or target has shown itself by here.
     if fresh:
         run.discard()
     else:
         run.check(recipe)
-    changed = run.begin(recipe, device.describe(where), threads)
+        run.check_data(parts.data.identity)
+    changed = run.begin(recipe, parts.data, parts.machine)
     observer = Broadcast(console, run)
-    state = run.resume(base.model, optimizer)
-    for note in notes:
+    state = run.resume(parts.model, parts.optimizer)
+    for note in parts.notes:
         observer.note(note)
     if state.step:
         observer.note(f"going on after step {state.step}")
         if changed:
             observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")
-    elif plan.exact_match_rows:
-        observer.answered(compare_answers(base.model, data, plan, 0, observer))
+    elif recipe.train.exact_match_rows:
+        observer.answered(compare_answers(parts.model, parts.data, recipe.train, 0, observer))
 
-    for step in range(state.step + 1, steps + 1):
+    state = take_steps(recipe, parts, run, observer, state)
+    if recipe.output.adapter == "best":
+        run.load_best(state, parts.model)
+        observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
+    run.write_adapter(recipe, parts.model)
+    if recipe.train.exact_match_rows:
+        observer.answered(compare_answers(parts.model, parts.data, recipe.train, state.step, observer))
+    run.finish(summarise(run.records(), parts.meter.read(), parts.data.system, state))
+
+
+def prepare(recipe: Recipe, console: Observer) -> Parts:
+    """Read, check and build all that ``recipe`` names. Nothing is written but caches."""
+    where = device.pick_device(recipe.parallel.device)
+    threads = device.set_threads(recipe.parallel.threads)
+    device.keep_freed_memory()
+    meter = device.MemoryMeter(where)
+    plan, notes = recipe.train, []
+    # The data first: what is wrong with it is known before a weight is read.
+    data = recipe.data.load(recipe.base.tokenizer(console.phase), plan.tokens, notes.append, console.phase)
+    data.require_sound()
+    require_answers(data, plan)
+    model = recipe.base.load(where, console.phase).model
+    device.seed_all(plan.seed)
+    recipe.method.attach(model)
+    notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(model))} trained parameters")
+    if plan.packing:
+        check_packing(model)
+    if recipe.memory.checkpointing == "block":
+        checkpoint_blocks(model)
+    stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk)
+    optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
+    pack_tokens = plan.tokens if plan.packing else None
+    batches = TokenBatches(data.train, plan.micro_batch, plan.accumulation, plan.seed, data.encoder.pad_id, pack_tokens)
+    steps = plan.steps or plan.epochs * batches.steps_per_epoch
+    recipe.schedule.check(steps)
+    machine = {"device": device.describe(where), "threads": threads}
+    return Parts(model, data, batches, steps, stepper, optimizer, meter, machine, notes)
+
+
+def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
+    """Train on from ``state`` to the last step, or until the held-out loss has stopped falling; return the state then."""
+    plan = recipe.train
+    for step in range(state.step + 1, parts.steps + 1):
+        if plan.patience and state.stale >= plan.patience:
+            observer.note(f"stopped after step {state.step}: {state.stale} evaluations without a lower held-out loss (train.patience)")
+            break
         started = time.perf_counter()
         device.seed_all(plan.seed, step)
-        lr = optimizer.set_lr_factor(recipe.schedule.factor(step, steps))
-        rows = batches.step(step)
-        result = stepper.step(rows, optimizer, plan.clip_norm)
-        recipe.method.after_step(base.model, optimizer, step)
+        lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps))
+        rows = parts.batches.step(step)
+        result = parts.stepper.step(rows, parts.optimizer, plan.clip_norm)
+        recipe.method.after_step(parts.model, parts.optimizer, step)
         report = StepReport(
             step=step,
-            steps=steps,
-            epoch=step / batches.steps_per_epoch,
+            steps=parts.steps,
+            epoch=step / parts.batches.steps_per_epoch,
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
             tokens=sum(batch.tokens for batch in rows),
             trained_tokens=sum(batch.trained_tokens for batch in rows),
             seconds=time.perf_counter() - started,
-            memory=meter.read(),
+            memory=parts.meter.read(),
         )
         observer.step(report)
         state = replace(state, step=step, tokens=state.tokens + report.tokens)
-        if data.test and is_due(plan.eval_every, step, steps):
-            evaluation = evaluate(stepper, data, plan, step, observer)
-            observer.evaluated(evaluation)
-            state = replace(state, best_loss=min(evaluation.loss, state.best_loss or evaluation.loss))
-        if is_due(recipe.output.save_every, step, steps):
-            run.save(state, base.model, optimizer, recipe.output.keep)
+        if is_due(plan.eval_every, step, parts.steps):
+            state = measure(recipe, parts, run, observer, state)
+        if is_due(recipe.output.save_every, step, parts.steps) or (plan.patience and state.stale >= plan.patience):
+            run.save(state, parts.model, parts.optimizer, recipe.output.keep)
+    return state
 
-    run.write_adapter(recipe, base.model)
-    if plan.exact_match_rows:
-        observer.answered(compare_answers(base.model, data, plan, steps, observer))
-    run.finish(summarise(run.records(), meter.read(), data.system))
+
+def measure(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
+    """Evaluate on the held-out rows and let the model answer the recipe's samples; return the state with what was found."""
+    if recipe.train.samples:
+        observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
+    if not len(parts.data.test):
+        return state
+    evaluation = evaluate(parts.stepper, parts.data, recipe.train, state.step, observer)
+    observer.evaluated(evaluation)
+    state = state.after(evaluation.loss)
+    if recipe.output.adapter == "best" and state.best_step == state.step:
+        run.save_best(state, parts.model)
+    return state
 
 
 def is_due(every: int, step: int, steps: int) -> bool:

@@ -11,8 +11,8 @@ from qlite.errors import MachineError, QliteError
 
 def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted") -> None:
     """Run ``main`` with the command line's arguments and leave the process with the right exit code."""
-    # qlite encodes in this process; without a word of it, the tokenizers library warns at every fork that it may deadlock.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Rows are tokenised on all cores; without a word of it, the tokenizers library warns at every later fork that it may deadlock.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         main(sys.argv[1:])
     except QliteError as error:

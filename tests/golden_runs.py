@@ -14,6 +14,7 @@ CASES = {
     "lora_8bit": {"base": {"bits": 8}},
     "lora_16bit": {"base": {"bits": 16}},
     "dora_4bit": {"method": {"dora": True, "dropout": 0.0}},
+    "packed_4bit": {"train": {"packing": True, "tokens": 96, "accumulation": 1}},
     "checkpointing_none_float32": {"base": {"dtype": "float32"}, "memory": {"checkpointing": "none"}},
 }
 NO_EXTRAS = {"train": {"eval_every": 0, "exact_match_rows": 0}}
@@ -22,7 +23,11 @@ NO_EXTRAS = {"train": {"eval_every": 0, "exact_match_rows": 0}}
 def losses(case: str) -> list[float]:
     """Return the losses of the case's run."""
     with tempfile.TemporaryDirectory() as folder:
-        return [report.loss for report in run(tiny_recipe(Path(folder), **{**NO_EXTRAS, **CASES[case]})).steps]
+        return [report.loss for report in run(tiny_recipe(Path(folder), **_changes(case))).steps]
+
+
+def _changes(case: str) -> dict:
+    return {table: {**NO_EXTRAS.get(table, {}), **CASES[case].get(table, {})} for table in {**NO_EXTRAS, **CASES[case]}}
 
 
 def machine() -> dict[str, str]:

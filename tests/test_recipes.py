@@ -21,6 +21,8 @@ GIB = 1024**3
 
 def test_these_are_all_the_recipes():
     assert [path.stem for path in RECIPES] == [
+        "e2e",
+        "instruct",
         "llama13b_24gb",
         "llama3b_6gb",
         "llama7b_24gb",
@@ -33,6 +35,8 @@ def test_these_are_all_the_recipes():
         "qwen14b_16gb",
         "qwen4b_8gb",
         "qwen7b_12gb",
+        "seed_tasks",
+        "sgd",
         "snips",
     ]
     assert len(CARDS) == 11

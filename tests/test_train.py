@@ -13,6 +13,7 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
+from qlite.data.batches import TokenBatches
 from qlite.errors import QliteError, RecipeError, RunError
 from qlite.files import is_whole, sha256
 from qlite.recipe.read import build_recipe
@@ -44,6 +45,8 @@ def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
     assert {
         "recipe.toml",
         "run.json",
+        "data.json",
+        "template.jinja",
         "metrics.jsonl",
         "result.json",
         "adapter/adapter_config.json",
@@ -53,7 +56,7 @@ def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
         f"{step}/state.json",
         f"{step}/manifest.json",
     } <= written
-    assert {Path(name).suffix for name in written} == {".toml", ".json", ".jsonl", ".safetensors"}
+    assert {Path(name).suffix for name in written} == {".toml", ".json", ".jsonl", ".jinja", ".safetensors"}
     assert RunFolder(folder / "run").recipe() == recipe
     assert {"qlite", "torch", "bitsandbytes", "device", "threads"} <= json.loads((folder / "run" / "run.json").read_text()).keys()
 
@@ -250,6 +253,107 @@ def test_nothing_non_finite_and_no_float32_is_in_a_checkpoint_of_a_bfloat16_run(
     tensors = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
     assert {str(t.dtype) for t in tensors.values()} == {"torch.bfloat16"}
     assert all(t.isfinite().all() for t in tensors.values())
+
+
+def rows_changed(folder: Path) -> None:
+    path = folder / "train.jsonl"
+    path.write_text(path.read_text().replace('"prompt": "', '"prompt": "b', 1))
+
+
+def template_changed(folder: Path) -> None:
+    path = folder / "base" / "chat_template.jinja"
+    path.write_text(path.read_text() + "{# of another release #}")
+
+
+@pytest.mark.parametrize(("change", "key"), [(rows_changed, "data.train"), (template_changed, "data.template")])
+def test_changed_data_and_templates_are_refused_with_key_old_and_new(tmp_path, change, key):
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, stop_after=3)
+    change(tmp_path)
+    with pytest.raises(RunError, match=rf"the content behind {key}.*{key}: [0-9a-f]{{32}} -> [0-9a-f]{{32}}.*--fresh"):
+        run(recipe)
+
+
+def test_a_packed_run_learns_and_goes_on_with_the_same_bits(tmp_path):
+    sums, changes = [], {"train": {"packing": True, "tokens": 96, "accumulation": 1, "exact_match_rows": 0}}
+    for name, stop in (("through", None), ("stopped", 3)):
+        (tmp_path / name).mkdir()
+        recipe = tiny_recipe(tmp_path / name, **changes)
+        if stop:
+            run(recipe, stop)
+        seen = run(recipe)
+        sums.append(adapter_sum(tmp_path / name))
+    assert sums[0] == sums[1]
+    assert seen.steps[-1].tokens > 150  # two lines of up to 96 tokens, nearly full
+    assert seen.steps[-1].loss < 4.6
+
+
+def best_of(folder: Path) -> tuple[int, float]:
+    evaluations = [r for r in RunFolder(folder / "run").records() if r["kind"] == "eval"]
+    best = min(evaluations, key=lambda r: r["loss"])
+    return best["step"], best["loss"]
+
+
+STALLING = {
+    "train": {"steps": 30, "eval_every": 1, "patience": 3, "exact_match_rows": 0, "accumulation": 1},
+    "optimizer": {"lr": 0.1},
+    "output": {"adapter": "best", "save_every": 100, "keep": 100},
+}
+
+
+@pytest.mark.parametrize("stop_after", [None, 2])
+def test_a_run_that_no_longer_gains_stops_early_and_ends_with_the_best_adapter(tmp_path, stop_after):
+    recipe = tiny_recipe(tmp_path, **STALLING)
+    if stop_after:
+        run(recipe, stop_after)
+    seen = run(recipe)
+    step, loss = best_of(tmp_path)
+    last = seen.steps[-1].step
+    assert last == step + 3 < 30
+    assert any(f"stopped after step {last}: 3 evaluations" in note for note in seen.notes)
+    result = RunFolder(tmp_path / "run").result
+    assert (result["best_step"], result["best_loss"], result["steps"]) == (step, loss, last)
+    # The adapter written is that of the best step, bit for bit, not that of the last.
+    (tmp_path / "again").mkdir()
+    changes = {**STALLING, "output": {"adapter": "last", "save_every": 1, "keep": 100}}
+    run(tiny_recipe(tmp_path / "again", **changes))
+    checkpoints = tmp_path / "again" / "run" / "checkpoints"
+    assert adapter_sum(tmp_path) == sha256(checkpoints / f"step-{step:08d}" / "adapter_model.safetensors")
+    assert adapter_sum(tmp_path) != sha256(checkpoints / f"step-{last:08d}" / "adapter_model.safetensors")
+
+
+def test_a_run_that_has_stopped_early_does_not_go_on_when_it_is_finished_later(tmp_path):
+    recipe = tiny_recipe(tmp_path, **STALLING)
+    run(recipe)
+    (tmp_path / "run" / "result.json").unlink()
+    before = adapter_sum(tmp_path)
+    assert run(recipe).steps == []
+    assert adapter_sum(tmp_path) == before
+
+
+def test_samples_are_answered_at_every_evaluation_and_kept(tmp_path):
+    recipe = tiny_recipe(tmp_path, train={"samples": ["abc", "fed"], "exact_match_rows": 0})
+    seen = run(recipe)
+    assert [report.step for report in seen.samples] == [3, 6]
+    assert [prompt for prompt, _ in seen.samples[0].samples] == ["abc", "fed"]
+    assert any(answer for report in seen.samples for _, answer in report.samples)
+    assert [r["step"] for r in RunFolder(tmp_path / "run").records() if r["kind"] == "samples"] == [3, 6]
+
+
+def test_samples_change_no_bit_of_the_training(whole, tmp_path):
+    folder, _, _ = whole
+    run(tiny_recipe(tmp_path, train={"samples": ["abc"], "exact_match_rows": 0}))
+    assert adapter_sum(tmp_path) == adapter_sum(folder)
+
+
+def test_the_largest_batch_is_trained_first(whole):
+    _, recipe, _ = whole
+    rows = [json.loads(line) for line in Path(recipe.data.train).read_text().splitlines()]
+    assert any(len(row["prompt"]) == 6 for row in rows)
+    data = recipe.data.load(recipe.base.tokenizer(lambda *_: None), 64, lambda _: None)
+    batches = TokenBatches(data.train, 2, 3, recipe.train.seed, 0)
+    sizes = [[batch.input_ids.numel() for batch in batches.step(step)] for step in range(1, batches.steps_per_epoch + 1)]
+    assert sizes[0][0] == max(max(step) for step in sizes)
 
 
 def kill_once(command: list[str], folder: Path, delay: float) -> bool:

@@ -54,6 +54,21 @@ def test_merged_weights_load_in_transformers_and_answer_as_the_live_adapter(fini
     assert "float16 weights, merged over the dequantised 4-bit base" in capsys.readouterr().out
 
 
+def test_the_template_of_the_training_is_used_whatever_the_base_brings_later(finished, tmp_path):
+    # Pain: a template at inference other than the one in training.
+    before = open_run(RunFolder(finished), "cpu", lambda *_: None).encoder.encode_prompt(PROMPTS[0])
+    path = finished.parent / "base" / "chat_template.jinja"
+    own = path.read_text()
+    try:
+        path.write_text("{% for m in messages %}{{ m.role }}? {{ m.content }}{% endfor %}")
+        opened = open_run(RunFolder(finished), "cpu", lambda *_: None)
+        assert opened.encoder.encode_prompt(PROMPTS[0]) == before
+        export.main(["--merge", str(finished), "--out", str(tmp_path / "out")])
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == own
+    finally:
+        path.write_text(own)
+
+
 def test_an_export_never_overwrites_without_force_and_is_the_same_twice(finished, tmp_path):
     out = tmp_path / "out"
     command = ["--merge", str(finished), "--out", str(out), "--dtype", "bf16"]

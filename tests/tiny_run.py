@@ -66,6 +66,7 @@ class Watcher:
         self.steps: list[StepReport] = []
         self.evaluations: list[EvalReport] = []
         self.answers: list = []
+        self.samples: list = []
 
     def note(self, message: str) -> None:
         self.notes.append(message)
@@ -82,6 +83,9 @@ class Watcher:
 
     def answered(self, report) -> None:
         self.answers.append(report)
+
+    def sampled(self, report) -> None:
+        self.samples.append(report)
 
 
 def run(recipe: Recipe, stop_after: int | None = None) -> Watcher:

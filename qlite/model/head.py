@@ -9,13 +9,19 @@ import copy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlite.model.documents import packed_inputs
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Return the last hidden states [B, T, D] for ``input_ids`` [B, T].
 
-    There is no padding mask: rows are padded on the right, where a causal model's real tokens cannot look.
+    There is no padding mask: rows are padded on the right, where a causal model's real tokens cannot look. With
+    ``position_ids`` [B, T], best on the CPU, a line holds several documents: positions count from 0 in each (padding is a
+    document, too), and no document sees another.
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    packed = {"input_ids": input_ids} if position_ids is None else packed_inputs(model, input_ids, position_ids)
+    states = model.base_model(**packed, use_cache=False).last_hidden_state
+    return states.reshape(*input_ids.shape, states.shape[-1])
 
 
 def logits_head(model: PreTrainedModel) -> nn.Module:

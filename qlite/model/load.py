@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
 from qlite.errors import ModelError
-from qlite.model.checkpoint import open_checkpoint
+from qlite.model.attention import Attention, meta_model
+from qlite.model.checkpoint import open_checkpoint, read_tokenizer
 from qlite.model.source import locate
 from qlite.model.wheel import Progress
 from qlite.quant.linear import QuantLinear, Storage
@@ -60,6 +61,9 @@ class Base(Table):
     """Weights that share one 4-bit block constant."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of everything that is not quantised, and of all arithmetic."""
+    attention: Attention = "auto"
+    """How attention is computed. "auto": by torch's SDPA, and in a packed line over each document alone; written out where a family has
+    soft-capping. The others are transformers' own: "eager" (written out), "sdpa", and on CUDA cards "flex" or "flash" (flash-attn)."""
 
     def load(self, device: torch.device, progress: Progress) -> LoadedBase:
         """Fetch, quantise and freeze the model on ``device``.
@@ -69,30 +73,35 @@ class Base(Table):
         """
         files = locate(self.model, self.revision, self.sha256, progress)
         checkpoint = open_checkpoint(files)
-        model = empty_model(checkpoint.config(), self.storage, DTYPES[self.dtype], device)
+        model = empty_model(checkpoint.config(), self.storage, DTYPES[self.dtype], device, self.attention)
         fill(model, checkpoint, device, progress)
         model.requires_grad_(False)
         model.eval()
         return LoadedBase(model, checkpoint.tokenizer(), checkpoint.generation_config(), files.name)
+
+    def tokenizer(self, progress: Progress) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer, without its weights: data can be checked before they are fetched.
+
+        Raises:
+            ModelError: there is none, or it cannot be read.
+        """
+        return read_tokenizer(locate(self.model, self.revision, self.sha256, progress, weights=False))
 
     @property
     def storage(self) -> Storage:
         return Storage(self.bits, self.quant_type, self.double_quant, self.block_size)
 
 
-def empty_model(config: PreTrainedConfig, storage: Storage, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+def empty_model(
+    config: PreTrainedConfig, storage: Storage, dtype: torch.dtype, device: torch.device | str, attention: Attention = "auto"
+) -> PreTrainedModel:
     """Return the causal LM that ``config`` describes, on the meta device, its blocks' linears in ``storage``.
 
     Raises:
-        ModelError: the family is no causal LM, or keeps its weights where LoRA and 4 bit would both miss them.
+        ModelError: the family is no causal LM, keeps its weights where LoRA and 4 bit would both miss them, or it or ``device``
+            cannot do ``attention``.
     """
-    # SDPA has no soft-capping: a model that was trained with it (Gemma 2) needs the written-out attention. None: SDPA where there is one.
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        except ValueError as error:
-            raise ModelError(f'base.model: "{config.model_type}" is no causal language model: {str(error).splitlines()[0]}') from error
+    model = meta_model(config, attention, dtype, torch.device(device))
     _refuse_unreachable_weights(model)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):

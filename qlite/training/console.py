@@ -17,7 +17,7 @@ from rich.text import Text
 
 from qlite.training.panel import Screen
 from qlite.training.progress import Phase, RunView, format_perplexity, short_seconds
-from qlite.training.report import AnswerReport, EvalReport, StepReport
+from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
 from qlite.units import format_bytes, format_seconds
 
 
@@ -87,6 +87,10 @@ class PlainConsole:
         for label, line in _answer_lines(self._run, report):
             self._print(f"{label}{line}")
 
+    def sampled(self, report: SampleReport) -> None:
+        for label, line in _sample_lines(report):
+            self._print(f"{label}{line}")
+
     def _print_ends(self, phases: list[Phase]) -> None:
         for phase in phases:
             if phase.is_first_run:
@@ -130,6 +134,10 @@ class LiveConsole:
 
     def answered(self, report: AnswerReport) -> None:
         for label, line in _answer_lines(self._run, report):
+            self._screen.print(Text.assemble((label, "dim"), line))
+
+    def sampled(self, report: SampleReport) -> None:
+        for label, line in _sample_lines(report):
             self._screen.print(Text.assemble((label, "dim"), line))
 
     def _print_ends(self, phases: list[Phase]) -> None:
@@ -204,6 +212,14 @@ def _answer_lines(run: RunView, report: AnswerReport) -> Iterator[tuple[str, str
         if before and index < len(before.samples):
             yield "  before    ", clean(before.samples[index][2], 300)
         yield ("  now       " if before else "  answer    "), clean(answer, 300)
+
+
+def _sample_lines(report: SampleReport) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of each sample."""
+    yield "samples ", f"at step {report.step}"
+    for prompt, answer in report.samples:
+        yield "  prompt    ", clean(prompt, 300)
+        yield "  answer    ", clean(answer, 600)
 
 
 class _ForgivingStream:

@@ -4,45 +4,65 @@ import math
 import time
 from functools import partial
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from qlite.data.batches import batches_of
 from qlite.data.dataset import DataSet
+from qlite.errors import DataError
 from qlite.recipe.schema import Train
 from qlite.serving.answer import Sampling, answer_all
-from qlite.training.report import AnswerReport, EvalReport, Observer
+from qlite.training.report import AnswerReport, EvalReport, Observer, SampleReport
 from qlite.training.step import Stepper, trained_tokens
 
 SAMPLES = 2
 
 
 def evaluate(stepper: Stepper, data: DataSet, train: Train, step: int, observer: Observer) -> EvalReport:
-    """Return loss and perplexity over all held-out rows. Padding is kept small by length order."""
+    """Return loss and perplexity over all held-out rows. Padding is kept small by length order, the longest first."""
     start = time.perf_counter()
-    rows = sorted(data.test, key=len)
-    batches = list(batches_of(rows, train.micro_batch, data.encoder.pad_id))
-    total, loss = trained_tokens(batches), 0.0
-    observer.phase("evaluate", 0, len(batches))
-    for number, batch in enumerate(batches, start=1):
-        loss += stepper.evaluate([batch]) * trained_tokens([batch]) / total
-        observer.phase("evaluate", number, len(batches))
+    rows = data.test.take(np.argsort(-data.test.lengths, kind="stable"))
+    total, loss, tokens = -(-len(rows) // train.micro_batch), 0.0, 0
+    observer.phase("evaluate", 0, total)
+    for number, batch in enumerate(batches_of(rows, train.micro_batch, data.encoder.pad_id), start=1):
+        trained = trained_tokens([batch])
+        loss += stepper.evaluate([batch]) * trained
+        tokens += trained
+        observer.phase("evaluate", number, total)
+    loss /= max(1, tokens)
     perplexity = math.exp(min(loss, 700.0))  # exp overflows a float beyond 709
-    return EvalReport(step, loss, perplexity, len(rows), total, time.perf_counter() - start)
+    return EvalReport(step, loss, perplexity, len(rows), tokens, time.perf_counter() - start)
+
+
+def require_answers(data: DataSet, train: Train) -> None:
+    """Raise DataError if answers are to be compared and the held-out rows are raw text, which has none."""
+    if train.exact_match_rows and not data.test.store.answer[data.test.row].all():
+        raise DataError(f"train.exact_match_rows = {train.exact_match_rows}: held-out rows of raw text have no answer; remove it")
 
 
 def compare_answers(model: PreTrainedModel, data: DataSet, train: Train, step: int, observer: Observer) -> AnswerReport:
     """Return how many held-out prompts the model answers, greedily, with exactly the expected text."""
-    chosen = data.test_messages[: train.exact_match_rows]
-    prompts = [messages[:-1] for messages in chosen]
-    expected = [messages[-1]["content"].strip() for messages in chosen]
-    phase = "answer held-out prompts"
-    observer.phase(phase, 0, len(chosen))
-    sampling = Sampling(max_tokens=train.answer_tokens)
-    told = partial(_tell, observer, phase, len(chosen))
-    answers = [answer.strip() for answer in answer_all(model, data.encoder, prompts, sampling, told)]
+    rows = [data.test[index] for index in range(min(train.exact_match_rows, len(data.test)))]
+    prompts = [list(map(int, row.ids[: row.answer_start])) for row in rows]
+    expected = [data.encoder.decode(row.ids[row.answer_start :]).strip() for row in rows]
+    answers = [answer.strip() for answer in _answers(model, data, prompts, train, "answer held-out prompts", observer)]
     exact = sum(a == e for a, e in zip(answers, expected, strict=True))
-    asked = [prompt[-1]["content"] for prompt in prompts]
-    return AnswerReport(step, len(chosen), exact, list(zip(asked, expected, answers, strict=True))[:SAMPLES])
+    samples = [(data.question(index), expected[index], answers[index]) for index in range(min(SAMPLES, len(rows)))]
+    return AnswerReport(step, len(rows), exact, samples)
+
+
+def sample(model: PreTrainedModel, data: DataSet, train: Train, step: int, observer: Observer) -> SampleReport:
+    """Return what the model answers, greedily, to the recipe's own prompts."""
+    system = [{"role": "system", "content": data.system}] if data.system else []
+    prompts = [data.encoder.encode_prompt([*system, {"role": "user", "content": text}], "train.samples") for text in train.samples]
+    answers = _answers(model, data, prompts, train, "answer samples", observer)
+    return SampleReport(step, list(zip(train.samples, answers, strict=True)))
+
+
+def _answers(model: PreTrainedModel, data: DataSet, prompts: list[list[int]], train: Train, phase: str, observer: Observer) -> list[str]:
+    observer.phase(phase, 0, len(prompts))
+    told = partial(_tell, observer, phase, len(prompts))
+    return answer_all(model, data.encoder, prompts, Sampling(max_tokens=train.answer_tokens), told)
 
 
 def _tell(observer: Observer, phase: str, total: int, done: int) -> None:

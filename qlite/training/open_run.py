@@ -36,4 +36,6 @@ def open_run(run: RunFolder, device_name: str, progress: Progress) -> OpenRun:
     where = device.pick_device(device_name)
     device.keep_freed_memory()
     base = recipe.base.load(where, progress)
-    return OpenRun(run, recipe, base, Encoder(base.tokenizer, recipe.data.template), where)
+    encoder = recipe.data.encoder(base.tokenizer, run.template)
+    base.tokenizer.chat_template = encoder.template  # what an export writes beside the weights
+    return OpenRun(run, recipe, base, encoder, where)

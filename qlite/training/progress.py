@@ -38,7 +38,7 @@ class Phase:
     @property
     def is_bytes(self) -> bool:
         # The Observer names no unit. Nobody counts 64 million rows or tensors here, and a model file is larger.
-        return self.name.startswith("download") or max(self.total, self.done) >= 64 * MIB
+        return self.name.startswith(("download", "read and encode")) or max(self.total, self.done) >= 64 * MIB
 
     @property
     def amount(self) -> str:

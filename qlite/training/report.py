@@ -69,6 +69,17 @@ class AnswerReport:
         return {"kind": "answers", **asdict(self)}
 
 
+@dataclass(frozen=True)
+class SampleReport:
+    """The model's answers to the recipe's own prompts, to be read: (prompt, answer)."""
+
+    step: int
+    samples: list[tuple[str, str]]
+
+    def as_record(self) -> dict:
+        return {"kind": "samples", **asdict(self)}
+
+
 class Observer(Protocol):
     """Whoever wants to know what happens in a run: the console, the metrics file."""
 
@@ -83,6 +94,8 @@ class Observer(Protocol):
     def evaluated(self, report: EvalReport) -> None: ...
 
     def answered(self, report: AnswerReport) -> None: ...
+
+    def sampled(self, report: SampleReport) -> None: ...
 
 
 class Broadcast:
@@ -110,3 +123,7 @@ class Broadcast:
     def answered(self, report: AnswerReport) -> None:
         for observer in self.observers:
             observer.answered(report)
+
+    def sampled(self, report: SampleReport) -> None:
+        for observer in self.observers:
+            observer.sampled(report)

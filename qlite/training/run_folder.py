@@ -2,15 +2,17 @@
 
 runs/quickstart/
   recipe.toml     every key, paths absolute      run.json        versions, device, threads
+  template.jinja  the chat template, if any      data.json       hashes of data and template
   metrics.jsonl   one record a step              result.json     written last: the run is finished
   checkpoints/step-00000020/                     adapter/        PEFT's two files
+  best/           the adapter of the lowest held-out loss so far
 """
 
 import json
 import shutil
 import tomllib
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qlite import __version__
+from qlite.data.dataset import DataSet
 from qlite.errors import RunError
 from qlite.files import append_line, is_whole, new_folder, write_json, write_tensors, write_text
 from qlite.formats.peft import WEIGHTS, adapter_tensors, copy_adapter, write_adapter
@@ -25,7 +28,7 @@ from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_differences, recipe_toml
-from qlite.training.report import AnswerReport, EvalReport, StepReport
+from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
 
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
 
@@ -39,6 +42,15 @@ class TrainState:
     """Tokens read so far, padding not counted."""
     best_loss: float | None = None
     """Lowest held-out loss so far, in nats."""
+    best_step: int = 0
+    stale: int = 0
+    """Evaluations since then."""
+
+    def after(self, loss: float) -> "TrainState":
+        """Return the state after an evaluation of held-out ``loss`` at this step."""
+        if self.best_loss is None or loss < self.best_loss:
+            return replace(self, best_loss=loss, best_step=self.step, stale=0)
+        return replace(self, stale=self.stale + 1)
 
 
 class RunFolder:
@@ -62,6 +74,12 @@ class RunFolder:
         """What the finished run said of itself."""
         return self._read("result.json")
 
+    @property
+    def template(self) -> str | None:
+        """The chat template that the run is trained with, as Jinja; None if it has none."""
+        path = self.path / "template.jinja"
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
     def recipe(self) -> Recipe:
         """Return the frozen recipe. Raises RunError where there is none."""
         path = self.path / "recipe.toml"
@@ -76,7 +94,7 @@ class RunFolder:
         """Raise RunError if the folder belongs to another recipe or holds something else. Nothing is written."""
         if not self.is_begun:
             inside = list(self.path.iterdir()) if self.path.is_dir() else []
-            others = [path.name for path in inside if not path.name.startswith((".", "run.json"))]
+            others = [path.name for path in inside if not path.name.startswith((".", "run.json", "data.json", "template.jinja"))]
             if others or self.path.is_file():
                 raise RunError(f'output.dir = "{self.path}": exists and holds something else ({", ".join(others[:3])}); choose another')
             return
@@ -88,22 +106,37 @@ class RunFolder:
                 "Go on with the old recipe, choose another output.dir, or start afresh with --fresh"
             )
 
+    def check_data(self, identity: dict[str, str]) -> None:
+        """Raise RunError if the run was begun with rows or a template other than those of ``identity``."""
+        then = self._read("data.json") if self.is_begun else identity
+        changed = [key for key in {**then, **identity} if then.get(key) != identity.get(key)]
+        if changed:
+            told = "; ".join(f"{key}: {then.get(key)} -> {identity.get(key)}" for key in changed)
+            raise RunError(
+                f'"{self.path}" was begun with other data: the content behind {", ".join(changed)}, the tokenizer or their libraries have '
+                f"changed since ({told}). Put it back, choose another output.dir, or start afresh with --fresh"
+            )
+
     def discard(self) -> None:
         """Delete the run that was begun here: what qlite wrote while training, and nothing else (exports stay)."""
         if self.is_begun:
-            for name in ("result.json", "recipe.toml", "metrics.jsonl", "run.json"):  # first what makes it count as finished
+            # First what makes it count as finished.
+            for name in ("result.json", "recipe.toml", "metrics.jsonl", "run.json", "data.json", "template.jinja"):
                 (self.path / name).unlink(missing_ok=True)
-            for folder in (self.adapter, self.path / "checkpoints"):
+            for folder in (self.adapter, self.path / "checkpoints", self.path / "best"):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def begin(self, recipe: Recipe, device: str, threads: int) -> list[str]:
+    def begin(self, recipe: Recipe, data: DataSet, machine: dict[str, str | int]) -> list[str]:
         """Make the folder for ``recipe``, if it is not there yet; called when all that can be wrong with a run has been read.
 
         Returns what differs from the machine it began on ("torch: 2.12.0 -> 2.13.0"): with it the last bits will, too.
         """
-        facts = {"qlite": __version__, **{name: version(name) for name in LIBRARIES}, "device": device, "threads": threads}
+        facts = {"qlite": __version__, **{name: version(name) for name in LIBRARIES}, **machine}
         if not self.is_begun:
             write_json(self.path / "run.json", facts)
+            write_json(self.path / "data.json", data.identity)
+            if data.encoder.template is not None:
+                write_text(self.path / "template.jinja", data.encoder.template)
             write_text(self.path / "recipe.toml", recipe_toml(recipe))  # last: with it the folder is this run's
         then = self._read("run.json")
         return [f"{key}: {then.get(key)} -> {facts.get(key)}" for key in {**then, **facts} if then.get(key) != facts.get(key)]
@@ -122,6 +155,9 @@ class RunFolder:
         self._log(report.as_record())
 
     def answered(self, report: AnswerReport) -> None:
+        self._log(report.as_record())
+
+    def sampled(self, report: SampleReport) -> None:
         self._log(report.as_record())
 
     def records(self) -> list[dict]:
@@ -157,6 +193,19 @@ class RunFolder:
             return TrainState(**saved)
         self._rewind(-1)
         return TrainState()
+
+    def save_best(self, state: TrainState, model: nn.Module) -> None:
+        """Keep the adapter as it is, the one of the lowest held-out loss so far."""
+        with new_folder(self.path / "best") as folder:
+            write_tensors(folder / WEIGHTS, adapter_tensors(model))
+            write_json(folder / "state.json", asdict(state))
+
+    def load_best(self, state: TrainState, model: nn.Module) -> None:
+        """Put the adapter of the lowest held-out loss back into ``model``. Raises RunError if it is damaged or another step's."""
+        folder = self.path / "best"
+        if not is_whole(folder) or json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"] != state.best_step:
+            raise RunError(f'"{folder}" is damaged or not of step {state.best_step}; take output.adapter = "last"')
+        copy_adapter(load_file(folder / WEIGHTS), model, folder)
 
     def write_adapter(self, recipe: Recipe, model: nn.Module) -> None:
         """Write what was trained."""

@@ -74,7 +74,8 @@ class Stepper:
         return sum(self._loss(batch, tokens).item() for batch in batches)
 
     def _loss(self, batch: Batch, tokens: int) -> Tensor:
-        hidden = hidden_states(self.model, batch.input_ids.to(self.device))
+        positions = None if batch.position_ids is None else batch.position_ids.to(self.device)
+        hidden = hidden_states(self.model, batch.input_ids.to(self.device), positions)
         return chunked_cross_entropy(self.head, hidden, batch.labels, tokens, self.loss_chunk)
 
 

@@ -9,11 +9,11 @@ from rich.text import Text
 
 from qlite.device import MemoryUse, peak_process_bytes
 from qlite.training.console import clean
-from qlite.training.run_folder import RunFolder
+from qlite.training.run_folder import RunFolder, TrainState
 from qlite.units import format_bytes, format_seconds
 
 
-def summarise(records: list[dict], memory: MemoryUse, system: str) -> dict:
+def summarise(records: list[dict], memory: MemoryUse, system: str, state: TrainState) -> dict:
     """Return the run's figures: losses in nats, seconds of training alone, tokens/s as the median over steps."""
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "eval"]
@@ -28,6 +28,8 @@ def summarise(records: list[dict], memory: MemoryUse, system: str) -> dict:
         "last_loss": steps[-1]["loss"],
         "eval_loss": evaluations[-1]["loss"] if evaluations else None,
         "perplexity": evaluations[-1]["perplexity"] if evaluations else None,
+        "best_loss": state.best_loss,
+        "best_step": state.best_step if evaluations else None,
         "peak_memory_bytes": memory.peak if on_gpu else peak_process_bytes(),
         "peak_memory_kind": "allocated on the GPU" if on_gpu else "process",
         "system": system,
@@ -43,7 +45,8 @@ def print_summary(run: RunFolder) -> None:
     table.add_row("trained", f"{result['steps']} steps, {result['tokens']:,} tokens in {seconds}, {speed}")
     table.add_row("loss", f"{result['first_loss']:.3f} -> {result['last_loss']:.3f}")
     if result["eval_loss"] is not None:
-        table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {result['perplexity']:.2f}")
+        best = f"; lowest {result['best_loss']:.3f} at step {result['best_step']}" if result["best_step"] != result["steps"] else ""
+        table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {result['perplexity']:.2f}{best}")
     if result["answers"]:
         counts = [f"{record['exact']}/{record['rows']}" for record in result["answers"]]
         table.add_row("exact match", f"{counts[0]} before training, {counts[-1]} after")
@@ -58,3 +61,4 @@ def print_summary(run: RunFolder) -> None:
     # Not wrapped: these lines are there to be copied.
     console.print(f"\nNext:  python -m qlite.export --merge {path}", soft_wrap=True)
     console.print(f'       python -m qlite.generate {path} --prompt "{prompt}"', soft_wrap=True)
+    console.print(f"       python -m qlite.chat {path}", soft_wrap=True)

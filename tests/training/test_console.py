@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qlite.device import MemoryUse
 from qlite.training.console import LiveConsole, PlainConsole, clean, open_console
-from qlite.training.report import AnswerReport, EvalReport, StepReport
+from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
 from qlite.units import GIB
 
 GPU = MemoryUse(used=6 * GIB, peak=12 * GIB, total=24 * GIB, reserved=13 * GIB, driver=14 * GIB)
@@ -235,6 +235,7 @@ def test_nothing_from_outside_steers_the_terminal(kind):
     console.phase(HOSTILE, 1, 2)
     console.phase(HOSTILE, 2, 2)
     console.answered(AnswerReport(0, 2, 1, [(HOSTILE, HOSTILE, HOSTILE)] * 5))
+    console.sampled(SampleReport(3, [(HOSTILE, HOSTILE)]))
     text = strip_styles(written(console))
     assert "[/b] [red]x[/red] :smile:" in text
     assert "gnp.exe" in text
@@ -292,6 +293,16 @@ def test_answers_are_listed_before_and_after_with_two_samples():
     assert "q3" not in text
     console.step(step_report(1))
     assert "3→51/64" in "\n".join(panel(console))
+
+
+def test_samples_are_listed_in_full_by_both_consoles():
+    live, out = live_console(80), io.StringIO()
+    live.sampled(SampleReport(20, [("q1", "a1"), ("q2", "a2")]))
+    with PlainConsole("t", out) as plain:
+        plain.sampled(SampleReport(20, [("q1", "a1"), ("q2", "a2")]))
+    lines = "samples at step 20\n  prompt    q1\n  answer    a1\n  prompt    q2\n  answer    a2\n"
+    assert lines in strip_styles(written(live))
+    assert lines in out.getvalue()
 
 
 @pytest.mark.parametrize("steps", [1, 7, 40, 41, 79, 81, 600, 1999, 100_000])

@@ -1,5 +1,7 @@
 """However a step is split into micro-batches, its gradient is the same; nothing that is not finite is ever stepped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,6 +50,29 @@ def test_any_split_of_a_step_gives_the_same_loss_and_gradient(seed, count, data)
     tokens = sum(Batch.of([row], 0).trained_tokens for row in rows)
     alone = sum(gradient([Batch.of([row], 0)])[1].norm() * Batch.of([row], 0).trained_tokens / tokens for row in rows)
     assert (split[1] - whole[1]).norm() <= 1e-6 * alone
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 9), st.data())
+def test_any_packing_of_a_step_gives_the_same_loss_and_gradient(seed, count, data):
+    rows = random_rows(count, (2, 14), seed)
+    whole = gradient([Batch.of([row], 0) for row in rows])
+    order = data.draw(st.permutations(rows))
+    cuts = sorted(data.draw(st.sets(st.integers(1, count - 1), max_size=3)))
+    lines = [order[start:stop] for start, stop in zip([0, *cuts], [*cuts, count], strict=True)]
+    packed = gradient([Batch.packed(lines[:2], 0), *([Batch.packed(lines[2:], 0)] if lines[2:] else [])])
+    assert packed[0] == pytest.approx(whole[0], rel=1e-6)
+    tokens = sum(Batch.of([row], 0).trained_tokens for row in rows)
+    alone = sum(gradient([Batch.of([row], 0)])[1].norm() * Batch.of([row], 0).trained_tokens / tokens for row in rows)
+    assert (packed[1] - whole[1]).norm() <= 1e-6 * alone
+
+
+def test_rows_that_saw_each_other_would_give_another_gradient():
+    rows = random_rows(6, (10, 14), 0)
+    whole, packed = gradient([Batch.of(rows, 0)])[1], Batch.packed([rows], 0)
+    leaking = gradient([replace(packed, position_ids=None)])[1]
+    assert (leaking - whole).norm() > 0.2 * whole.norm()
+    assert (gradient([packed])[1] - whole).norm() < 1e-5 * whole.norm()
 
 
 def test_a_mean_of_means_would_be_another_gradient():

@@ -1,0 +1,176 @@
+"""Attention inside documents: several of them lie in one line, and none sees another.
+
+transformers finds the documents by position ids that restart at 0 and masks the T x T scores of a line, all of which are
+computed all the same. The attention of this file computes each document's own scores and nothing else; it stands beside
+transformers' own under the name ``DOCUMENTS``, and without documents it is exactly transformers' SDPA.
+"""
+
+import inspect
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
+
+DOCUMENTS = "qlite_documents"
+# Tokens. Up to here a document's attention is faster in float32 than in bfloat16 on CPU, where a small bfloat16 product is
+# mostly overhead: 1.6 to 2.5 times as fast at 20 to 100 tokens, 1.0 to 1.3 at 200 (forward and backward, 2 threads).
+SHORT = 128
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a packed batch [B, T], line after line: none spans two lines."""
+
+    lengths: tuple[int, ...]
+    bounds: Tensor
+    """[N + 1] int32, on the batch's device: where in the B * T tokens each document starts, and their end."""
+
+    @classmethod
+    def of(cls, position_ids: Tensor, device: torch.device) -> "Documents":
+        """Return the documents of ``position_ids`` [B, T], counted from 0 in each. Where these are on the CPU, no device is waited for."""
+        positions = position_ids.cpu().reshape(-1)
+        assert (positions[:: position_ids.shape[1]] == 0).all(), "every line starts with a document"
+        starts = (positions == 0).nonzero().squeeze(1)
+        lengths = torch.diff(starts, append=torch.tensor([len(positions)]))
+        counted = torch.arange(len(positions)) - starts.repeat_interleave(lengths)
+        assert torch.equal(positions, counted), "positions count up by 1 in every document"
+        bounds = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return cls(tuple(lengths.tolist()), bounds.to(device, torch.int32))
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+def packed_inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> dict:
+    """Return the decoder's arguments that confine its attention to the documents of ``input_ids`` [B, T].
+
+    Flash attention sees documents only in a batch of one line, so there all lines become one: [1, B * T].
+    """
+    documents = Documents.of(position_ids, input_ids.device)
+    inputs = {"input_ids": input_ids, "position_ids": position_ids.to(input_ids.device)}
+    if model.config._attn_implementation == DOCUMENTS:
+        return {**inputs, "documents": documents}
+    if not is_flash_attention_requested(model.config):
+        return inputs
+    inputs = {name: ids.reshape(1, -1) for name, ids in inputs.items()}
+    if model._supports_attention_backend:
+        # Without these every layer would look for the documents anew, and wait for the device to find them.
+        inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), documents.bounds)
+        inputs |= dict.fromkeys(("max_length_q", "max_length_k"), documents.longest)
+    return inputs
+
+
+def attend_by_documents(model: PreTrainedModel) -> None:
+    """Let ``model`` use this file's attention in place of transformers' SDPA, where its family leaves all of that to the interface."""
+    config = model.config.get_text_config()
+    is_attention_only = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+    # Doge computes with its mask; Gemma 4, where layers share keys, cuts it, and asks for the name "sdpa" before it does.
+    touches_mask = config.model_type == "doge" or getattr(config, "num_kv_shared_layers", 0)
+    if config._attn_implementation == "sdpa" and model._supports_attention_backend and is_attention_only and not touches_mask:
+        # Both: a name without a mask function gets no mask at all.
+        AttentionInterface.register(DOCUMENTS, documents_attention)
+        AttentionMaskInterface.register(DOCUMENTS, documents_mask)
+        model.set_attn_implementation(DOCUMENTS)
+
+
+class DeferredMask(partial):
+    """A mask [B, 1, T, T] that says "causal, inside documents", built only when it is called."""
+
+
+def documents_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **others: object,
+) -> Tensor | DeferredMask | None:
+    """Return SDPA's mask, deferred where a packed line needs none: inside a document that is seen whole, causal says it all.
+
+    transformers calls this with its mask's description. It forbids the skip where it has found documents, and sets
+    ``use_vmap`` where a family adds a pattern of its own; ``local_size`` is the width of a sliding window.
+    """
+    lengths = {"q_length": q_length, "kv_length": kv_length, "local_size": local_size}
+    mask = DeferredMask(sdpa_mask, **lengths, allow_is_causal_skip=allow_is_causal_skip, use_vmap=use_vmap, **others)
+    found_documents = not allow_is_causal_skip and not use_vmap and q_length == kv_length
+    sees_all = local_size is None or kv_length <= local_size
+    return mask if found_documents and sees_all else mask()
+
+
+def documents_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | DeferredMask | None,
+    documents: Documents | None = None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """Return the attention's output [B, T, H, D] for ``query`` [B, H, T, D] and ``key``, ``value`` [B, H or fewer, T, D].
+
+    Without ``documents``, or with a term that is added to the scores, this is SDPA under the whole mask. A mask that is a
+    tensor (a sliding window) holds inside documents, too.
+    """
+    is_plain = attention_mask is None or isinstance(attention_mask, DeferredMask)
+    if documents is None or any(options.get(name) is not None for name in ("position_bias", "softcap")):
+        mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    batch, _, width, _ = query.shape
+    # Views of [B * T, heads, head size], where a document is a stretch whatever line it lies in.
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    if is_plain and _varlen_takes(query, key, value, options.get("dropout", 0.0)):
+        bounds, longest = documents.bounds, documents.longest
+        causal = {"window_size": (-1, 0), "enable_gqa": True, "scale": options.get("scaling")}
+        out = varlen_attn(*flat, bounds, bounds, longest, longest, **causal)
+    else:
+        masks = [None] * len(documents.lengths) if is_plain else _diagonal_blocks(attention_mask, documents, width)
+        # Cut by one call, not by slices: a slice's gradient is as large as what it was cut from.
+        parts = zip(*(x.split(documents.lengths) for x in flat), masks, strict=True)
+        out = torch.cat([_one_document(module, *qkv, mask, options) for *qkv, mask in parts])
+    return out.view(batch, width, *out.shape[1:]), None
+
+
+def _one_document(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+    """Return the attention [T, H, D] of one document of T tokens, causal or under ``mask`` [1, 1, T, T]."""
+    dtype = query.dtype
+    if query.device.type == "cpu" and len(query) <= SHORT:
+        query, key, value = query.float(), key.float(), value.float()
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    return sdpa_attention_forward(module, q, k, v, mask, **options)[0].squeeze(0).to(dtype)
+
+
+def _diagonal_blocks(mask: Tensor, documents: Documents, width: int) -> list[Tensor]:
+    """Return what ``mask`` [B or 1, 1, T, T] says inside each document."""
+    blocks, start = [], 0
+    for length in documents.lengths:
+        line, first = divmod(start, width)
+        inside = slice(first, first + length)
+        line = line if len(mask) > 1 else 0
+        blocks.append(mask[line : line + 1, :, inside, inside])
+        start += length
+    return blocks
+
+
+def _varlen_takes(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Return whether one kernel of torch's can do all documents: on CUDA, without dropout, where flash attention can run at all."""
+    can_be_asked = query.is_cuda and _varlen_knows_groups() and not dropout
+    return can_be_asked and can_use_flash_attention(SDPAParams(query, key, value, None, dropout, True, True))
+
+
+@cache
+def _varlen_knows_groups() -> bool:
+    """Return whether this torch has the kernel, with several query heads to a key head."""
+    return varlen_attn is not None and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
