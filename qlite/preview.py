@@ -93,12 +93,14 @@ def _batches(recipe: Recipe, data: DataSet) -> Table:
     """Return how full batches are, padded and packed."""
     plan = recipe.train
     table = Table(title="\nbatches", title_justify="left")
-    for heading in ("", "steps an epoch", "tokens that are no padding"):
+    for heading in ("", "steps an epoch", "tokens a step", "of them no padding"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, tokens in (("padded", None), (f"packed into {plan.tokens}", plan.tokens)):
         batches = TokenBatches(data.train, plan.micro_batch, plan.accumulation, plan.seed, data.encoder.pad_id, tokens)
         chosen = " (the recipe's)" if (tokens is not None) == plan.packing else ""
-        table.add_row(name + chosen, f"{batches.steps_per_epoch:,}", f"{useful_share(batches):.1%}")
+        share_useful = useful_share(batches)
+        tokens_a_step = data.train.lengths.sum() / batches.steps_per_epoch / share_useful
+        table.add_row(name + chosen, f"{batches.steps_per_epoch:,}", f"{tokens_a_step:,.0f}", f"{share_useful:.1%}")
     return table
 
 

@@ -1,0 +1,96 @@
+"""Useful tokens a second of a recipe's own data: padded as the rows come, grouped by length, and packed.
+
+python tools/packing_speed.py recipes/instruct.toml [--rounds 5] [--tokens 512]
+
+Each round trains one step of each way in turn, all with about the same number of tokens a micro-batch, padding counted: --tokens.
+Useful are tokens that are no padding. The loss is not compared: the same rows, packed or not, give the same gradient
+(tests/model/test_packing.py).
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qlite import device
+from qlite.data.batches import Batch, TokenBatches
+from qlite.data.dataset import DataSet
+from qlite.model.checkpointing import checkpoint_blocks
+from qlite.optim.build import FlatOptimizer
+from qlite.recipe.read import read_recipe
+from qlite.training.step import Stepper
+from qlite.verb import run_verb
+
+
+def main(argv: list[str]) -> None:
+    """Run the rounds and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens a micro-batch, and of a packed line")
+    args = parser.parse_args(argv)
+    recipe = read_recipe(args.recipe)
+    where = device.pick_device("auto")
+    device.keep_freed_memory()
+    data = recipe.data.load(recipe.base.tokenizer(lambda *_: None), recipe.train.tokens, print)
+    model = recipe.base.load(where, lambda *_: None).model
+    device.seed_all(0)
+    recipe.method.attach(model)
+    if recipe.memory.checkpointing == "block":
+        checkpoint_blocks(model)
+    stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk)
+    optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where)
+    ways = batches_of_each_way(data, args.tokens, args.rounds + 1)
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(args.rounds + 1):
+        for name, batches in ways.items():
+            speed = useful_speed(stepper, optimizer, batches[number])
+            if number:  # the first round warms kernels and caches
+                speeds[name].append(speed)
+    show(ways, speeds)
+
+
+def batches_of_each_way(data: DataSet, tokens: int, count: int) -> dict[str, list[Batch]]:
+    """Return ``count`` micro-batches of about ``tokens`` tokens each, by the name of the way."""
+    pad = data.encoder.pad_id
+    mean = float(data.train.lengths.mean())
+    rows = max(1, round(tokens / mean))
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).tolist()
+    as_they_come = [Batch.of([data.train[i] for i in order[n * rows : (n + 1) * rows]], pad) for n in range(count)]
+    grouped = TokenBatches(data.train, rows, 1, 0, pad)
+    packed = TokenBatches(data.train, 1, 1, 0, pad, tokens)
+    # From step 2 on: the first is the largest of all, on purpose.
+    return {
+        "padded, as they come": as_they_come,
+        "padded, grouped by length": [grouped.step(n + 2)[0] for n in range(count)],
+        "packed": [packed.step(n + 2)[0] for n in range(count)],
+    }
+
+
+def useful_speed(stepper: Stepper, optimizer: FlatOptimizer, batch: Batch) -> float:
+    """Train one step; return the tokens a second that were no padding."""
+    start = time.perf_counter()
+    stepper.step([batch], optimizer, 1.0)
+    return batch.tokens / (time.perf_counter() - start)
+
+
+def show(ways: dict[str, list[Batch]], speeds: dict[str, list[float]]) -> None:
+    """Print the medians, their ratios to the first way, and the spread."""
+    table = Table(title="useful tokens a second")
+    for heading in ("", "no padding", "tokens/s", "range", "ratio", "ratio, round by round"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    first = next(iter(speeds.values()))
+    for name, values in speeds.items():
+        useful = sum(b.tokens for b in ways[name]) / sum(b.input_ids.numel() for b in ways[name])
+        ratios = sorted(a / b for a, b in zip(values, first, strict=True))
+        span, ratio_span = f"{min(values):.0f}-{max(values):.0f}", f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+        table.add_row(name, f"{useful:.1%}", f"{median(values):.0f}", span, f"{median(ratios):.2f}", ratio_span)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_verb(main)
