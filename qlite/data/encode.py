@@ -187,17 +187,19 @@ class Encoder:
         return rows if is_open else [row for row in rows if any(row.trained)] or rows[-1:]
 
     def _answer(self, message: dict, prompt: str, full: str, where: str) -> str:
-        """Return what ``message`` adds to ``prompt``, up to and including what ends the turn."""
+        """Return what ``message`` adds to ``prompt``, up to and including the token that ends the turn."""
         if not full.startswith(prompt):
             raise DataError(f"{where}: the chat template does not continue its own prompt with the answer; choose data.template")
         answer, content = full[len(prompt) :], message["content"].strip()
-        said = answer.find(content) if content else -1
-        end = self._end.search(answer, said + len(content)) if said >= 0 else None
-        if end is not None:
-            return answer[: end.end()]
-        # What follows the end token (a line break in ChatML) opens the next turn; the model stops before it.
+        if content and not message.get("tool_calls"):
+            # Phi-3 writes another token behind the turn's own, ChatML a line break that opens the next turn: the model stops before them.
+            start = answer.find(content)
+            while start >= 0:
+                if end := self._end.match(answer, start + len(content)):
+                    return answer[: end.end()]
+                start = answer.find(content, start + 1)
         answer = answer.rstrip()
-        return answer if self._end.search(answer[-40:]) and answer.endswith(self._end_tokens) else answer + self.tokenizer.eos_token
+        return answer if answer.endswith(self._end_tokens) else answer + self.tokenizer.eos_token
 
     def _require_all_said(self, conversation: Conversation, text: str, where: str) -> None:
         """Raise DataError if the template has left out what the user or the system says."""
@@ -214,7 +216,8 @@ class Encoder:
 
     @cached_property
     def _end(self) -> re.Pattern:
-        return re.compile("|".join(map(re.escape, sorted(self._end_tokens, key=len, reverse=True))))
+        """White space and a token that may end a turn."""
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(self._end_tokens, key=len, reverse=True)))})")
 
     @cached_property
     def _control(self) -> re.Pattern:

@@ -192,7 +192,8 @@ class _Encoding:
         self._tell(self.total)
 
     def _tell(self, done: int) -> None:
-        self.progress("read and encode", done, self.total)
+        if self.total:
+            self.progress("read and encode", done, self.total)
 
     # Encoding, in the pool's threads
 
@@ -225,6 +226,8 @@ class _Encoding:
                     self.left["split"].add(where)
                 for row in rows:
                     self._write_row(item, row)
+        if not self.total:  # a hub data set: nobody knows how much there is
+            self.progress("encode rows", len(self.writer), 0)
 
     def _write_row(self, item: _Item, row: Encoded) -> None:
         index = len(self.writer)

@@ -155,7 +155,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def read_pairs(file: DataFile, told: Told, separator: str) -> Iterator[Row]:
-    """Yield each line of a .txt file as a row, cut at the first ``separator`` into prompt and completion, both without white space around them.
+    """Yield each line of a .txt file as a row, cut at the first ``separator`` into prompt and completion, both stripped.
 
     Blank lines are left out.
 

@@ -221,6 +221,24 @@ def test_what_a_template_writes_behind_the_end_of_a_turn_is_not_learnt():
     assert own.tokenizer.convert_tokens_to_ids("<|im_end|>") in own.stop_ids
 
 
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<eos>think</eos>\n{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<pad>{{ call.function.name }}<pad>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["think", "end", "im", "n", "<eos", "think</eos>"])
+def test_an_answer_that_also_stands_in_the_templates_own_text_is_trained_whole(content):
+    answer = [TALK[1], {"role": "assistant", "content": content}]
+    assert trained_text(with_template(THINKING), answer) == f"<eos>think</eos>\n{content}<|im_end|>"
+
+
+def test_a_tool_call_behind_the_content_is_trained_to_its_end():
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert trained_text(with_template(THINKING), [TALK[1], call]) == "<eos>think</eos>\nI look.<pad>f<pad><|im_end|>"
+
+
 def test_raw_text_is_trained_as_a_whole_and_ended():
     row = encode(encoder(None), [{"role": "text", "content": "abc"}])
     assert all(row.trained)
