@@ -14,7 +14,8 @@ LAYER = {
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats"), 1),
     "recipe": 2,
     **dict.fromkeys(("serving", "training"), 3),
-    **dict.fromkeys(("train", "export", "generate"), 4),
+    **dict.fromkeys(("train", "export", "generate", "evaluate", "preview"), 4),
+    "chat": 5,  # generate, turn after turn
 }
 # What may be imported sideways, within one layer.
 NEIGHBOURS = {"model": {"quant"}, "methods": {"quant"}, "formats": {"methods", "model", "quant"}, "training": {"serving"}}
@@ -24,9 +25,12 @@ OWNERS = {
     "pynvml": {"device.py"},
     "psutil": {"device.py"},
     "huggingface_hub": {"model/source.py", "model/checkpoint.py", "model/gguf_architecture.py"},
-    "datasets": {"data/rows.py"},
-    "rich": {"training/console.py", "training/panel.py", "training/summary.py", "recipe/keys.py"},
+    "datasets": {"data/hub.py"},
+    "pyarrow": {"data/tables.py"},
+    "rich": {"training/console.py", "training/panel.py", "training/summary.py", "training/comparison.py", "recipe/keys.py", "preview.py"},
     "tomli_w": {"recipe/write.py"},
+    "sacrebleu": {"serving/metrics.py"},
+    "rouge_score": {"serving/metrics.py"},
     "pickle": set(),
     "peft": set(),
 }

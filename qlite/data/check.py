@@ -68,6 +68,14 @@ def _control(part: Part, left: dict) -> str | None:
     )
 
 
+def nothing_left(key: str, meta: dict) -> str:
+    """Return why none of the rows that were read can be trained on."""
+    left = {name: meta["left"][name] for name in ("untrained", "bad")}
+    what = {"untrained": "have no token to learn (an empty answer, or one that is switched off)", "bad": "do not fit their format"}
+    counted = [f"{part['count']:,} {what[name]}, first {_names(part['first'])}" for name, part in left.items() if part["count"]]
+    return f"{key}: no row is left to train on: {'; '.join(counted)}"
+
+
 def describe(data: DataSet) -> list[str]:
     """Return in words what was found and what is left out."""
     lines = [line for part in data.parts for line in described(part)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from qlite.data.check import describe, problems
+from qlite.data.check import describe, nothing_left, problems
 from qlite.data.choose import Cut, cut, hold_out, weighted
 from qlite.data.encode import Encoder
 from qlite.data.encoding import Feed, Progress, encode_feed
@@ -169,6 +169,8 @@ class Data(Table):
         sources = self.sources(key)
         feed = Feed(sources, f"data.{key}", self.system, self.bad_rows == "skip")
         store, identity = encode_feed(feed, encoder, progress)
+        if not len(store.length):
+            raise DataError(nothing_left(f"data.{key}", store.meta))
         rows = cut(store, tokens, self.long_rows, self.stride)
         if not len(rows.rows):
             raise DataError(f"train.tokens = {tokens}: data.{key} has no row with an answer that is that short; raise it")

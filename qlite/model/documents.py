@@ -23,9 +23,6 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 DOCUMENTS = "qlite_documents"
-# Tokens. Up to here a document's attention is faster in float32 than in bfloat16 on CPU, where a small bfloat16 product is
-# mostly overhead: 1.6 to 2.5 times as fast at 20 to 100 tokens, 1.0 to 1.3 at 200 (forward and backward, 2 threads).
-SHORT = 128
 
 
 @dataclass(frozen=True)
@@ -145,11 +142,8 @@ def documents_attention(
 
 def _one_document(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> Tensor:
     """Return the attention [T, H, D] of one document of T tokens, causal or under ``mask`` [1, 1, T, T]."""
-    dtype = query.dtype
-    if query.device.type == "cpu" and len(query) <= SHORT:
-        query, key, value = query.float(), key.float(), value.float()
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    return sdpa_attention_forward(module, q, k, v, mask, **options)[0].squeeze(0).to(dtype)
+    return sdpa_attention_forward(module, q, k, v, mask, **options)[0].squeeze(0)
 
 
 def _diagonal_blocks(mask: Tensor, documents: Documents, width: int) -> list[Tensor]:

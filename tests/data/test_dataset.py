@@ -154,6 +154,14 @@ def test_nothing_short_enough_and_too_much_held_out_are_errors(tmp_path):
     assert "data.held_out_rows = 2: there are only 2 rows in all" in refusal(source, tokens=600, held_out_rows=2)
 
 
+def test_a_source_of_which_no_row_is_left_says_why(tmp_path):
+    said = refusal(answers(tmp_path, [0, 0]), allow=("untrained",))
+    assert said == (
+        "data.train: no row is left to train on: 2 have no token to learn (an empty answer, or one that is switched off), "
+        "first rows.jsonl line 1 and rows.jsonl line 2"
+    )
+
+
 # What is said and kept
 
 

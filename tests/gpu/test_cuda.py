@@ -3,8 +3,12 @@
 import pytest
 import torch
 
+from qlite.model import documents
+from qlite.model.documents import DOCUMENTS, Documents, documents_attention
+from qlite.model.packing import check_packing
 from qlite.optim.build import Optimizer
 from qlite.training.run_folder import RunFolder
+from tests.model.test_packing import Packed, adapted, distance, llama, packed_and_alone
 from tests.quant.test_linear import IN, STORAGES, stored
 from tests.tiny_run import run, tiny_recipe
 
@@ -39,3 +43,43 @@ def test_a_run_on_the_card_learns_and_resumes(tmp_path):
     assert seen.steps[-1].loss < seen.steps[0].loss
     assert seen.steps[0].memory.reserved > 0
     assert RunFolder(tmp_path / "run").is_finished
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "checkpoint"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2", DOCUMENTS])
+def test_packed_is_alone_on_the_card(attention, checkpointing):
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    model = adapted(llama(attention, dtype=torch.bfloat16).to("cuda"), checkpointing)
+    hidden, gradient = packed_and_alone(model, Packed.of([[13, 1, 200, 5], [24, 150], [1, 9]], vocabulary=64))
+    assert hidden < 0.02
+    assert gradient < 0.02
+
+
+@pytest.mark.parametrize("bits", ["16 bit", "8 bit", "4 bit"])
+def test_the_packing_guard_lets_ours_pass_on_the_card(bits):
+    check_packing(llama(DOCUMENTS, bits, torch.bfloat16, num_hidden_layers=8).to("cuda"))
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_all_documents_go_through_one_kernel_on_the_card(head_size, monkeypatch):
+    assert documents._varlen_knows_groups()
+    calls, kernel = [], documents.varlen_attn
+    monkeypatch.setattr(documents, "varlen_attn", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    positions = torch.cat([torch.arange(length) for length in (90, 1, 37, 30, 98)]).view(2, 128)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, 128, head_size) for heads in (9, 3, 3)]
+    weights = torch.randn(2, 128, 9, head_size)
+
+    def run(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs)
+        out, _ = documents_attention(module, q, k, v, None, Documents.of(positions, q.device))
+        return [out, *torch.autograd.grad((out * weights.to(out)).sum(), (q, k, v))]
+
+    expected = run("cpu", torch.float32)
+    assert calls == []
+    got = run("cuda", torch.bfloat16)
+    assert calls == [1]
+    assert all(distance(a.cpu(), b) < 0.02 for a, b in zip(got, expected, strict=True))
