@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from qlite import device
-from qlite.data.batches import batches_of
 from qlite.data.dataset import Data
 from qlite.data.encode import Encoded
 from qlite.data.formats import FORMATS
@@ -34,8 +33,9 @@ from qlite.serving.answer import Sampling, answer_all
 from qlite.serving.likelihood import accuracy, log_likelihoods
 from qlite.serving.metrics import INSTALL, METRICS, Score, missing_library, require
 from qlite.serving.questions import ChoiceQuestion, Placed, Question, ask, ask_choices, encode_rows, read_conversations
-from qlite.training.comparison import Comparison, Side, choose_file, perplexity, print_comparison, run_name, write_comparison
+from qlite.training.comparison import Comparison, Side, choose_file, print_comparison, run_name, write_comparison
 from qlite.training.console import open_console
+from qlite.training.evaluate import mean_loss, perplexity
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.report import Observer
 from qlite.training.run_folder import find_run
@@ -250,14 +250,8 @@ class Examination:
         recipe, model = self.opened.recipe, self.opened.base.model
         # Made here: the head that it calls is the one that stands in the model now, the base's own or an adapted one.
         stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk)
-        rows = sorted((row for row, _ in self.material.rows), key=len, reverse=True)
-        total, loss, tokens = -(-len(rows) // recipe.train.micro_batch), 0.0, 0
-        phase(0, total)
-        for number, batch in enumerate(batches_of(rows, recipe.train.micro_batch, self.opened.encoder.pad_id), start=1):
-            loss += stepper.evaluate([batch]) * batch.trained_tokens
-            tokens += batch.trained_tokens
-            phase(number, total)
-        loss /= tokens
+        rows = [row for row, _ in self.material.rows]
+        loss, tokens = mean_loss(stepper, rows, recipe.train.micro_batch, self.opened.encoder.pad_id, phase)
         signature = f"mean over {tokens} tokens, loss_on:{recipe.data.loss_on}"
         side.scores |= {"loss": Score(loss, signature), "perplexity": Score(perplexity(loss), f"exp(loss), {signature}")}
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
 
@@ -96,6 +97,30 @@ def encode_feed(feed: Feed, encoder: Encoder, progress: Progress) -> tuple[Token
     return TokenStore(folder), identity
 
 
+def read_conversations(
+    source: Source, key: str, told: Callable[[int], None] = lambda _: None
+) -> tuple[str, Iterator[tuple[Row, Conversation | DataError]]]:
+    """Return the format of ``source``, and its rows, each with what it says or why it does not fit that format.
+
+    ``told`` hears how many bytes of its files are read.
+
+    Raises:
+        DataError: the source cannot be read, or its first rows are in no known format.
+    """
+    rows = read_rows(source, key, told)
+    first = list(islice(rows, DETECTED_ROWS))
+    columns = source.columns or {}
+    reading = Reading(source.format or detect_format(first, columns), columns, source.roles or {})
+    return reading.format, ((row, _read(reading, row)) for row in chain(first, rows))
+
+
+def _read(reading: Reading, row: Row) -> Conversation | DataError:
+    try:
+        return reading.to_conversation(row)
+    except DataError as error:
+        return error
+
+
 @dataclass
 class Left:
     """Rows that something is the matter with: how many, and where the first stand."""
@@ -172,28 +197,24 @@ class _Encoding:
     def _items(self) -> Iterator[_Item]:
         before = 0
         for index, source in enumerate(self.feed.sources):
-            rows = read_rows(source, self.feed.key, told=lambda done, before=before: self._tell(before + done))
-            first = list(islice(rows, DETECTED_ROWS))
-            format = source.format or detect_format(first, source.columns or {})
-            reading = Reading(format, source.columns or {}, source.roles or {})
+            told = partial(self._tell, before)
+            format, rows = read_conversations(source, self.feed.key, told)
             facts = {"format": format, "is_detected": source.format is None, "rows": 0}
             self.sources.append(facts)
-            for row in chain(first, rows):
+            for row, conversation in rows:
                 facts["rows"] += 1
-                try:
-                    conversation = reading.to_conversation(row).with_system(self.feed.system)
-                except DataError:
-                    if not self.feed.skip_bad:
-                        raise
+                if not isinstance(conversation, DataError):
+                    yield _Item(row, index, conversation.with_system(self.feed.system))
+                elif self.feed.skip_bad:
                     self.left["bad"].add(row.where)
-                    continue
-                yield _Item(row, index, conversation)
+                else:
+                    raise conversation
             before += source_bytes(source, self.feed.key)
-        self._tell(self.total)
+        self._tell(self.total, 0)
 
-    def _tell(self, done: int) -> None:
+    def _tell(self, before: int, done: int) -> None:
         if self.total:
-            self.progress("read and encode", done, self.total)
+            self.progress("read and encode", before + done, self.total)
 
     # Encoding, in the pool's threads
 

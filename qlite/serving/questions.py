@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
 
 from qlite.data.encode import Encoded, Encoder
-from qlite.data.encoding import DETECTED_ROWS, Progress
-from qlite.data.formats import Conversation, Messages, Reading, detect_format
-from qlite.data.sources import Source, read_rows, source_bytes
+from qlite.data.encoding import Progress
+from qlite.data.encoding import read_conversations as read_rows_as_conversations
+from qlite.data.formats import Conversation, Messages
+from qlite.data.sources import Source, source_bytes
 from qlite.errors import DataError
 from qlite.serving.likelihood import Continuation
 
@@ -54,15 +54,12 @@ def read_conversations(source: Source, key: str, skip_bad: bool, progress: Progr
         DataError: the source or a row cannot be used; with file and line.
     """
     total = source_bytes(source, key)
-    rows = read_rows(source, key, told=lambda done: progress("read the rows", done, total))
-    first = list(islice(rows, DETECTED_ROWS))
-    reading = Reading(source.format or detect_format(first, source.columns or {}), source.columns or {}, source.roles or {})
-    for row in chain(first, rows):
-        try:
-            yield Placed(reading.to_conversation(row), row.where)
-        except DataError:
-            if not skip_bad:
-                raise
+    _, rows = read_rows_as_conversations(source, key, lambda done: progress("read the rows", done, total))
+    for row, conversation in rows:
+        if not isinstance(conversation, DataError):
+            yield Placed(conversation, row.where)
+        elif not skip_bad:
+            raise conversation
     progress("read the rows", total, total)
 
 

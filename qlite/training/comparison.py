@@ -166,11 +166,6 @@ def shown(metric: str, value: float, signed: bool = False) -> str:
     return f"{sign}{value:.{2 if UNITS[metric] == 'of 100' else 4}f}"
 
 
-def perplexity(loss: float) -> float:
-    """Return exp(loss); exp overflows a float beyond 709."""
-    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
-
-
 def _lines(comparison: Comparison) -> Iterator[str]:
     """Yield what is said below the table."""
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in comparison.counts.items() if count)

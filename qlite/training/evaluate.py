@@ -2,18 +2,19 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from qlite.data.batches import batches_of
 from qlite.data.dataset import DataSet
+from qlite.data.encode import Encoded
 from qlite.errors import DataError
 from qlite.recipe.schema import Train
 from qlite.serving.answer import Sampling, answer_all
 from qlite.training.report import AnswerReport, EvalReport, Observer, SampleReport
-from qlite.training.step import Stepper, trained_tokens
+from qlite.training.step import Stepper
 
 SAMPLES = 2
 
@@ -21,17 +22,32 @@ SAMPLES = 2
 def evaluate(stepper: Stepper, data: DataSet, train: Train, step: int, observer: Observer) -> EvalReport:
     """Return loss and perplexity over all held-out rows. Padding is kept small by length order, the longest first."""
     start = time.perf_counter()
-    rows = data.test.take(np.argsort(-data.test.lengths, kind="stable"))
-    total, loss, tokens = -(-len(rows) // train.micro_batch), 0.0, 0
-    observer.phase("evaluate", 0, total)
-    for number, batch in enumerate(batches_of(rows, train.micro_batch, data.encoder.pad_id), start=1):
-        trained = trained_tokens([batch])
-        loss += stepper.evaluate([batch]) * trained
-        tokens += trained
-        observer.phase("evaluate", number, total)
-    loss /= max(1, tokens)
-    perplexity = math.exp(min(loss, 700.0))  # exp overflows a float beyond 709
-    return EvalReport(step, loss, perplexity, len(rows), tokens, time.perf_counter() - start)
+    rows = [data.test[index] for index in range(len(data.test))]
+    told = partial(observer.phase, "evaluate")
+    loss, tokens = mean_loss(stepper, rows, train.micro_batch, data.encoder.pad_id, told)
+    return EvalReport(step, loss, perplexity(loss), len(rows), tokens, time.perf_counter() - start)
+
+
+def mean_loss(
+    stepper: Stepper, rows: Sequence[Encoded], micro_batch: int, pad_id: int, told: Callable[[int, int], None]
+) -> tuple[float, int]:
+    """Return the mean loss over the trained tokens of ``rows``, in nats, and how many there are. ``told``: (batches done, of all).
+
+    Padding is kept small by length order; the longest come first, so that memory trouble shows at once.
+    """
+    rows = sorted(rows, key=len, reverse=True)
+    total, loss, tokens = -(-len(rows) // micro_batch), 0.0, 0
+    told(0, total)
+    for number, batch in enumerate(batches_of(rows, micro_batch, pad_id), start=1):
+        loss += stepper.evaluate([batch]) * batch.trained_tokens
+        tokens += batch.trained_tokens
+        told(number, total)
+    return loss / max(1, tokens), tokens
+
+
+def perplexity(loss: float) -> float:
+    """Return exp of a loss in nats; beyond what a float holds, the largest power below."""
+    return math.exp(min(loss, 700.0))
 
 
 def require_answers(data: DataSet, train: Train) -> None:

@@ -1,6 +1,6 @@
 """Open a finished run: its base, quantised as in training, with the trained adapter on it or off."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,7 +35,8 @@ def open_run(run: RunFolder, device_name: str, progress: Progress) -> OpenRun:
     recipe = run.recipe()
     where = device.pick_device(device_name)
     device.keep_freed_memory()
-    base = recipe.base.load(where, progress)
+    # "flash" and "flex" are for training on a card; what was trained with them may be opened without one.
+    base = replace(recipe.base, attention="auto").load(where, progress)
     encoder = recipe.data.encoder(base.tokenizer, run.template)
     base.tokenizer.chat_template = encoder.template  # what an export writes beside the weights
     return OpenRun(run, recipe, base, encoder, where)

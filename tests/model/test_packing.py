@@ -24,9 +24,12 @@ from qlite.model.documents import DOCUMENTS, DeferredMask, Documents, attend_by_
 from qlite.model.head import hidden_states, logits_head
 from qlite.model.load import Base
 from qlite.model.packing import check_packing
+from qlite.training.open_run import open_run
+from qlite.training.run_folder import RunFolder
 from tests.conftest import SMOLLM2, SMOLLM2_SHA256
 from tests.families import FAMILIES, Family, new_model, saved_folder
 from tests.tiny import tiny_llama
+from tests.tiny_run import run, tiny_recipe
 
 CPU = torch.device("cpu")
 METHOD = LoRA(rank=4, alpha=8.0)
@@ -527,3 +530,14 @@ def test_the_recipes_attention_reaches_the_model(tmp_path):
     assert Base(model=folder, attention="eager").load(CPU, lambda *_: None).model.config._attn_implementation == "eager"
     with pytest.raises(ModelError, match=r'^base.attention = "flash": it is trained on CUDA cards only'):
         Base(model=folder, attention="flash").load(CPU, lambda *_: None)
+
+
+def test_a_run_trained_with_flash_attention_opens_on_a_machine_without_a_card(tmp_path):
+    run(tiny_recipe(tmp_path, base={"attention": "sdpa"}, train={"steps": 2}))
+    finished = RunFolder(tmp_path / "run")
+    written = [path for path in finished.path.rglob("*.toml") if 'attention = "sdpa"' in path.read_text()]
+    assert len(written) == 1
+    written[0].write_text(written[0].read_text().replace('attention = "sdpa"', 'attention = "flash"'))
+    opened = open_run(finished, "cpu", lambda *_: None)
+    assert opened.recipe.base.attention == "flash"
+    assert opened.base.model.config._attn_implementation == DOCUMENTS
