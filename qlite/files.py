@@ -62,11 +62,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
-def drop_oldest(folder: Path, budget_bytes: int) -> None:
-    """Delete the sub-folders of ``folder`` that were used longest ago, until the others take at most ``budget_bytes``."""
+def drop_oldest(folder: Path, budget_bytes: int, keep: Path) -> None:
+    """Delete the sub-folders of ``folder`` that were used longest ago, but not ``keep``, until all take at most ``budget_bytes``."""
     sizes = {sub: sum(file.stat().st_size for file in sub.glob("*")) for sub in folder.glob("*") if _is_ours(sub)}
     total = sum(sizes.values())
-    for sub in sorted(sizes, key=lambda sub: (sub / MANIFEST).stat().st_mtime):
+    for sub in sorted(sizes.keys() - {keep}, key=lambda sub: (sub / MANIFEST).stat().st_mtime):
         if total <= budget_bytes:
             return
         total -= sizes[sub]

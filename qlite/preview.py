@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         data = recipe.data.load(tokenizer, recipe.train.tokens, lambda _: None, console.phase)
     if not 1 <= args.row <= len(data.train):
         raise RecipeError(f"--row {args.row}: there are {len(data.train)} training rows")
-    show(recipe, data, args.row - 1, Console(highlight=False))
+    show(recipe, data, args.row - 1, Console(highlight=False, markup=False))
     data.require_sound()
 
 

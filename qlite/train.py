@@ -102,7 +102,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         observer.answered(compare_answers(parts.model, parts.data, recipe.train, 0, observer))
 
     state = take_steps(recipe, parts, run, observer, state)
-    if recipe.output.adapter == "best":
+    if recipe.output.adapter == "best" and state.best_step:
         run.load_best(state, parts.model)
         observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
     run.write_adapter(recipe, parts.model)

@@ -64,9 +64,11 @@ def test_what_would_be_cut_is_shown_and_then_refused(tmp_path, capsys):
 def test_text_that_would_steer_the_terminal_is_cleaned(tmp_path, capsys):
     tiny_tables(tmp_path)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a\x1b[2Jb [red]", "completion": "c"}) + "\n")
-    out = shown(tmp_path, capsys)
+    (tmp_path / "train.jsonl").rename(tmp_path / "x[red].jsonl")
+    out = shown(tmp_path, capsys, data={"train": str(tmp_path / "x[red].jsonl")})
     assert "\x1b" not in out
-    assert "[red]" in out
+    assert "b [red]" in out
+    assert "x[red].jsonl" in out
 
 
 def test_no_weight_is_read_and_the_exit_code_is_trains(tmp_path):

@@ -13,12 +13,14 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
+from qlite import train as train_module
 from qlite.data.batches import TokenBatches
 from qlite.errors import QliteError, RecipeError, RunError
 from qlite.files import is_whole, sha256
 from qlite.recipe.read import build_recipe
 from qlite.train import main
-from qlite.training.run_folder import RunFolder, find_run
+from qlite.training.report import EvalReport
+from qlite.training.run_folder import RunFolder, TrainState, find_run
 from tests.tiny_run import STEPS, run, tiny_recipe, tiny_tables
 
 
@@ -270,7 +272,7 @@ def test_changed_data_and_templates_are_refused_with_key_old_and_new(tmp_path, c
     recipe = tiny_recipe(tmp_path)
     run(recipe, stop_after=3)
     change(tmp_path)
-    with pytest.raises(RunError, match=rf"the content behind {key}.*{key}: [0-9a-f]{{32}} -> [0-9a-f]{{32}}.*--fresh"):
+    with pytest.raises(RunError, match=rf"what is behind {key} has changed since .{key}: [0-9a-f]{{32}} -> [0-9a-f]{{32}}.*--fresh"):
         run(recipe)
 
 
@@ -329,6 +331,32 @@ def test_a_run_that_has_stopped_early_does_not_go_on_when_it_is_finished_later(t
     before = adapter_sum(tmp_path)
     assert run(recipe).steps == []
     assert adapter_sum(tmp_path) == before
+
+
+def test_the_best_adapter_survives_a_resume_whose_evaluations_come_out_otherwise(tmp_path, monkeypatch):
+    # As on a GPU: step 3 was the best before the stop, and is not when it is done again.
+    losses = {1: 5.0, 2: 4.0, 3: 3.0}
+    monkeypatch.setattr(train_module, "evaluate", lambda *_: EvalReport(_[3], losses.get(_[3], 4.5), 1.0, 7, 1, 0.0))
+    changes = {"train": {"eval_every": 1, "exact_match_rows": 0}, "output": {"adapter": "best", "save_every": 2}}
+    run(tiny_recipe(tmp_path, **changes), stop_after=4)
+    kept = sha256(tmp_path / "run" / "best" / "step-00000002" / "adapter_model.safetensors")
+    losses[3] = 4.1
+    run(tiny_recipe(tmp_path, **changes))
+    assert RunFolder(tmp_path / "run").result["best_step"] == 2
+    assert adapter_sum(tmp_path) == kept
+
+
+def test_best_adapters_that_no_checkpoint_knows_are_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "evaluate", lambda *_: EvalReport(_[3], 10.0 - _[3], 1.0, 7, 1, 0.0))
+    changes = {"train": {"eval_every": 1, "exact_match_rows": 0}, "output": {"adapter": "best", "save_every": 2, "keep": 1}}
+    run(tiny_recipe(tmp_path, **changes))
+    assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["step-00000006"]
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best():
+    state = TrainState(step=1).after(float("nan")).after(3.0)
+    assert (state.best_loss, state.best_step, state.stale) == (3.0, 1, 0)
+    assert state.after(float("nan")).stale == 1
 
 
 def test_samples_are_answered_at_every_evaluation_and_kept(tmp_path):

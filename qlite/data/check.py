@@ -10,6 +10,7 @@ import numpy as np
 
 from qlite.data.choose import CUT_END, DROP, without_end
 from qlite.data.encode import Encoder
+from qlite.data.store import TokenStore
 
 if TYPE_CHECKING:
     from qlite.data.dataset import Data, DataSet, Part
@@ -23,7 +24,7 @@ def problems(part: Part, data: Data, encoder: Encoder, tokens: int) -> list[str]
     left = part.meta["left"]
     found = {
         "long": _long(part, data, tokens),
-        "untrained": _untrained(part, left["untrained"]),
+        "untrained": _untrained(part),
         "unended": _unended(part, data, encoder),
         "control": _control(part, left["control"]),
     }
@@ -41,16 +42,29 @@ def _long(part: Part, data: Data, tokens: int) -> str | None:
     )
 
 
-def _untrained(part: Part, left: dict) -> str | None:
-    if not left["count"]:
+def _untrained(part: Part) -> str | None:
+    count, first = untrained(part)
+    if not count:
         return None
     return (
-        f"{part.key}: {share(left['count'], part.read)} have no token to learn (an empty answer, or one that is switched off), "
-        f"first {_names(left['first'])}; mend them, or they are left out"
+        f"{part.key}: {share(count, part.read)} have no token to learn (an empty answer, one that is switched off, or one that is cut off "
+        f"at train.tokens), first {_names(first)}; mend them, or they are left out"
     )
 
 
+def untrained(part: Part) -> tuple[int, list[str]]:
+    """Return how many rows teach nothing, as they stand or as they are cut, and where the first ones stand."""
+    left, cut = part.meta["left"]["untrained"], part.cut.untrained
+    return left["count"] + len(cut), [*left["first"], *(part.rows.store.where(row) for row in cut[:2])]
+
+
 def _unended(part: Part, data: Data, encoder: Encoder) -> str | None:
+    left = part.meta["left"]["unended"]
+    if left["count"]:
+        return (
+            f"{part.key}: {share(left['count'], part.read)} do not end their answer with a token that generation stops at, "
+            f"first {_names(left['first'])}: the model would learn not to stop; choose another data.template"
+        )
     if data.long_rows != CUT_END or not len(rows := without_end(part.rows, part.cut.long, encoder.stop_ids)):
         return None
     return (
@@ -76,12 +90,27 @@ def nothing_left(key: str, meta: dict) -> str:
     return f"{key}: no row is left to train on: {'; '.join(counted)}"
 
 
+def too_short(key: str, store: TokenStore, tokens: int) -> str:
+    """Return that no row fits into ``tokens`` with an answer to learn, and how many would be enough."""
+    low, half, most = (int(np.quantile(store.length, q, method="higher")) for q in (0, 0.5, 0.99))
+    return (
+        f"train.tokens = {tokens}: {key} has no row with an answer that is that short. The shortest has {low} tokens, half have at most "
+        f"{half}, 99 % at most {most}; raise it"
+    )
+
+
 def describe(data: DataSet) -> list[str]:
     """Return in words what was found and what is left out."""
     lines = [line for part in data.parts for line in described(part)]
     both = int(np.isin(data.test.digests, data.train.digests).sum())
     if both:
         lines.append(f"data: {share(both, len(data.test))} held out are training rows, too: they measure memory")
+    encoder = data.encoder
+    if encoder.template is not None and encoder.begins_with_token and data.train[0].ids[0] != encoder.tokenizer.bos_token_id:
+        lines.append(
+            f"data.template: it writes no {encoder.tokenizer.bos_token}, with which this tokenizer begins every text; "
+            "if the model was trained with it, add {{ bos_token }} in front"
+        )
     total, trained = int(data.train.lengths.sum()), int(data.train.trained_counts.sum())
     mean = f"{total / len(data.train):.0f} tokens a row, {trained / total:.0%} of them trained"
     return [*lines, f"data: {len(data.train):,} training rows, {len(data.test):,} held out; {mean}"]
@@ -94,22 +123,22 @@ def described(part: Part) -> list[str]:
     for source, path in zip(part.meta["sources"], part.paths, strict=True):
         found = " (found from its first rows)" if source["is_detected"] else ""
         lines.append(f'{part.key}: {source["rows"]:,} rows of {_shortest(path)} in format "{source["format"]}"{found}')
-    reasons = {
-        "untrained": "have nothing to learn and are left out",
-        "bad": "do not fit their format and are left out",
-        "split": "became several rows, because the template rewrites earlier turns",
+    told = {
+        "have nothing to learn and are left out": untrained(part),
+        "do not fit their format and are left out": (left["bad"]["count"], left["bad"]["first"]),
+        "became several rows, because the template rewrites earlier turns": (left["split"]["count"], left["split"]["first"]),
     }
-    for name, reason in reasons.items():
-        if left[name]["count"]:
-            lines.append(f"{part.key}: {share(left[name]['count'], part.read)} {reason}, first {_names(left[name]['first'])}")
+    for reason, (count, first) in told.items():
+        if count:
+            lines.append(f"{part.key}: {share(count, part.read)} {reason}, first {_names(first)}")
     if len(long):
         lines.append(
             f"{part.key}: {share(len(long), part.read)} are longer than train.tokens; {part.cut.lost_tokens:,} tokens are left out"
         )
     if part.cut.windows:
         lines.append(f"{part.key}: long texts are split into {part.cut.windows:,} windows")
-    if part.equal:
-        lines.append(f"{part.key}: {part.equal:,} rows are equal to held-out ones and are not trained")
+    if part.dropped:
+        lines.append(f"{part.key}: {part.dropped:,} rows are equal to held-out ones, or overlap them, and are not trained")
     return lines
 
 

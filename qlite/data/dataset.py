@@ -1,6 +1,5 @@
 """The [data] table: from data files to encoded training and held-out rows, and what stands in the way of training on them."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -8,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from qlite.data.check import describe, nothing_left, problems
+from qlite.data.check import describe, nothing_left, problems, too_short
 from qlite.data.choose import Cut, cut, hold_out, weighted
 from qlite.data.encode import Encoder
-from qlite.data.encoding import Feed, Progress, encode_feed
+from qlite.data.encoding import Feed, Progress, encode_feed, short_hash, tokenizer_hash
 from qlite.data.formats import FormatName
 from qlite.data.sources import Source
 from qlite.data.store import Rows
@@ -30,11 +29,11 @@ class Part:
     cut: Cut
     key: str
     identity: str
-    """Hash of all that the ids depend on."""
+    """Hash of its files' content and of how it is read."""
     paths: tuple[str, ...] = ()
     """Its sources, as they are called now."""
-    equal: int = 0
-    """Rows left out for being equal to a held-out one."""
+    dropped: int = 0
+    """Rows left out for being equal to a held-out one, or for overlapping it."""
 
     @property
     def meta(self) -> dict:
@@ -79,8 +78,8 @@ class DataSet:
     @property
     def identity(self) -> dict[str, str]:
         """Hashes of what the rows and prompts depend on; a run that goes on must find the same."""
-        template = hashlib.sha256((self.encoder.template or "").encode()).hexdigest()[:32]
-        return {part.key: part.identity for part in self.parts} | {"data.template": template}
+        own = {"data.template": short_hash(self.encoder.template or ""), "tokenizer": tokenizer_hash(self.encoder.tokenizer)}
+        return {part.key: part.identity for part in self.parts} | own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +154,12 @@ class Data(Table):
         else:
             if self.held_out_rows >= len(train.rows):
                 raise DataError(f"data.held_out_rows = {self.held_out_rows}: there are only {len(train.rows)} rows in all; lower it")
-            rows, held, equal = hold_out(train.rows, self.held_out_rows)
-            parts = [replace(train, equal=equal)]
+            split = hold_out(train.rows, self.held_out_rows)
+            rows, held = split.train, split.held
+            parts = [replace(train, dropped=split.dropped)]
         rows = weighted(rows, [source.weight for source in self.sources("train")])
         if not len(rows):
-            raise DataError("data.train: the weights of its sources leave no row to train on; raise them")
+            raise DataError("data.train: what is held out and the weights of its sources leave no row to train on; change them")
         data = DataSet(rows, held, encoder, parts, found)
         for line in describe(data):
             note(line)
@@ -168,10 +168,12 @@ class Data(Table):
     def _part(self, key: str, encoder: Encoder, tokens: int, progress: Progress) -> Part:
         sources = self.sources(key)
         feed = Feed(sources, f"data.{key}", self.system, self.bad_rows == "skip")
-        store, identity = encode_feed(feed, encoder, progress)
+        store = encode_feed(feed, encoder, progress)
         if not len(store.length):
             raise DataError(nothing_left(f"data.{key}", store.meta))
         rows = cut(store, tokens, self.long_rows, self.stride)
+        if self.stride is not None and not store.is_text.any():
+            raise DataError(f"data.stride = {self.stride}: only raw text is split into windows, and data.{key} has none; remove it")
         if not len(rows.rows):
-            raise DataError(f"train.tokens = {tokens}: data.{key} has no row with an answer that is that short; raise it")
-        return Part(rows.rows, rows, f"data.{key}", identity, tuple(source.path for source in sources))
+            raise DataError(too_short(f"data.{key}", store, tokens))
+        return Part(rows.rows, rows, f"data.{key}", feed.identity, tuple(source.path for source in sources))

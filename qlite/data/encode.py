@@ -4,8 +4,9 @@ What the model is asked with in generation is, id for id, what it saw before the
 ``_rows``, piece by piece. A piece is what one speaker adds; it is tokenised apart, so no token spans prompt and answer.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -124,11 +125,21 @@ class Encoder:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def control_token(self, conversation: Conversation) -> str | None:
-        """Return a token with a meaning to the model (end of turn, ...) that stands in a message as if it were text, or None."""
-        for message in conversation.messages:
-            if found := self._control.search(message["content"]):
-                return found[0]
-        return None
+        """Return a token with a meaning to the model (end of turn, ...) that stands in a message as if it were text, or None.
+
+        In raw text they are meant, and so are an answer's own (<think>), but for those that tokenizers call special.
+        """
+        if conversation.is_text:
+            return None
+        told = [(self._special if m["role"] == "assistant" else self._control, texts_of(m)) for m in conversation.messages]
+        told.append((self._control, texts_of(conversation.tools)))
+        return next((found[0] for pattern, texts in told for text in texts if (found := pattern.search(text))), None)
+
+    def is_ended(self, row: Encoded) -> bool:
+        """Return whether every answer that is trained ends with a token that generation stops at."""
+        trained = np.append(np.asarray(row.trained, bool), False)
+        ends = np.flatnonzero(trained[:-1] & ~trained[1:])
+        return all(row.ids[end] in self.stop_ids for end in ends.tolist())
 
     # From a conversation to pieces of text
 
@@ -161,7 +172,8 @@ class Encoder:
         if tools is not None and "tools" not in self.template:
             raise DataError(f"{where}: the row offers tools, and the chat template has no place for them; choose another data.template")
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+            # As a batch of one: alone, a conversation that the assistant opens (an empty prompt) would be refused.
+            return self.tokenizer.apply_chat_template([messages], tools=tools, **options)[0]
         except TemplateError as error:
             raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
         except TEMPLATE_FAULTS as error:
@@ -183,31 +195,28 @@ class Encoder:
             says = bool(message["content"].strip() or message.get("tool_calls"))
             is_wanted = (self.loss_on != LAST or index == answers[-1]) and index not in conversation.untrained
             row.add(self._answer(message, prompts[key], fulls[key], where), says and is_wanted)
-        self._require_all_said(conversation, rows[-1].done, where)
+        for message in conversation.messages:
+            if message["role"] != "assistant":
+                _require_said(message, rows[-1].done, where)
         return rows if is_open else [row for row in rows if any(row.trained)] or rows[-1:]
 
     def _answer(self, message: dict, prompt: str, full: str, where: str) -> str:
         """Return what ``message`` adds to ``prompt``, up to and including the token that ends the turn."""
         if not full.startswith(prompt):
-            raise DataError(f"{where}: the chat template does not continue its own prompt with the answer; choose data.template")
+            raise DataError(_does_not_continue(prompt, full, where))
         answer, content = full[len(prompt) :], message["content"].strip()
+        _require_said(message, answer, where)
         if content and not message.get("tool_calls"):
             # Phi-3 writes another token behind the turn's own, ChatML a line break that opens the next turn: the model stops before them.
-            start = answer.find(content)
+            # From the right, because the same words may stand in the reasoning, too, and in the names of tokens.
+            said = content if content in answer else content.split()[-1]
+            start = answer.rfind(said)
             while start >= 0:
-                if end := self._end.match(answer, start + len(content)):
+                if end := self._end.match(answer, start + len(said)):
                     return answer[: end.end()]
-                start = answer.find(content, start + 1)
+                start = answer.rfind(said, 0, start + len(said) - 1)
         answer = answer.rstrip()
         return answer if answer.endswith(self._end_tokens) else answer + self.tokenizer.eos_token
-
-    def _require_all_said(self, conversation: Conversation, text: str, where: str) -> None:
-        """Raise DataError if the template has left out what the user or the system says."""
-        for message in conversation.messages:
-            if message["role"] in ("system", "user") and message["content"].strip() not in text:
-                raise DataError(
-                    f"{where}: the chat template leaves the {message['role']} message out; choose another data.template, or drop it"
-                )
 
     @cached_property
     def _end_tokens(self) -> tuple[str, ...]:
@@ -217,13 +226,16 @@ class Encoder:
     @cached_property
     def _end(self) -> re.Pattern:
         """White space and a token that may end a turn."""
-        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(self._end_tokens, key=len, reverse=True)))})")
+        return re.compile(rf"\s*(?:{_any_of(self._end_tokens).pattern})")
+
+    @cached_property
+    def _special(self) -> re.Pattern:
+        return _any_of(self.tokenizer.all_special_tokens)
 
     @cached_property
     def _control(self) -> re.Pattern:
-        written = {token for token in self._end_tokens if token in (self.template or "")}
-        tokens = {token for token in written | set(self.tokenizer.all_special_tokens) if token.strip()}
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        written = [token for token in self._end_tokens if token in (self.template or "")]
+        return _any_of([*self.tokenizer.all_special_tokens, *written])
 
     # From pieces of text to ids
 
@@ -239,12 +251,20 @@ class Encoder:
         return encoded
 
     def _raw(self, conversations: list[Conversation]) -> list[Encoded]:
-        end, rows = self.tokenizer.eos_token_id, []
-        all_ids = self._ids([conversation.messages[0]["content"] for conversation in conversations], special=True)
-        for conversation, ids in zip(conversations, all_ids, strict=True):
+        begin, end, rows = self.tokenizer.bos_token or "", self.tokenizer.eos_token_id, []
+        texts = [conversation.messages[0]["content"] for conversation in conversations]
+        # A beginning-of-text token that is written out is the one that the tokenizer would add.
+        own = [text.removeprefix(begin) if self.begins_with_token else text for text in texts]
+        for conversation, text, ids in zip(conversations, texts, self._ids(own, special=True), strict=True):
             is_ended = conversation.goes_on or ids[-1:] == [end]
-            rows.append(ids if is_ended else [*ids, end])
-        return [Encoded(ids, [True] * len(ids)) for ids in rows]
+            ids = ids if is_ended else [*ids, end]
+            rows.append(Encoded(ids, [bool(text.strip())] * len(ids)))
+        return rows
+
+    @cached_property
+    def begins_with_token(self) -> bool:
+        """Whether the tokenizer puts a beginning-of-text token before raw text."""
+        return self._ids(["a"], special=True)[0][0] == self.tokenizer.bos_token_id
 
     def _continued(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of texts that follow another one."""
@@ -268,3 +288,41 @@ class Encoder:
         return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
             "input_ids"
         ]
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """Return a pattern of ``tokens``, the longest first; white space is no token."""
+    return re.compile("|".join(map(re.escape, sorted({token for token in tokens if token.strip()}, key=len, reverse=True))))
+
+
+def texts_of(value: object) -> Iterator[str]:
+    """Yield all texts inside messages or tools."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(part)
+
+
+def _require_said(message: dict, text: str, where: str) -> None:
+    """Raise DataError if the template has left out of ``text`` what ``message`` says, reasons or calls."""
+    calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
+    reasoning = message.get("reasoning_content") or message.get("thinking") or ""
+    parts = {"message": message["content"], "reasoning": reasoning, **{f"call of {name}": name for name in calls}}
+    for what, said in parts.items():
+        if said.strip() not in text and _squeezed(said) not in _squeezed(text) and json.dumps(said)[1:-1] not in text:
+            raise DataError(
+                f"{where}: the chat template leaves the {message['role']}'s {what} out; choose another data.template, or drop it"
+            )
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _does_not_continue(prompt: str, full: str, where: str) -> str:
+    same = next((index for index, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    return (
+        f"{where}: the chat template asks for an answer with {prompt[same:][:40]!r} and writes {full[same:][:40]!r} there when it has one, "
+        "so nothing that is learnt would be asked for; give another data.template, for example a .jinja file in which both are the same"
+    )

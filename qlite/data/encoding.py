@@ -10,26 +10,26 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain, islice
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qlite.data.encode import Encoded, Encoder
-from qlite.data.formats import Conversation, Reading, detect_format
+from qlite.data import encode, formats, store, template
+from qlite.data.encode import Encoded, Encoder, texts_of
+from qlite.data.formats import ROLE_NAMES, Conversation, Reading, detect_format, unread_mapping
 from qlite.data.rows import Row
-from qlite.data.sources import Source, fingerprint, read_rows, source_bytes
+from qlite.data.sources import Source, fingerprint, read_rows, source_bytes, source_files
 from qlite.data.store import META, StoreWriter, TokenStore, writing_store
 from qlite.errors import DataError
 from qlite.files import cache_folder, drop_oldest, mark_used
 from qlite.units import GIB
 
 Progress = Callable[[str, int, int], None]
-# Changed whenever the same rows would be encoded into other ids or another table.
-ENCODING = 1
 CACHE_BYTES = 20 * GIB
-BATCH_ROWS, BATCH_CHARACTERS = 512, 2**21
+BATCH_ROWS, BATCH_CHARACTERS = 512, 2**22
 THREADS = 2
 DETECTED_ROWS = 8
 """First rows of a source that its format is told from."""
@@ -41,7 +41,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Feed:
-    """All that decides which ids come out, but the model's own tokenizer and template."""
+    """Which rows are read, and how."""
 
     sources: tuple[Source, ...]
     key: str
@@ -51,56 +51,70 @@ class Feed:
     skip_bad: bool = False
     """Leave out rows that do not fit their format, instead of stopping at the first."""
 
-    def identity(self, encoder: Encoder) -> str:
-        """Return a hash of the files' content, how they are read, the template and the tokenizer: the same ids come out.
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the files' content and of how it is read.
 
         Raises:
             DataError: a source cannot be read.
         """
-        parts = {
-            "encoding": ENCODING,
-            "sources": [[fingerprint(source, self.key), source.format, source.columns, source.roles] for source in self.sources],
-            "feed": [self.system, self.skip_bad],
-            "template": encoder.template,
-            "loss_on": encoder.loss_on,
-            "tokenizer": tokenizer_hash(encoder.tokenizer),
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        read = [[fingerprint(source, self.key), source.format, source.columns, source.roles] for source in self.sources]
+        return short_hash(json.dumps([read, self.system, self.skip_bad], sort_keys=True))
+
+
+def short_hash(text: str) -> str:
+    """Return 32 digits of the SHA-256 of ``text``."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of all that decides which ids a text becomes."""
+    """Return a hash of all that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{content}{json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)}".encode()).hexdigest()
+    return short_hash(f"{content}{json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)}")
 
 
-def encode_feed(feed: Feed, encoder: Encoder, progress: Progress) -> tuple[TokenStore, str]:
-    """Return ``feed``'s rows encoded, from the cache if they were encoded before, and their identity.
+def encode_feed(feed: Feed, encoder: Encoder, progress: Progress) -> TokenStore:
+    """Return ``feed``'s rows encoded, from the cache if they were encoded before.
 
     Raises:
         DataError: a source or a row cannot be used.
         MachineError: the cache folder cannot be written.
     """
-    identity = feed.identity(encoder)
-    # Another release of these may tokenise otherwise; a run that goes on is told of it by its run.json.
-    libraries = "-".join(version(name) for name in ("tokenizers", "transformers"))
-    folder = cache_folder() / "encoded" / f"{identity}-{libraries}"
+    parts = [feed.identity, encoder.template, encoder.loss_on, tokenizer_hash(encoder.tokenizer), _code_hash()]
+    folder = cache_folder() / "encoded" / short_hash(json.dumps(parts))
     if (folder / META).is_file():
         mark_used(folder)
     else:
+        before = _stamps(feed)
         with writing_store(folder) as (writer, meta):
             encoding = _Encoding(feed, encoder, writer, progress)
             encoding.run()
             meta |= encoding.facts()
-        drop_oldest(folder.parent, CACHE_BYTES)
-    return TokenStore(folder), identity
+            changed = [str(path) for path, stamp in _stamps(feed).items() if before.get(path) != stamp]
+            if changed:
+                raise DataError(f'{feed.key}: "{changed[0]}" has changed while it was read; run again when it is written')
+        drop_oldest(folder.parent, CACHE_BYTES, keep=folder)
+    return TokenStore(folder)
+
+
+def _code_hash() -> str:
+    """Return a hash of what turns rows into ids, ours and the libraries': rows encoded by other code are encoded anew."""
+    code = b"".join(Path(module.__file__).read_bytes() for module in (encode, formats, store, template))
+    libraries = [version(name) for name in ("tokenizers", "transformers")]
+    return hashlib.sha256(code + json.dumps(libraries).encode()).hexdigest()
+
+
+def _stamps(feed: Feed) -> dict[Path, tuple[int, int]]:
+    """Return size and time of change of every file that is read."""
+    files = [path for source in feed.sources for path in source_files(source, feed.key)]
+    return {path: ((stat := path.stat()).st_size, stat.st_mtime_ns) for path in files}
 
 
 def read_conversations(
     source: Source, key: str, told: Callable[[int], None] = lambda _: None
-) -> tuple[str, Iterator[tuple[Row, Conversation | DataError]]]:
-    """Return the format of ``source``, and its rows, each with what it says or why it does not fit that format.
+) -> tuple[Reading, Iterator[tuple[Row, Conversation | DataError]]]:
+    """Return how ``source`` is read, and its rows, each with what it says or why it does not fit that format.
 
     ``told`` hears how many bytes of its files are read.
 
@@ -110,20 +124,23 @@ def read_conversations(
     rows = read_rows(source, key, told)
     first = list(islice(rows, DETECTED_ROWS))
     columns = source.columns or {}
-    reading = Reading(source.format or detect_format(first, columns), columns, source.roles or {})
-    return reading.format, ((row, _read(reading, row)) for row in chain(first, rows))
+    try:
+        reading = Reading(source.format or detect_format(first, columns), columns, source.roles or {})
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+    return reading, ((row, _read(reading, row, key)) for row in chain(first, rows))
 
 
-def _read(reading: Reading, row: Row) -> Conversation | DataError:
+def _read(reading: Reading, row: Row, key: str) -> Conversation | DataError:
     try:
         return reading.to_conversation(row)
     except DataError as error:
-        return error
+        return DataError(f"{key}: {error}")
 
 
 @dataclass
 class Left:
-    """Rows that something is the matter with: how many, and where the first stand."""
+    """Rows that something is the matter with: how many, and the first ones: where they stand, or what is wrong with them."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -142,6 +159,17 @@ class _Item:
     source: int
     conversation: Conversation
 
+    @property
+    def characters(self) -> int:
+        """About how long its texts are when they are rendered, for each answer from the beginning, twice."""
+        size = sum(len(text) for text in texts_of([self.conversation.messages, self.conversation.tools]))
+        return size * max(1, 2 * len(self.conversation.answers))
+
+    @property
+    def may_end_anyhow(self) -> bool:
+        """Raw text may go on in the next row, and a tool call ends with a token of its own."""
+        return self.conversation.is_text or any("tool_calls" in message for message in self.conversation.messages)
+
 
 class _Encoding:
     """One pass over a feed's rows into a store."""
@@ -150,7 +178,7 @@ class _Encoding:
         self.feed, self.encoder, self.writer, self.progress = feed, encoder, writer, progress
         self.sources: list[dict] = []
         self.files: dict[tuple[str, str], int] = {}
-        self.left = {name: Left() for name in ("bad", "untrained", "control", "split")}
+        self.left = {name: Left() for name in ("bad", "untrained", "unended", "control", "split")}
         self.systems: set[str] = set()
         self.first_examples: dict[int, str] = {}
         self.random_examples: list[tuple[int, int, str]] = []  # a heap: the rows of the smallest digests
@@ -187,7 +215,7 @@ class _Encoding:
         size = 0
         for item in self._items():
             batch.append(item)
-            size += sum(len(message["content"]) for message in item.conversation.messages)
+            size += item.characters
             if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
                 yield batch
                 batch, size = [], 0
@@ -195,22 +223,36 @@ class _Encoding:
             yield batch
 
     def _items(self) -> Iterator[_Item]:
-        before = 0
+        before, readings = 0, []
         for index, source in enumerate(self.feed.sources):
-            told = partial(self._tell, before)
-            format, rows = read_conversations(source, self.feed.key, told)
-            facts = {"format": format, "is_detected": source.format is None, "rows": 0}
+            key = f"{self.feed.key}[{index + 1}]" if len(self.feed.sources) > 1 else self.feed.key
+            reading, rows = read_conversations(source, key, partial(self._tell, before))
+            readings.append(reading)
+            facts = {"format": reading.format, "is_detected": source.format is None, "rows": 0}
             self.sources.append(facts)
             for row, conversation in rows:
                 facts["rows"] += 1
                 if not isinstance(conversation, DataError):
                     yield _Item(row, index, conversation.with_system(self.feed.system))
                 elif self.feed.skip_bad:
-                    self.left["bad"].add(row.where)
+                    self.left["bad"].add(str(conversation))
                 else:
                     raise conversation
             before += source_bytes(source, self.feed.key)
         self._tell(self.total, 0)
+        self._refuse_unread(readings)
+
+    def _refuse_unread(self, readings: list[Reading]) -> None:
+        """Raise DataError for a mapping that no source had a use for: what it was meant to bring in would be missing."""
+        # One that the table has for all sources need not be of use to each.
+        found = {entry for reading in readings for entry in reading.found}
+        unread = {entry: why for reading in readings for entry, why in unread_mapping(reading).items() if entry not in found}
+        if unread:
+            lines = []
+            for (ours, theirs), why in unread.items():
+                table = "roles" if ours in ROLE_NAMES else "columns"
+                lines.append(f'data.{table}.{ours} = "{theirs}": {why}; mend it, or remove it')
+            raise DataError("\n".join(lines))
 
     def _tell(self, before: int, done: int) -> None:
         if self.total:
@@ -218,26 +260,26 @@ class _Encoding:
 
     # Encoding, in the pool's threads
 
-    def _encode(self, batch: list[_Item]) -> list[tuple[_Item, list[Encoded], str | None]]:
-        """Return each item with its rows (none where the template refuses it) and a control token in its text, if there is one."""
+    def _encode(self, batch: list[_Item]) -> list[tuple[_Item, list[Encoded] | DataError, str | None]]:
+        """Return each item with its rows, or why there are none, and a control token in its text, if there is one."""
         encoded = self._encode_all(batch)
         return [(item, rows, self.encoder.control_token(item.conversation)) for item, rows in zip(batch, encoded, strict=True)]
 
-    def _encode_all(self, batch: list[_Item]) -> list[list[Encoded]]:
+    def _encode_all(self, batch: list[_Item]) -> list[list[Encoded] | DataError]:
         try:
             return self.encoder.encode_many([item.conversation for item in batch], [item.row.where for item in batch])
-        except DataError:
+        except DataError as error:
             if not self.feed.skip_bad:
                 raise
-            return [self._encode_all([item])[0] for item in batch] if len(batch) > 1 else [[]]
+            return [self._encode_all([item])[0] for item in batch] if len(batch) > 1 else [error]
 
     # Writing, in the calling thread
 
-    def _write(self, batch: list[tuple[_Item, list[Encoded], str | None]]) -> None:
+    def _write(self, batch: list[tuple[_Item, list[Encoded] | DataError, str | None]]) -> None:
         for item, rows, control in batch:
             where = item.row.where
-            if not rows:
-                self.left["bad"].add(where)
+            if isinstance(rows, DataError):
+                self.left["bad"].add(str(rows))
             elif not any(row.trained_tokens for row in rows):
                 self.left["untrained"].add(where)
             else:
@@ -245,6 +287,8 @@ class _Encoding:
                     self.left["control"].add(f"{where} ({control})")
                 if len(rows) > 1:
                     self.left["split"].add(where)
+                if not item.may_end_anyhow and not all(self.encoder.is_ended(row) for row in rows):
+                    self.left["unended"].add(where)
                 for row in rows:
                     self._write_row(item, row)
         if not self.total:  # a hub data set: nobody knows how much there is

@@ -19,6 +19,7 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
+ROLE_NAMES = ("system", "user", "assistant", "tool")
 # What a template may read of a message beside its role and content.
 EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
@@ -67,6 +68,8 @@ class Reading:
     format: str
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    found: set[tuple[str, str]] = field(default_factory=set)
+    """The entries of both that a row has had."""
 
     def to_conversation(self, row: Row) -> Conversation:
         """Return ``row`` as a conversation that ends with an answer of the assistant, or raw text.
@@ -89,6 +92,18 @@ class Reading:
             raise DataError(f"{row.where}: the assistant says nothing in it, so there is no answer to learn; remove the row")
         # What follows the last answer is not learnt and would not be asked.
         return replace(conversation, messages=conversation.messages[: conversation.answers[-1] + 1])
+
+
+def unread_mapping(reading: Reading) -> dict[tuple[str, str], str]:
+    """Return the entries of ``reading``'s mappings that came to nothing, each with why."""
+    needed, optional, _ = FORMATS[reading.format]
+    known = [*needed, *optional]
+    columns = {
+        (ours, theirs): "no row has it" if ours in known else f'format "{reading.format}" reads no field "{ours}", but {", ".join(known)}'
+        for ours, theirs in reading.columns.items()
+    }
+    roles = dict.fromkeys(reading.roles.items(), "nobody in the data is called so")
+    return {entry: why for entry, why in {**columns, **roles}.items() if entry not in reading.found}
 
 
 def detect_format(rows: Iterable[Row], columns: Mapping[str, str]) -> str:
@@ -126,11 +141,15 @@ class _Fields:
     """A row's fields under our names, checked as they are read."""
 
     def __init__(self, row: Row, reading: Reading):
-        self.row, self.columns, self.roles = row, reading.columns, {theirs: ours for ours, theirs in reading.roles.items()}
+        self.row, self.columns, self.found = row, reading.columns, reading.found
+        self.roles = {theirs: ours for ours, theirs in reading.roles.items()}
 
     def get(self, name: str) -> object:
         """Return a field's value, None where the row has none."""
-        return _find(self.row.fields, self.columns.get(name, name))
+        value = _find(self.row.fields, self.columns.get(name, name))
+        if value is not None and name in self.columns:
+            self.found.add((name, self.columns[name]))
+        return value
 
     def text(self, name: str, default: str | None = None) -> str:
         value = self.get(name)
@@ -152,15 +171,17 @@ class _Fields:
 
     def dialogue(self, name: str, role: str, content: str) -> tuple[Messages, frozenset[int]]:
         """Return the messages in field ``name``, whose keys for speaker and text are ``role`` and ``content`` by default."""
-        turns = self.get(name)
+        turns = _parsed(self.get(name))  # a CSV file has them as JSON text
         if not isinstance(turns, list) or not turns:
             raise self.error(f'field "{name}" is {_kind(turns)}; it should be a list of messages')
         role, content = self.columns.get("role", role), self.columns.get("content", content)
+        self.found |= {(ours, theirs) for ours, theirs in self.columns.items() if theirs in (role, content)}
         messages, untrained = [], set()
         for number, turn in enumerate(turns, start=1):
             if not isinstance(turn, dict) or role not in turn or not (content in turn or turn.get("tool_calls")):
                 has = _listed(turn) if isinstance(turn, dict) else _kind(turn)
-                raise self.error(f'message {number} should have "{role}" and "{content}", and has {has}')
+                hint = 'say how they are called: data.columns = { role = "…", content = "…" }'
+                raise self.error(f'message {number} should have "{role}" and "{content}", and has {has}; {hint}')
             if turn.get("weight") == 0 or turn.get("train") is False:
                 untrained.add(len(messages))
             messages.append(self._message(turn, turn[role], turn.get(content), number))
@@ -168,15 +189,30 @@ class _Fields:
 
     def _message(self, turn: dict, role: object, content: object, number: int) -> dict:
         ours = self.roles.get(str(role)) or ROLES.get(str(role).lower())
+        self.found.add((str(ours), str(role)))
         if ours is None:
             raise self.error(
                 f'message {number} is of role {json.dumps(role)[:60]}, which is unknown; say who it is: data.roles = {{ user = "…" }}'
             )
-        extras = {key: turn[key] for key in EXTRAS if turn.get(key) is not None}
+        extras = {key: turn[key] for key in EXTRAS if turn.get(key) not in (None, [])}
+        if not isinstance(extras.get("tool_calls", []), list):
+            raise self.error(f"tool_calls of message {number} is {_kind(extras['tool_calls'])}; it should be a list")
         if "tool_calls" in extras:
-            extras["tool_calls"] = _with_parsed_arguments(extras["tool_calls"])
+            extras["tool_calls"] = [self._call(call, number) for call in extras["tool_calls"]]
+        for key in ("reasoning_content", "thinking"):
+            if key in extras:
+                self.checked(extras[key], f"{key} of message {number}")
         text = "" if content is None and "tool_calls" in extras else self.checked(content, f"message {number} ({ours})")
         return {"role": ours, "content": text, **extras}
+
+    def _call(self, call: object, number: int) -> dict:
+        """Return one tool call with its arguments as an object: OpenAI has them as JSON text, and templates write them out themselves."""
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            wanted = '{"function": {"name": "…", "arguments": {…}}}'
+            raise self.error(f"a tool call of message {number} is {_kind(call)} and should be like {wanted}")
+        parsed = {**function, "arguments": _parsed(function.get("arguments"))}
+        return {**call, "function": parsed} if "function" in call else parsed
 
     def tools(self) -> list[dict] | None:
         value = _parsed(self.get("tools"))
@@ -283,19 +319,6 @@ def _find(fields: dict, column: str) -> object:
         else:
             return None
     return value
-
-
-def _with_parsed_arguments(calls: object) -> object:
-    """Return OpenAI's tool calls with their arguments as objects: templates write them out as JSON themselves."""
-    if not isinstance(calls, list):
-        return calls
-    parsed = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict):
-            call = {**call, "function": {**function, "arguments": _parsed(function.get("arguments"))}}
-        parsed.append(call)
-    return parsed
 
 
 def _parsed(value: object) -> object:

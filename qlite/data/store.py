@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,7 @@ COLUMNS = {"length": "i", "trained": "i", "answer": "i", "source": "i", "file": 
 
 
 class StoreWriter:
-    """Takes rows in; holds only their lines of the table in memory, 36 bytes each."""
+    """Takes rows in; holds only their lines of the table in memory."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = stream
@@ -76,6 +77,11 @@ class TokenStore:
         self.source, self.file, self.number, self.digest = table["source"], table["file"], table["number"], table["digest"]
         self.start = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
         self.tokens = np.memmap(folder / TOKENS, np.int32, "r") if len(self.length) else np.zeros(0, np.int32)
+
+    @cached_property
+    def is_text(self) -> np.ndarray:
+        """Which rows are raw text."""
+        return np.array([source["format"] == "text" for source in self.meta["sources"]], bool)[self.source]
 
     def where(self, row: int) -> str:
         """Return the row's file and line, for messages."""

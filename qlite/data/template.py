@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from jinja2 import Environment, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import DataError
@@ -13,6 +14,7 @@ TEMPLATES: dict[str, str] = {
         "{{ bos_token or '' }}{% for m in messages %}"
         "{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}\n\n"
         "{% elif m.role == 'system' %}{{ m.content }}\n\n"
+        "{% elif m.role == 'tool' %}{{ raise_exception('it has no place for the results of tools') }}"
         "{% else %}Below is an instruction that describes a task"
         "{% if '### Input:' in m.content %}, paired with an input that provides further context{% endif %}. "
         "Write a response that appropriately completes the request.\n\n"
@@ -23,7 +25,9 @@ TEMPLATES: dict[str, str] = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "plain": (
-        "{{ bos_token or '' }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{{ bos_token or '' }}{% for m in messages %}"
+        "{% if m.role == 'tool' %}{{ raise_exception('it has no place for the results of tools') }}{% endif %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
     ),
 }
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -60,9 +64,20 @@ def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
         raise DataError(f'data.template: cannot read "{name}" ({error.strerror}); the folder looked in is {Path.cwd()}') from error
     except UnicodeDecodeError as error:
         raise DataError(f'data.template: "{name}" byte {error.start}: not UTF-8; save it as UTF-8') from error
+    _require_jinja(text, name)
     if "messages" not in text:
         raise DataError(f'data.template: "{name}" never reads "messages", so it is no chat template')
     return text
+
+
+def _require_jinja(text: str, name: str) -> None:
+    """Raise DataError, with the line, if ``text`` is no Jinja template."""
+    # transformers' own tag around what the assistant says; it is not needed here.
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateSyntaxError as error:
+        raise DataError(f'data.template: "{name}" line {error.lineno}: not Jinja ({error.message})') from error
 
 
 def freeze_date(template: str) -> str:

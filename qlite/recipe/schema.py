@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qlite.data.dataset import Data
-from qlite.data.formats import FIELDS
+from qlite.data.formats import FIELDS, ROLE_NAMES
 from qlite.data.sources import FILE_SUFFIXES, Source, is_hub
 from qlite.data.template import SUFFIXES, TEMPLATES, is_template_name
 from qlite.methods import METHODS, Method
@@ -151,7 +151,7 @@ class Recipe:
             given = getattr(self.data, part)
             tables |= {f"data.{part}[{i}]": source for i, source in enumerate(given, start=1)} if isinstance(given, tuple) else {}
         for name, table in tables.items():
-            for key, known in (("columns", FIELDS), ("roles", ("system", "user", "assistant", "tool"))):
+            for key, known in (("columns", FIELDS), ("roles", ROLE_NAMES)):
                 for wrong in (table_values := getattr(table, key) or {}).keys() - set(known):
                     other = table_values[wrong]
                     turned = f'; turn it round: {{ {other} = "{wrong}" }}' if other in known else f"; there are: {', '.join(known)}"

@@ -5,7 +5,7 @@ runs/quickstart/
   template.jinja  the chat template, if any      data.json       hashes of data and template
   metrics.jsonl   one record a step              result.json     written last: the run is finished
   checkpoints/step-00000020/                     adapter/        PEFT's two files
-  best/           the adapter of the lowest held-out loss so far
+  best/step-00000015/  the adapter of the lowest held-out loss so far
 """
 
 import json
@@ -14,6 +14,7 @@ import tomllib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -48,7 +49,7 @@ class TrainState:
 
     def after(self, loss: float) -> "TrainState":
         """Return the state after an evaluation of held-out ``loss`` at this step."""
-        if self.best_loss is None or loss < self.best_loss:
+        if isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             return replace(self, best_loss=loss, best_step=self.step, stale=0)
         return replace(self, stale=self.stale + 1)
 
@@ -113,7 +114,7 @@ class RunFolder:
         if changed:
             told = "; ".join(f"{key}: {then.get(key)} -> {identity.get(key)}" for key in changed)
             raise RunError(
-                f'"{self.path}" was begun with other data: the content behind {", ".join(changed)}, the tokenizer or their libraries have '
+                f'"{self.path}" was begun with other data: what is behind {", ".join(changed)} has '
                 f"changed since ({told}). Put it back, choose another output.dir, or start afresh with --fresh"
             )
 
@@ -179,6 +180,11 @@ class RunFolder:
             write_json(folder / "state.json", {**asdict(state), "optimizer": numbers})
         for old in self._checkpoints()[keep:]:
             shutil.rmtree(old)
+        # A best adapter stays as long as a run can still go on from a checkpoint that knows it.
+        known = {self._read(f"checkpoints/{folder.name}/state.json")["best_step"] for folder in self._checkpoints()}
+        for old in (self.path / "best").glob("step-" + "[0-9]" * 8):
+            if int(old.name.removeprefix("step-")) not in known:
+                shutil.rmtree(old)
 
     def resume(self, model: nn.Module, optimizer: FlatOptimizer) -> TrainState:
         """Load the newest whole checkpoint into ``model`` and ``optimizer``; without any, return the state of step 0."""
@@ -196,15 +202,14 @@ class RunFolder:
 
     def save_best(self, state: TrainState, model: nn.Module) -> None:
         """Keep the adapter as it is, the one of the lowest held-out loss so far."""
-        with new_folder(self.path / "best") as folder:
+        with new_folder(self._best(state.step)) as folder:
             write_tensors(folder / WEIGHTS, adapter_tensors(model))
-            write_json(folder / "state.json", asdict(state))
 
     def load_best(self, state: TrainState, model: nn.Module) -> None:
-        """Put the adapter of the lowest held-out loss back into ``model``. Raises RunError if it is damaged or another step's."""
-        folder = self.path / "best"
-        if not is_whole(folder) or json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"] != state.best_step:
-            raise RunError(f'"{folder}" is damaged or not of step {state.best_step}; take output.adapter = "last"')
+        """Put the adapter of the lowest held-out loss back into ``model``. Raises RunError if it is damaged."""
+        folder = self._best(state.best_step)
+        if not is_whole(folder):
+            raise RunError(f'"{folder}" is damaged or missing; take output.adapter = "last"')
         copy_adapter(load_file(folder / WEIGHTS), model, folder)
 
     def write_adapter(self, recipe: Recipe, model: nn.Module) -> None:
@@ -231,6 +236,9 @@ class RunFolder:
         kept = [json.dumps(record, ensure_ascii=False) for record in self.records() if record.get("step", -1) <= step]
         if self.metrics.is_file():
             write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def _best(self, step: int) -> Path:
+        return self.path / "best" / f"step-{step:08d}"
 
     def _checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"

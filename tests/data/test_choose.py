@@ -57,8 +57,12 @@ def test_conversations_are_brought_to_any_length_and_what_is_lost_is_counted(fol
     long = [length for length in lengths if length > tokens]
     assert result.rows.lengths.max(initial=0) <= tokens
     assert result.long.tolist() == [i for i, length in enumerate(lengths) if length > tokens]
-    assert int(result.rows.lengths.sum()) + result.lost_tokens == sum(lengths)
-    assert len(result.rows) == len(lengths) - (len(long) if long_rows == DROP else 0)
+    # A row is left out where the cut leaves nothing to learn: all of its answer, or all but a first token that nothing predicts.
+    kept = tokens if long_rows != DROP else 0
+    teaches = [length for length in long if long_rows == CUT_START or (long_rows == CUT_END and tokens > max(1, length // 2))]
+    assert len(result.rows) == len(lengths) - len(long) + len(teaches)
+    assert len(result.untrained) == (len(long) - len(teaches) if long_rows != DROP else 0)
+    assert result.lost_tokens == sum(length - kept for length in long)
     for row, number in zip(result.rows, result.rows.row, strict=True):
         whole = chat_row(lengths[number])
         start = len(whole) - len(row) if long_rows == CUT_START else 0
@@ -66,7 +70,7 @@ def test_conversations_are_brought_to_any_length_and_what_is_lost_is_counted(fol
         assert row.trained.tolist() == whole.trained[start : start + len(row)]
         assert row.answer_start == max(0, whole.answer_start - start)
     unended = without_end(result.rows, result.long, [END])
-    assert len(unended) == (len(long) if long_rows == CUT_END else 0)
+    assert len(unended) == (len(teaches) if long_rows == CUT_END else 0)
     assert result.rows.trained_counts.tolist() == [row.trained_tokens for row in result.rows]
 
 
@@ -77,30 +81,65 @@ def test_windows_train_every_token_of_a_text_once_with_its_context_before_it(fol
     text = Encoded(list(range(length)), [True] * length)
     rows = cut(store_of([text], next(folders), [TEXT]), tokens, stride=stride).rows
     trained = [int(token) for row in rows for token in row.ids[row.trained]]
-    # A last window of one token has nothing to predict it from: only without overlap can that be.
-    lost = 1 if stride == tokens and length % tokens == 1 and length > tokens else 0
-    assert trained == list(range(length - lost))
-    assert all(len(row) <= tokens for row in rows)
-    for number, row in enumerate(rows):
-        assert row.ids.tolist() == list(range(number * stride, number * stride + len(row)))
+    assert trained == list(range(length))
+    assert all(2 <= len(row) <= tokens for row in rows)
+    begins = [int(row.ids[0]) for row in rows]
+    assert begins[:-1] == [number * stride for number in range(len(rows) - 1)]
+    # The last one begins a token earlier where it would have nothing but that token.
+    assert begins[-1] in ((len(rows) - 1) * stride, (len(rows) - 1) * stride - 1)
+    assert all(row.ids.tolist() == list(range(begin, begin + len(row))) for row, begin in zip(rows, begins, strict=True))
     assert rows.trained_counts.tolist() == [row.trained_tokens for row in rows]
+
+
+def ids_of(rows: Rows) -> set[tuple[int, ...]]:
+    return {tuple(row.ids) for row in rows}
 
 
 def test_held_out_rows_do_not_depend_on_the_order_and_none_is_trained(folders):
     rows = [chat_row(6, first) for first in range(10, 70)]
-    kept, held, _ = hold_out(cut(store_of(rows, next(folders)), 100).rows, 9)
-    again, held_again, _ = hold_out(cut(store_of(rows[::-1], next(folders)), 100).rows, 9)
-    assert [row.ids.tolist() for row in held] == [row.ids.tolist() for row in held_again]
-    assert len(kept) == len(again) == 51
-    assert not {tuple(row.ids) for row in kept} & {tuple(row.ids) for row in held}
+    one = hold_out(cut(store_of(rows, next(folders)), 100).rows, 9)
+    other = hold_out(cut(store_of(rows[::-1], next(folders)), 100).rows, 9)
+    assert [row.ids.tolist() for row in one.held] == [row.ids.tolist() for row in other.held]
+    assert (len(one.held), len(one.train), len(other.train)) == (9, 51, 51)
+    assert not ids_of(one.train) & ids_of(one.held)
 
 
 def test_a_row_that_is_equal_to_a_held_out_one_is_not_trained(folders):
     rows = [chat_row(6, first) for first in range(10, 30)] * 2
-    kept, held, equal = hold_out(cut(store_of(rows, next(folders)), 100).rows, 5)
-    assert not {tuple(row.ids) for row in kept} & {tuple(row.ids) for row in held}
-    assert len(kept) + len(held) + equal == 40
-    assert equal >= 1
+    split = hold_out(cut(store_of(rows, next(folders)), 100).rows, 5)
+    assert not ids_of(split.train) & ids_of(split.held)
+    assert len(split.train) + len(split.held) + split.dropped == 40
+    assert split.dropped >= 1
+
+
+def test_what_became_of_one_conversation_is_held_out_together(folders):
+    # A template that rewrites earlier turns makes two rows of each of these conversations.
+    rows = [chat_row(6, first) for first in range(10, 210)]
+    with writing_store(folder := next(folders)) as (writer, meta):
+        for number, row in enumerate(rows):
+            writer.add(row, CHAT, 0, number // 2)
+        meta |= {"sources": [{"format": "messages"}], "files": [["a.jsonl", "line"]]}
+    split = hold_out(cut(TokenStore(folder), 100).rows, 21)
+    assert len(split.held) == 22
+    numbers = split.held.store.number
+    assert not set(numbers[split.held.row].tolist()) & set(numbers[split.train.row].tolist())
+
+
+def test_no_token_of_a_held_out_window_is_read_in_training(folders):
+    text = Encoded(list(range(3000)), [True] * 3000)
+    split = hold_out(cut(store_of([text], next(folders), [TEXT]), 100, stride=50).rows, 6)
+    held = {int(token) for row in split.held for token in row.ids}
+    assert len(split.held) == 6
+    assert not held & {int(token) for row in split.train for token in row.ids}
+    assert len(split.train) + len(split.held) + split.dropped == 59
+    assert split.dropped >= 6
+
+
+@pytest.mark.parametrize("count", [0, 400, 1000])
+def test_what_is_held_out_does_not_change_a_weights_share(folders, count):
+    rows = [chat_row(6, first) for first in range(10, 2010)]
+    split = hold_out(cut(store_of(rows, next(folders)), 100).rows, count)
+    assert abs(len(weighted(split.train, [0.5])) / len(split.train) - 0.5) < 0.05
 
 
 def test_weights_repeat_whole_sources_and_take_a_fixed_share(folders):

@@ -239,6 +239,88 @@ def test_a_tool_call_behind_the_content_is_trained_to_its_end():
     assert trained_text(with_template(THINKING), [TALK[1], call]) == "<eos>think</eos>\nI look.<pad>f<pad><|im_end|>"
 
 
+# Templates of the kinds that models bring: what comes before, inside and behind an answer differs.
+KINDS = {
+    "header": (  # Llama 3: two lines of header, content trimmed
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_start|>\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|im_start|>\n\n{% endif %}"
+    ),
+    "instruct": (  # Mistral: the system message inside the first question
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+        "{% if messages[0].role == 'system' and loop.index0 == 1 %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }} [/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}<eos>{% endif %}{% endfor %}"
+    ),
+    "closing": (  # Phi-3: another token behind the last turn
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<eos>{% endif %}"
+    ),
+    "reasoning": (  # Qwen3: reasoning before the answer, and only in the last turn
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+        "<pad>\n{{ m.reasoning_content or '' }}\n<pad>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "channels": (  # gpt-oss: reasoning and answer are turns of their own
+        "{% for m in messages %}{% if m.reasoning_content %}<|im_start|>assistant analysis: {{ m.reasoning_content }}<|im_end|>{% endif %}"
+        "<|im_start|>{{ m.role }} final: {{ m.content }}{{ '<eos>' if m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    ),
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.sampled_from(sorted(KINDS)), st.booleans())
+def test_whatever_the_template_an_answer_is_trained_whole_to_its_end_and_asked_for_as_it_was(turns, kind, repeats):
+    own = with_template(KINDS[kind])
+    messages = []
+    for user, answer in turns:
+        # The same words in question, reasoning and answer: the last is meant.
+        reasoning = {"reasoning_content": f"{answer} so {answer}"} if kind in ("reasoning", "channels") and repeats else {}
+        messages += [{"role": "user", "content": answer if repeats else user}, {"role": "assistant", "content": answer, **reasoning}]
+    rows = own.encode(Conversation(messages))
+    assert all(own.is_ended(row) for row in rows)
+    row, answer = rows[-1], turns[-1][1]
+    assert own.tokenizer.decode(row.ids[row.answer_start :]).endswith((f"{answer}<|im_end|>", f"{answer}<eos>"))
+    assert all(row.trained[row.answer_start :])
+    assert list(row.ids[: row.answer_start]) == own.encode_prompt(messages[:-1])
+
+
+def test_reasoning_that_the_template_leaves_out_is_refused():
+    answer = [TALK[1], {"role": "assistant", "content": "1", "reasoning_content": "because"}]
+    assert "because" in trained_text(with_template(KINDS["reasoning"]), answer)
+    with pytest.raises(DataError, match="rows.jsonl line 3: the chat template leaves the assistant's reasoning out"):
+        encode(encoder(), answer)
+
+
+def test_a_tool_call_or_result_that_the_template_leaves_out_is_refused():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
+    with pytest.raises(DataError, match="leaves the assistant's call of weather out"):
+        encode(encoder(), [TALK[1], call])
+    with pytest.raises(DataError, match="no place for the results of tools"):
+        encode(encoder("alpaca"), [TALK[1], {"role": "tool", "content": "sunny"}, TALK[2]])
+
+
+def test_a_template_that_opens_a_reasoning_it_does_not_write_is_refused_with_both_texts():
+    # DeepSeek-R1's kind: asked with "<think>", answered without.
+    own = with_template(TEMPLATES["chatml"].replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
+    with pytest.raises(DataError, match=r"asks for an answer with '<think>\\n' and writes '1<\|im_end\|>"):
+        encode(own, TALK[1:3])
+
+
+def test_a_conversation_that_the_assistant_opens_is_encoded_or_refused_by_its_template():
+    assert trained_text(encoder(), TALK[2:3]) == "1<|im_end|>"
+    own = with_template("{{ raise_exception('must begin with user') if not messages or messages[0].role != 'user' }}" + TEMPLATES["chatml"])
+    with pytest.raises(DataError, match="line 3: the chat template refuses this conversation: must begin with user"):
+        encode(own, TALK[2:3])
+
+
+def test_a_file_that_is_no_jinja_is_named_with_its_line(tmp_path):
+    (tmp_path / "broken.jinja").write_text("{# messages #}\n{% for m in messages %}{{ m.content }")
+    with pytest.raises(DataError, match=r'data.template: ".*broken.jinja" line 2: not Jinja \('):
+        find_template(str(tmp_path / "broken.jinja"), tiny_tokenizer())
+    (tmp_path / "marked.jinja").write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    assert "generation" in find_template(str(tmp_path / "marked.jinja"), tiny_tokenizer())
+
+
 def test_raw_text_is_trained_as_a_whole_and_ended():
     row = encode(encoder(None), [{"role": "text", "content": "abc"}])
     assert all(row.trained)
@@ -280,13 +362,17 @@ def test_a_tokenizer_without_an_end_token_is_refused():
         ("{{ messages[0].content + 1 }}", "rows.jsonl line 3: the chat template fails"),
         (
             "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}{{ m.content }}{% endif %}{% endfor %}",
-            "leaves the system message out",
+            "leaves the system's message out",
         ),
         (
             "{% for m in messages %}{% if m.role != 'user' %}{{ m.role }}{{ m.content }}{% endif %}{% endfor %}",
-            "leaves the user message out",
+            "leaves the user's message out",
         ),
-        ("{{ messages|length }}", "does not continue its own prompt"),
+        ("{{ messages|length }}", "asks for an answer with '2' and writes '3' there"),
+        (
+            "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves the assistant's message out",
+        ),
     ],
 )
 def test_a_template_that_cannot_render_a_row_names_it(jinja, words):

@@ -82,6 +82,13 @@ def test_tools_and_their_calls_are_kept_with_arguments_as_objects():
     assert conversation.messages[2] == {"role": "tool", "content": "2", "name": "f"}
 
 
+def test_messages_in_a_cell_of_a_table_are_read_from_their_json():
+    assert said(read({"messages": '[{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]'})) == [
+        "user: u",
+        "assistant: a",
+    ]
+
+
 def test_text_parts_of_openai_are_joined():
     assert (
         said(read({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, REPLY]}))[0]
@@ -156,6 +163,9 @@ def test_roles_are_named_by_the_recipe():
         ({"messages": [{"role": "narrator", "content": "n"}]}, "messages", 'message 1 is of role "narrator", which is unknown'),
         ({"messages": [{"role": ["user"], "content": "n"}]}, "messages", "which is unknown"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, "messages", "only text can be trained on"),
+        ({"messages": [{"from": "human", "value": "h"}]}, "messages", 'data.columns = { role = "…", content = "…" }'),
+        ({"messages": [USER, {**REPLY, "tool_calls": "oops"}]}, "messages", "tool_calls of message 2 is a text; it should be a list"),
+        ({"messages": [USER, {**REPLY, "tool_calls": [3]}]}, "messages", "a tool call of message 2 is a number"),
         ({"messages": [USER]}, "messages", "the assistant says nothing in it"),
         ({"messages": [USER, REPLY], "tools": "no json"}, "messages", 'field "tools" is a text'),
         ({"question": "q", "choices": ["x"], "answer": 0}, "choice", "two texts or more"),

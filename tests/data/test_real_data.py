@@ -35,7 +35,7 @@ def test_a_recipe_over_real_data_reads_all_of_it(name, tokenizer, monkeypatch):
     read, kept, text = REAL[name]
     part = data.parts[0]
     assert (part.read, len(part.rows)) == (read, kept)
-    assert len(data.train) + len(data.test) + part.equal == kept
+    assert len(data.train) + len(data.test) + part.dropped == kept
     first = part.rows[0]
     trained = tokenizer.decode([int(i) for i, t in zip(first.ids, first.trained, strict=True) if t])
     assert trained.startswith(text)
