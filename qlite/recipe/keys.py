@@ -165,7 +165,7 @@ def toml_key(key: str) -> str:
     return key if key.isascii() and key.replace("-", "_").isidentifier() else json.dumps(key, ensure_ascii=False)
 
 
-def closest(word: str, known: object) -> str | None:
-    """Return the one of ``known`` that ``word`` was probably meant to be."""
-    close = get_close_matches(word.lower(), list(known), n=1)
+def closest(word: str, known: object, likeness: float = 0.6) -> str | None:
+    """Return the one of ``known`` that ``word`` was probably meant to be, if it is at least that like it (0 to 1)."""
+    close = get_close_matches(word.lower(), list(known), n=1, cutoff=likeness)
     return close[0] if close else None

@@ -265,7 +265,7 @@ def _near_files(path: Path) -> str:
         found = sorted(path.glob("*.toml"))
         return f'; give a recipe in it, for example "{found[0]}"' if found else ""
     files = {file.name: file for folder in (Path("recipes"), path.parent) if folder.is_dir() for file in folder.glob("*.toml")}
-    near = closest(f"{path.stem}.toml", files)
+    near = closest(f"{path.stem}.toml", files, likeness=0.7)  # the ending, which all share, is a third of a short name
     return f'; did you mean "{files[near]}"?' if near else ""
 
 
