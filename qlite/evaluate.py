@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
     asked = read_metrics(args.metrics)
     run = find_run(args.run)
     recipe = run.recipe()
+    if args.data is None and not (recipe.data.test or recipe.data.held_out_rows):
+        raise DataError("this run has held out no rows (data.test, data.held_out_rows); name some to measure with: --data FILE")
     sampling = Sampling(recipe.train.answer_tokens if args.max_tokens is None else args.max_tokens)
     data = HELD_OUT if args.data is None else _absolute(args.data)
     file = choose_file(run, data, args.out)
@@ -81,8 +83,8 @@ def main(argv: list[str]) -> None:
         "device": device.describe(opened.device),
     }
     comparison = Comparison(material.counts, settings, material.questions, material.choices, adapter, base, left_out)
-    write_comparison(file, comparison)
     print_comparison(comparison)
+    write_comparison(file, comparison)
     print(f"\nwritten to {file}")
 
 
@@ -146,7 +148,7 @@ def read_given(data: Data, path: str, format: str | None, count: int | None, con
     """
     data = replace(data, test=path, format=format or data.format)
     (source,) = data.sources("test")
-    each = islice(read_conversations(source, "--data", data.bad_rows == "skip", console.phase), count)
+    each = islice(read_conversations(source, "--data", data.bad_rows == "skip", console.phase, console.note), count)
     talks = [talk.with_system(data.system) for talk in each]
     if not talks:
         raise DataError(f"--data: {path} has no row that fits its format; see data.format and data.columns")
@@ -161,9 +163,7 @@ def held_out(opened: OpenRun, count: int | None, console: Observer) -> Material:
     """
     data, tokens = opened.recipe.data, opened.recipe.train.tokens
     part = "test" if data.test else "train"
-    if part == "train" and not data.held_out_rows:
-        raise DataError("this run has held out no rows (data.test, data.held_out_rows); name some to measure with: --data FILE")
-    loaded = data.load(opened.base.tokenizer, tokens, lambda _: None, console.phase)
+    loaded = data.load(opened.base.tokenizer, tokens, lambda _: None, console.phase, opened.encoder)
     try:
         opened.run.check_data(loaded.identity)
     except RunError:

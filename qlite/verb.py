@@ -13,6 +13,9 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
     """Run ``main`` with the command line's arguments and leave the process with the right exit code."""
     # Rows are tokenised on all cores; without a word of it, the tokenizers library warns at every later fork that it may deadlock.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks is no reason to stop
     try:
         main(sys.argv[1:])
     except QliteError as error:

@@ -1,6 +1,7 @@
 """A talk with a trained run, through a pipe and as somebody types it: every command, every way out, and what the model is asked."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -13,13 +14,14 @@ import torch
 from qlite import chat, generate
 from qlite.data.encode import Encoder
 from qlite.errors import DataError, RecipeError
+from qlite.recipe.read import build_recipe
 from qlite.serving import dialogue as dialogues
 from qlite.serving.answer import Sampling, generate_ids
 from qlite.serving.dialogue import Dialogue, Reply
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder
 from qlite.verb import run_verb
-from tests.tiny_run import run, tiny_recipe
+from tests.tiny_run import run, tiny_recipe, tiny_tables
 
 ROOT = Path(__file__).parents[1]
 MAX_TOKENS = 8
@@ -315,16 +317,32 @@ def test_a_run_that_is_none_ends_with_its_message_and_exit_code_2(capsys, tmp_pa
     assert f'"{tmp_path}" is no run folder' in capsys.readouterr().err
 
 
-def test_a_run_trained_on_raw_text_is_said_to_have_no_history(piped, trained, asked, monkeypatch):
-    def without_template(*arguments):
-        talk = generate.open_dialogue(*arguments)
-        talk.encoder.template = None
-        return talk
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    """A finished run over raw text; the tokenizer has a chat template all the same."""
+    folder = tmp_path_factory.mktemp("raw")
+    recipe = tiny_tables(folder)
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": "abcdef " * n}) + "\n" for n in range(1, 9)))
+    recipe["data"] = {"train": str(folder / "texts.jsonl")}
+    recipe["train"] = {"steps": 2, "tokens": 64, "samples": ["abc"]}
+    run(build_recipe(recipe, "raw.toml"))
+    return folder / "run"
 
-    monkeypatch.setattr(chat, "open_dialogue", without_template)
-    _, err = piped("abc", "fade")
-    assert err.startswith("this run was trained on raw text: each message is continued by itself")
-    assert asked == [trained.encoder.tokenizer(word)["input_ids"] for word in ("abc", "fade")]
+
+def test_a_run_trained_on_raw_text_is_asked_as_it_was_trained(raw, asked, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc\nfade\n"))
+    chat.main([str(raw), "--device", "cpu", "--max-tokens", "4"])
+    assert capsys.readouterr().err.startswith("this run was trained on raw text: each message is continued by itself")
+    tokenizer = open_run(RunFolder(raw), "cpu", lambda *_: None).base.tokenizer
+    assert asked == [tokenizer(word)["input_ids"] for word in ("abc", "fade")]
+    assert tokenizer.chat_template  # what an export would carry is the tokenizer's own
+    with pytest.raises(DataError, match="trained on raw text, in which nobody is told anything"):
+        generate.main([str(raw), "--prompt", "abc", "--system", "Be brief.", "--device", "cpu"])
+
+
+def test_an_empty_prompt_is_refused(raw):
+    with pytest.raises(DataError, match="the prompt is empty"):
+        generate.main([str(raw), "--prompt", "", "--device", "cpu"])
 
 
 def test_a_number_that_makes_no_sense_is_refused_before_anything_is_loaded(finished, monkeypatch):

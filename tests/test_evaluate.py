@@ -162,6 +162,29 @@ def test_held_out_rows_that_may_have_been_trained_on_are_spoken_of(tmp_path, cap
     assert "may have been trained on" in capsys.readouterr().out
 
 
+def test_the_template_of_the_training_measures_wherever_its_file_has_gone(tmp_path):
+    jinja = tmp_path / "my.jinja"
+    jinja.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    )
+    run(tiny_recipe(tmp_path, data={"template": str(jinja)}, train={"steps": 2}))
+    before = evaluated(tmp_path / "run", tmp_path / "a.json", "--metrics", "loss")
+    jinja.write_text("{% for m in messages %}{{ m.role }}? {{ m.content }}<eos>{% endfor %}")
+    assert evaluated(tmp_path / "run", tmp_path / "b.json", "--metrics", "loss")["metrics"] == before["metrics"]
+    jinja.unlink()
+    assert evaluated(tmp_path / "run", tmp_path / "c.json", "--metrics", "loss")["metrics"] == before["metrics"]
+
+
+def test_rows_that_do_not_fit_are_left_out_and_said(tmp_path, capsys):
+    run(tiny_recipe(tmp_path, data={"bad_rows": "skip"}, train={"steps": 2}))
+    path = write_rows(tmp_path / "t.jsonl", [*pairs([("ab", "ba")]), {"prompt": "x", "completion": 3}, {"prompt": "y"}])
+    evaluated(tmp_path / "run", tmp_path / "out.json", "--data", path, "--metrics", "loss")
+    assert "--data: 2 rows do not fit their format and are left out, first --data: t.jsonl line 2" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_rows_with_one_prompt_are_one_question_asked_once(finished, tmp_path, monkeypatch):
     asked = []
     plain = evaluate.answer_all

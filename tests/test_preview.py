@@ -84,6 +84,14 @@ def test_no_weight_is_read_and_the_exit_code_is_trains(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_terminal_without_the_characters_gets_others(tmp_path):
+    command = [sys.executable, "-m", "qlite.preview", recipe_file(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "QLITE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"tokens are trained" in done.stdout
+
+
 def test_histogram_counts_every_row_once_in_steps_of_round_width():
     lengths = np.array([1, 49, 50, 51, 100, 512])
     bins = histogram(lengths, 12)

@@ -10,7 +10,7 @@ import numpy as np
 
 from qlite.data.choose import CUT_END, DROP, without_end
 from qlite.data.encode import Encoder
-from qlite.data.store import TokenStore
+from qlite.data.store import Rows, TokenStore
 
 if TYPE_CHECKING:
     from qlite.data.dataset import Data, DataSet, Part
@@ -88,6 +88,29 @@ def nothing_left(key: str, meta: dict) -> str:
     what = {"untrained": "have no token to learn (an empty answer, or one that is switched off)", "bad": "do not fit their format"}
     counted = [f"{part['count']:,} {what[name]}, first {_names(part['first'])}" for name, part in left.items() if part["count"]]
     return f"{key}: no row is left to train on: {'; '.join(counted)}"
+
+
+def _trained_of_sources(before: Rows, after: Rows, count: int) -> list[tuple[int, int]]:
+    """Return for each source how many rows it has, and how many are trained in an epoch."""
+    each = [np.bincount(rows.store.source[rows.row], minlength=count).tolist() for rows in (before, after)]
+    return list(zip(*each, strict=True))
+
+
+def describe_weights(before: Rows, after: Rows, weights: list[float], part: Part) -> list[str]:
+    """Return in words what the weights of sources make of them."""
+    counts = _trained_of_sources(before, after, len(weights))
+    each = zip(part.paths, weights, counts, strict=True)
+    return [f"{part.key}: {_shortest(path)} has weight {w:g}: {m:,} rows an epoch of its {n:,}" for path, w, (n, m) in each if w != 1]
+
+
+def unweighted(before: Rows, after: Rows, weights: list[float], part: Part) -> list[str]:
+    """Return the problem of sources of which their weight leaves nothing."""
+    counts = _trained_of_sources(before, after, len(weights))
+    return [
+        f"{part.key}[{index}].weight = {weight:g}: leaves none of the {n:,} rows of {_shortest(path)}; raise it, or remove the source"
+        for index, (path, weight, (n, m)) in enumerate(zip(part.paths, weights, counts, strict=True), start=1)
+        if n and not m
+    ]
 
 
 def too_short(key: str, store: TokenStore, tokens: int) -> str:

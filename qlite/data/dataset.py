@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from qlite.data.check import describe, nothing_left, problems, too_short
+from qlite.data.check import describe, describe_weights, nothing_left, problems, too_short, unweighted
 from qlite.data.choose import Cut, cut, hold_out, weighted
 from qlite.data.encode import Encoder
 from qlite.data.encoding import Feed, Progress, encode_feed, short_hash, tokenizer_hash
@@ -119,13 +119,13 @@ class Data(Table):
     allow: tuple[Fault, ...] = ()
     """What would stop the run but may be: "long" rows (over 1 %), "untrained" rows, "unended" answers, "control" tokens in the text."""
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Encoder:
-        """Return what turns conversations into ids, with the Jinja text ``template`` if it is given, else the recipe's.
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """Return what turns conversations into ids.
 
         Raises:
             DataError: the recipe's template cannot be had.
         """
-        return Encoder(tokenizer, template or find_template(self.template, tokenizer), self.loss_on)
+        return Encoder(tokenizer, find_template(self.template, tokenizer), self.loss_on)
 
     def sources(self, key: str) -> tuple[Source, ...]:
         """Return the sources of ``key``, "train" or "test", each with what the table says for all of them."""
@@ -136,14 +136,19 @@ class Data(Table):
         return tuple(replace(s, **{name: value for name, value in shared.items() if getattr(s, name) is None}) for s in sources)
 
     def load(
-        self, tokenizer: PreTrainedTokenizerBase, tokens: int, note: Callable[[str], None], progress: Progress = lambda *_: None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: int,
+        note: Callable[[str], None],
+        progress: Progress = lambda *_: None,
+        encoder: Encoder | None = None,
     ) -> DataSet:
-        """Return all rows encoded, none longer than ``tokens``.
+        """Return all rows encoded, none longer than ``tokens``; by ``encoder`` if one is given, as a finished run has it.
 
         Raises:
             DataError: a source, a row or the template cannot be used, or nothing is left to train on.
         """
-        encoder = self.encoder(tokenizer)
+        encoder = encoder or self.encoder(tokenizer)
         train = self._part("train", encoder, tokens, progress)
         parts, found = [train], problems(train, self, encoder, tokens)
         if self.test:
@@ -157,11 +162,15 @@ class Data(Table):
             split = hold_out(train.rows, self.held_out_rows)
             rows, held = split.train, split.held
             parts = [replace(train, dropped=split.dropped)]
-        rows = weighted(rows, [source.weight for source in self.sources("train")])
+        if train.rows.store.is_text.all():
+            encoder = Encoder(tokenizer, None, self.loss_on)  # such a run is asked as it was trained: with text to go on with
+        weights = [source.weight for source in self.sources("train")]
+        rows, before = weighted(rows, weights), rows
+        found += unweighted(before, rows, weights, parts[0])
         if not len(rows):
             raise DataError("data.train: what is held out and the weights of its sources leave no row to train on; change them")
         data = DataSet(rows, held, encoder, parts, found)
-        for line in describe(data):
+        for line in [*describe(data), *describe_weights(before, rows, weights, parts[0])]:
             note(line)
         return data
 

@@ -97,7 +97,8 @@ class Encoder:
         Without a template the last message is raw text to be continued.
         """
         if self.template is None:
-            return self._ids([messages[-1]["content"]], special=True)[0]
+            text = Conversation([{"role": "text", "content": messages[-1]["content"]}], goes_on=True)
+            return list(self._raw([text])[0].ids)
         asked = Conversation([*messages, {"role": "assistant", "content": ""}], tools)
         prompts, fulls = self._rendered([asked], [where], is_open=True)
         row = self._rows(asked, prompts, fulls, where, is_open=True)[-1]
@@ -152,7 +153,8 @@ class Encoder:
         if places and self.template is None:
             names = ", ".join(f'"{name}"' for name in TEMPLATES)
             raise DataError(
-                f'data.template: this tokenizer brings no chat template, so "auto" finds none; choose one of {names} or a .jinja file'
+                "data.template: there is no chat template to write a conversation with: the tokenizer brings none, or the run was trained "
+                f"on raw text; choose one of {names} or a .jinja file"
             )
         keys = [(id(c), i) for c, i, _ in places]
         prompts = self._render([(c.messages[:i], c.tools, w) for c, i, w in places], ask=True)
@@ -196,6 +198,8 @@ class Encoder:
             is_wanted = (self.loss_on != LAST or index == answers[-1]) and index not in conversation.untrained
             row.add(self._answer(message, prompts[key], fulls[key], where), says and is_wanted)
         for message in conversation.messages:
+            if message["role"] == "system" and not self._keeps_system:
+                raise DataError(f"{where}: the chat template leaves the system's message out; choose another data.template, or drop it")
             if message["role"] != "assistant":
                 _require_said(message, rows[-1].done, where)
         return rows if is_open else [row for row in rows if any(row.trained)] or rows[-1:]
@@ -229,6 +233,19 @@ class Encoder:
         return re.compile(rf"\s*(?:{_any_of(self._end_tokens).pattern})")
 
     @cached_property
+    def _keeps_system(self) -> bool:
+        """Whether the template writes system messages out: a short one could stand in its text by chance."""
+        rare = "7c0ffee7"
+        rendered = self._probe([{"role": "system", "content": rare}, {"role": "user", "content": "a"}])
+        return rendered is None or rare in rendered
+
+    def _probe(self, messages: Messages) -> str | None:
+        """Return ``messages`` rendered, None where the template refuses them: a row like them will say why."""
+        with suppress(*TEMPLATE_FAULTS):
+            return self.tokenizer.apply_chat_template([messages], chat_template=self._frozen, tokenize=False)[0]
+        return None
+
+    @cached_property
     def _special(self) -> re.Pattern:
         return _any_of(self.tokenizer.all_special_tokens)
 
@@ -256,8 +273,8 @@ class Encoder:
         # A beginning-of-text token that is written out is the one that the tokenizer would add.
         own = [text.removeprefix(begin) if self.begins_with_token else text for text in texts]
         for conversation, text, ids in zip(conversations, texts, self._ids(own, special=True), strict=True):
-            is_ended = conversation.goes_on or ids[-1:] == [end]
-            ids = ids if is_ended else [*ids, end]
+            ids = ids[:-1] if ids[-1:] == [end] else ids  # some tokenizers add it themselves
+            ids = ids if conversation.goes_on else [*ids, end]
             rows.append(Encoded(ids, [bool(text.strip())] * len(ids)))
         return rows
 
@@ -306,10 +323,15 @@ def texts_of(value: object) -> Iterator[str]:
 
 def _require_said(message: dict, text: str, where: str) -> None:
     """Raise DataError if the template has left out of ``text`` what ``message`` says, reasons or calls."""
-    calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
+    functions = [call.get("function", call) for call in message.get("tool_calls", ())]
+    calls = [function["name"] for function in functions]
+    written = [text for function in functions for text in texts_of(function.get("arguments"))]
     reasoning = message.get("reasoning_content") or message.get("thinking") or ""
-    parts = {"message": message["content"], "reasoning": reasoning, **{f"call of {name}": name for name in calls}}
-    for what, said in parts.items():
+    parts = [("message", message["content"]), ("reasoning", reasoning), *(("argument of a call", said) for said in written)]
+    missing = [name for name in calls if text.count(name) < calls.count(name)]
+    if missing:
+        raise DataError(f"{where}: the chat template leaves a call of {missing[0]} out; choose another data.template, or drop it")
+    for what, said in parts:
         if said.strip() not in text and _squeezed(said) not in _squeezed(text) and json.dumps(said)[1:-1] not in text:
             raise DataError(
                 f"{where}: the chat template leaves the {message['role']}'s {what} out; choose another data.template, or drop it"

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qlite.data import encode, formats, store, template
 from qlite.data.encode import Encoded, Encoder, texts_of
 from qlite.data.formats import ROLE_NAMES, Conversation, Reading, detect_format, unread_mapping
 from qlite.data.rows import Row
@@ -100,8 +99,8 @@ def encode_feed(feed: Feed, encoder: Encoder, progress: Progress) -> TokenStore:
 
 def _code_hash() -> str:
     """Return a hash of what turns rows into ids, ours and the libraries': rows encoded by other code are encoded anew."""
-    code = b"".join(Path(module.__file__).read_bytes() for module in (encode, formats, store, template))
-    libraries = [version(name) for name in ("tokenizers", "transformers")]
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    libraries = [version(name) for name in ("tokenizers", "transformers", "pyarrow", "datasets")]
     return hashlib.sha256(code + json.dumps(libraries).encode()).hexdigest()
 
 
@@ -129,6 +128,15 @@ def read_conversations(
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
     return reading, ((row, _read(reading, row, key)) for row in chain(first, rows))
+
+
+def unread_mappings(readings: list[Reading]) -> list[str]:
+    """Return which mappings no source had a use for, and why: what they were meant to bring in is missing."""
+    # One that the table has for all sources need not be of use to each.
+    found = {entry for reading in readings for entry in reading.found}
+    unread = {entry: why for reading in readings for entry, why in unread_mapping(reading).items() if entry not in found}
+    tables = {ours: "roles" if ours in ROLE_NAMES else "columns" for ours, _ in unread}
+    return [f'data.{tables[ours]}.{ours} = "{theirs}": {why}' for (ours, theirs), why in unread.items()]
 
 
 def _read(reading: Reading, row: Row, key: str) -> Conversation | DataError:
@@ -240,19 +248,8 @@ class _Encoding:
                     raise conversation
             before += source_bytes(source, self.feed.key)
         self._tell(self.total, 0)
-        self._refuse_unread(readings)
-
-    def _refuse_unread(self, readings: list[Reading]) -> None:
-        """Raise DataError for a mapping that no source had a use for: what it was meant to bring in would be missing."""
-        # One that the table has for all sources need not be of use to each.
-        found = {entry for reading in readings for entry in reading.found}
-        unread = {entry: why for reading in readings for entry, why in unread_mapping(reading).items() if entry not in found}
-        if unread:
-            lines = []
-            for (ours, theirs), why in unread.items():
-                table = "roles" if ours in ROLE_NAMES else "columns"
-                lines.append(f'data.{table}.{ours} = "{theirs}": {why}; mend it, or remove it')
-            raise DataError("\n".join(lines))
+        if unread := unread_mappings(readings):
+            raise DataError("\n".join(f"{line}; mend it, or remove it" for line in unread))
 
     def _tell(self, before: int, done: int) -> None:
         if self.total:

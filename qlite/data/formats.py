@@ -121,7 +121,8 @@ def detect_format(rows: Iterable[Row], columns: Mapping[str, str]) -> str:
             'Say which field is which, for example data.columns = { prompt = "question", completion = "reply" }'
         )
     for row in others:
-        if (other := _format_of(row, columns)) != format:
+        # One that fits none lacks a field, which reading it will say.
+        if (other := _format_of(row, columns)) not in (format, None):
             raise DataError(
                 f'{row.where}: {_listed(row.fields)} is in format "{other}", and {first.where} is in format "{format}"; '
                 "split the file, or give data.format"
@@ -146,7 +147,12 @@ class _Fields:
 
     def get(self, name: str) -> object:
         """Return a field's value, None where the row has none."""
-        value = _find(self.row.fields, self.columns.get(name, name))
+        column = self.columns.get(name, name)
+        if column not in self.row.fields and (inner := re.findall(r"\{([^{}]+)\}", column)):
+            missing = [part for part in inner if _find(self.row.fields, part) is None]
+            if 0 < len(missing) < len(inner):
+                raise self.error(f'data.columns.{name} = "{column}": the row has no "{missing[0]}"')
+        value = _find(self.row.fields, column)
         if value is not None and name in self.columns:
             self.found.add((name, self.columns[name]))
         return value

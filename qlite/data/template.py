@@ -27,7 +27,7 @@ TEMPLATES: dict[str, str] = {
     "plain": (
         "{{ bos_token or '' }}{% for m in messages %}"
         "{% if m.role == 'tool' %}{{ raise_exception('it has no place for the results of tools') }}{% endif %}"
-        "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"  # a bare break behind %} is trimmed
     ),
 }
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")

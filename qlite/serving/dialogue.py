@@ -71,7 +71,7 @@ class Dialogue:
         is_interrupted = self._generate(ids, replace(self.sampling, max_tokens=budget), stream)
         is_ended = bool(stream.ids) and stream.ids[-1] in self.encoder.stop_ids
         text = self.encoder.decode(stream.ids[:-1] if is_ended else stream.ids)
-        if stream.ids:
+        if stream.ids and self.encoder.template is not None:  # raw text has no history
             self.exchanges = [*self.exchanges[left_out:], Exchange(user, text)]
         return Reply(
             text=text,
@@ -115,10 +115,14 @@ class Dialogue:
 
         Room means ``max_tokens``, but never more than half the context: a small model must remember something.
         """
+        if self.encoder.template is None and self.system:
+            raise DataError("this run was trained on raw text, in which nobody is told anything: leave the system message out")
         limit = self.limit or sys.maxsize
         room = min(self.sampling.max_tokens, limit // 2)
         for left_out in range(len(self.exchanges) + 1):
             ids = self.encoder.encode_prompt(self.messages(user, left_out))
+            if not ids:
+                raise DataError("the prompt is empty: there is nothing to answer, and no token to begin with")
             if len(ids) + room <= limit:
                 return ids, left_out
         if len(ids) >= limit:

@@ -1,10 +1,10 @@
 """What a model is asked in an evaluation: questions with all the texts that answer them, and choices to be weighed by likelihood."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlite.data.encode import Encoded, Encoder
-from qlite.data.encoding import Progress
+from qlite.data.encoding import Left, Progress, unread_mappings
 from qlite.data.encoding import read_conversations as read_rows_as_conversations
 from qlite.data.formats import Conversation, Messages
 from qlite.data.sources import Source, source_bytes
@@ -47,19 +47,28 @@ class ChoiceQuestion:
     continuations: list[Continuation]
 
 
-def read_conversations(source: Source, key: str, skip_bad: bool, progress: Progress) -> Iterator[Placed]:
-    """Yield the conversations of ``source``; with ``skip_bad`` those that do not fit its format are left out.
+def read_conversations(
+    source: Source, key: str, skip_bad: bool, progress: Progress, note: Callable[[str], None] = lambda _: None
+) -> Iterator[Placed]:
+    """Yield the conversations of ``source``; with ``skip_bad`` those that do not fit its format are left out, and ``note`` says how many.
 
     Raises:
         DataError: the source or a row cannot be used; with file and line.
     """
     total = source_bytes(source, key)
-    _, rows = read_rows_as_conversations(source, key, lambda done: progress("read the rows", done, total))
+    left = Left()
+    reading, rows = read_rows_as_conversations(source, key, lambda done: progress("read the rows", done, total))
     for row, conversation in rows:
         if not isinstance(conversation, DataError):
             yield Placed(conversation, row.where)
-        elif not skip_bad:
+        elif skip_bad:
+            left.add(str(conversation))
+        else:
             raise conversation
+    if left.count:
+        note(f"{key}: {left.count:,} rows do not fit their format and are left out, first {left.first[0]}")
+    for line in unread_mappings([reading]):
+        note(f"{key}: {line}, so it brings nothing in")
     progress("read the rows", total, total)
 
 

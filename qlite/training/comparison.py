@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -115,6 +116,10 @@ def choose_file(run: RunFolder, data: str, out: Path | None) -> Path:
     path = out or run.path / "evaluations" / f"{name}.json"
     if path.suffix != ".json":
         raise RunError(f'--out "{path}": an evaluation is a .json file')
+    if out is not None and not out.absolute().parent.is_dir():
+        raise RunError(f'--out "{out}": there is no folder "{out.absolute().parent}"')
+    if out is not None and not os.access(out.absolute().parent, os.W_OK):
+        raise RunError(f'--out "{out}": the folder "{out.absolute().parent}" cannot be written')
     # In the run's own folder every evaluation is one of this run, wherever the folder has been moved to.
     if path.exists() and not _is_evaluation(path, {"data": data} if out is None else {"data": data, "run": run_name(run)}):
         raise RunError(f'"{path}" exists and is no evaluation of this run on {data}; choose another --out')

@@ -277,6 +277,16 @@ def test_several_sources_are_mixed_by_weight(tmp_path):
     assert [source["rows"] for source in data.parts[0].meta["sources"]] == [10, 4]
 
 
+def test_what_weights_make_of_sources_is_said_and_one_that_vanishes_is_refused(tmp_path):
+    first = save(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "completion": "c"} for i in range(20)])
+    second = save(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "completion": "c"} for i in range(10)])
+    notes = []
+    load((Source(path=first, weight=2), Source(path=second)), note=notes.append)
+    assert any("a.jsonl has weight 2: 40 rows an epoch of its 20" in note for note in notes)
+    said = refusal((Source(path=first, weight=1e-9), Source(path=second)))
+    assert "data.train[1].weight = 1e-09: leaves none of the 20 rows of" in said
+
+
 @pytest.mark.parametrize(("systems", "common"), [(["s", "s"], "s"), (["s", "t"], ""), (["s", None], "")])
 def test_a_system_message_that_all_rows_share_is_remembered(tmp_path, systems, common):
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
@@ -354,13 +364,16 @@ def test_other_code_encodes_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "cache_folder", lambda: tmp_path / "cache")
     source = save(tmp_path / "a.jsonl", [GOOD])
     first = load(source).identity
-    (kept,) = (tmp_path / "cache" / "encoded").iterdir()
-    other = tmp_path / "encode.py"
-    other.write_text(Path(encoding.encode.__file__).read_text() + "# changed")
-    monkeypatch.setattr(encoding.encode, "__file__", str(other))
+    monkeypatch.setattr(encoding, "_code_hash", lambda: "other")
     assert load(source).identity == first  # a run may go on: these rows are what they were
     assert len(list((tmp_path / "cache" / "encoded").iterdir())) == 2
-    assert kept.is_dir()
+
+
+def test_all_code_between_a_file_and_its_ids_is_hashed(monkeypatch):
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (read.append(self.name), b"")[1])
+    encoding._code_hash()
+    assert {"rows.py", "tables.py", "formats.py", "template.py", "encode.py", "encoding.py", "store.py"} <= set(read)
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qlite.data.encode import ALL, ANSWERS, LAST, Encoded, Encoder
@@ -293,10 +294,36 @@ def test_reasoning_that_the_template_leaves_out_is_refused():
 
 def test_a_tool_call_or_result_that_the_template_leaves_out_is_refused():
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
-    with pytest.raises(DataError, match="leaves the assistant's call of weather out"):
+    with pytest.raises(DataError, match="leaves a call of weather out"):
         encode(encoder(), [TALK[1], call])
     with pytest.raises(DataError, match="no place for the results of tools"):
         encode(encoder("alpaca"), [TALK[1], {"role": "tool", "content": "sunny"}, TALK[2]])
+
+
+@pytest.mark.parametrize(
+    ("shown", "calls", "words"),
+    [
+        ("{{ c.function.name }}", [("f", {"city": "Oslo"})], "leaves the assistant's argument of a call out"),
+        (
+            "{% if loop.first %}{{ c | tojson }}{% endif %}",
+            [("weather", {"x": "1"}), ("weather", {"x": "1"})],
+            "leaves a call of weather out",
+        ),
+    ],
+)
+def test_arguments_and_every_call_must_be_written(shown, calls, words):
+    own = with_template(
+        TEMPLATES["chatml"].replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}" + shown + "{% endfor %}")
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": a}} for name, a in calls]}
+    with pytest.raises(DataError, match=words):
+        encode(own, [TALK[1], call])
+
+
+def test_a_system_message_that_stands_in_the_templates_text_by_chance_is_still_left_out():
+    own = with_template("{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}{{ m.content }}{% endif %}{% endfor %}")
+    with pytest.raises(DataError, match="leaves the system's message out"):
+        encode(own, [{"role": "system", "content": "user"}, *TALK[1:3]])
 
 
 def test_a_template_that_opens_a_reasoning_it_does_not_write_is_refused_with_both_texts():
@@ -333,6 +360,20 @@ def test_a_piece_of_a_text_that_goes_on_is_not_ended():
         encode(encoder(None), [{"role": "text", "content": "abc"}], goes_on=True).ids
         == encode(encoder(None), [{"role": "text", "content": "abc"}]).ids[:-1]
     )
+
+
+@pytest.mark.parametrize("post", ["$A", "<pad> $A", "$A <eos>", "<pad> $A <eos>"])
+@pytest.mark.parametrize("text", ["abc", "<pad>abc"])
+def test_a_raw_prompt_is_read_as_the_beginning_of_a_raw_text_is_in_training(post, text):
+    tokenizer = tiny_tokenizer(None, bos_token="<pad>")
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<eos>") if token in post]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=post, special_tokens=tokens)
+    own = Encoder(tokenizer, None)
+    asked = own.encode_prompt([{"role": "user", "content": text}])
+    trained = encode(own, [{"role": "text", "content": text + "de"}]).ids
+    assert trained[: len(asked)] == asked
+    assert asked.count(tokenizer.bos_token_id) == (1 if "<pad>" in post + text else 0)
+    assert trained.count(tokenizer.eos_token_id) == 1
 
 
 def test_without_a_template_a_prompt_is_text_to_be_continued():
@@ -408,6 +449,23 @@ def test_templates_are_found_by_name_and_file(tmp_path):
     assert find_template("plain", tokenizer) == TEMPLATES["plain"]
     assert find_template(str(tmp_path / "mine.jinja"), tokenizer) == "{{ messages }}"
     assert find_template("auto", tiny_tokenizer(None)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "alpaca",
+            "S\n\nBelow is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nU\n\n### Response:\nA<eos>\n\n",
+        ),
+        ("chatml", "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"),
+        ("plain", "S\nU\nA<eos>\n"),
+    ],
+)
+def test_the_built_in_templates_write_what_they_should(name, text):
+    talk = [{"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")]
+    assert tiny_tokenizer(name).apply_chat_template(talk, tokenize=False) == text
 
 
 def test_template_files_that_are_none_are_refused(tmp_path):

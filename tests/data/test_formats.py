@@ -139,6 +139,13 @@ def test_a_brace_in_the_data_is_no_column():
     assert said(read({"a": "{b}", "o": "o"}, {"prompt": "> {a}", "completion": "o"}))[0] == "user: > {b}"
 
 
+def test_a_text_of_columns_of_which_a_row_has_only_some_is_refused():
+    reading = Reading("alpaca", {"input": "{context} {hint}"})
+    assert said(reading.to_conversation(row({"instruction": "i", "output": "o"})))[0] == "user: i"
+    with pytest.raises(DataError, match='a.jsonl line 7: data.columns.input = "{context} {hint}": the row has no "hint"'):
+        reading.to_conversation(row({"instruction": "i", "output": "o", "context": "c"}))
+
+
 def test_roles_are_named_by_the_recipe():
     fields = {"messages": [{"role": "USER", "content": "h"}, {"role": "SYSTEM", "content": "b"}]}
     assert said(read(fields, roles={"assistant": "SYSTEM"})) == ["user: h", "assistant: b"]
