@@ -80,12 +80,12 @@ def encode_feed(feed: Feed, encoder: Encoder, progress: Progress) -> TokenStore:
         DataError: a source or a row cannot be used.
         MachineError: the cache folder cannot be written.
     """
+    before = _stamps(feed)  # before the files are hashed: what is read must be what was hashed
     parts = [feed.identity, encoder.template, encoder.loss_on, tokenizer_hash(encoder.tokenizer), _code_hash()]
     folder = cache_folder() / "encoded" / short_hash(json.dumps(parts))
     if (folder / META).is_file():
         mark_used(folder)
     else:
-        before = _stamps(feed)
         with writing_store(folder) as (writer, meta):
             encoding = _Encoding(feed, encoder, writer, progress)
             encoding.run()

@@ -391,6 +391,21 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
     assert list((tmp_path / "cache" / "encoded").iterdir()) == []
 
 
+def test_a_file_that_changes_between_its_hash_and_its_reading_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "cache_folder", lambda: tmp_path / "cache")
+    source = save(tmp_path / "a.jsonl", [GOOD])
+    hash_of = encoding.fingerprint
+
+    def hashed_then_written(*arguments):
+        found = hash_of(*arguments)
+        save(Path(source), [GOOD, GOOD])
+        return found
+
+    monkeypatch.setattr(encoding, "fingerprint", hashed_then_written)
+    assert 'a.jsonl" has changed while it was read' in refusal(source)
+    assert list((tmp_path / "cache" / "encoded").iterdir()) == []
+
+
 def test_a_store_larger_than_the_cache_may_be_is_used_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(encoding, "CACHE_BYTES", 1)
