@@ -15,6 +15,7 @@ CASES = {
     "lora_16bit": {"base": {"bits": 16}},
     "dora_4bit": {"method": {"dora": True, "dropout": 0.0}},
     "packed_4bit": {"train": {"packing": True, "tokens": 96, "accumulation": 1}},
+    "head_4bit": {"base": {"embedding_bits": 4, "head_bits": 4}},
     "checkpointing_none_float32": {"base": {"dtype": "float32"}, "memory": {"checkpointing": "none"}},
 }
 NO_EXTRAS = {"train": {"eval_every": 0, "exact_match_rows": 0}}

@@ -17,6 +17,7 @@ from qlite.files import new_folder, write_json, write_tensors
 from qlite.methods.base import AdaptedLinear, trainable_tensors
 from qlite.model.load import file_names
 from qlite.model.wheel import Progress
+from qlite.quant.embedding import QuantEmbedding, matrix_of
 from qlite.quant.linear import QuantLinear, dense_weight
 from qlite.units import GIB
 
@@ -80,20 +81,26 @@ def merged_tensors(model: PreTrainedModel) -> Iterator[Dense]:
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
     _refuse_the_rest(model, adapted)
     seen: set[int] = set()
+    inner: set[nn.Module] = set()
     for prefix, module in model.named_modules():
-        if f"{prefix}.".startswith(adapted) and not isinstance(module, AdaptedLinear):
+        if module in inner or (f"{prefix}.".startswith(adapted) and not isinstance(module, AdaptedLinear)):
             continue
+        if isinstance(module, QuantEmbedding):
+            inner |= set(module.modules())
         yield from _tensors_of(prefix, module, seen)
 
 
 def _tensors_of(prefix: str, module: nn.Module, seen: set[int]) -> Iterator[Dense]:
     linear = module.base if isinstance(module, AdaptedLinear) else module
     dot = f"{prefix}." if prefix else ""
-    if isinstance(module, AdaptedLinear | QuantLinear):
+    if isinstance(module, AdaptedLinear):
         shape = (linear.out_features, linear.in_features)
-        make = (lambda: module.merged_weight(dense_weight(linear))) if module is not linear else lambda: dense_weight(linear)
-        yield Dense(f"{dot}weight", shape, make)
-        if linear.bias is not None:
+        yield Dense(f"{dot}weight", shape, lambda: module.merged_weight(dense_weight(linear)))
+    elif (matrix := matrix_of(module)) is not None and id(matrix.weight) not in seen:
+        seen.add(id(matrix.weight))
+        yield Dense(f"{dot}weight", (matrix.out_features, matrix.in_features), lambda: matrix.dense(torch.float32))
+    if isinstance(module, AdaptedLinear | QuantLinear | QuantEmbedding):
+        if getattr(linear, "bias", None) is not None:
             yield Dense(f"{dot}bias", tuple(linear.bias.shape), lambda: linear.bias)
         return
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

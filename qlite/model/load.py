@@ -2,12 +2,12 @@
 
 The model is made on the meta device, so no weight is ever initialised for nothing. Each tensor is then read from its
 file's mmap, moved to the device, stored in its layer's storage and dropped before the next one is read: the host holds
-one tensor, the device the packed weights plus one.
+one tensor, the device the packed weights plus one slice or tensor.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,14 +20,19 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_
 from qlite.errors import ModelError
 from qlite.model.attention import Attention, meta_model
 from qlite.model.checkpoint import open_checkpoint, read_tokenizer
+from qlite.model.lowering import MemoryKeys, modules_on_host
 from qlite.model.source import locate
+from qlite.model.vocabulary import refuse_unfit, tie_packed, token_embeddings
 from qlite.model.wheel import Progress
+from qlite.offload import keep_on_host
+from qlite.quant.embedding import QuantEmbedding, matrix_of
 from qlite.quant.linear import QuantLinear, Storage
 from qlite.table import Table
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of transformers 5.23's families the dense ones have at most 4 % there (Mamba's states), mixtures of experts at least 26 %.
 LARGEST_SHARE_OUTSIDE = 0.1
+PLAIN = Storage(16)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Base(Table):
     """Expected SHA-256 of a .gguf file; needed for pypi: sources."""
     bits: Literal[4, 8, 16] = 4
     """Bits per weight of the frozen linear layers: 4 (QLoRA), 8 (LLM.int8) or 16 (not quantised)."""
+    embedding_bits: Literal[4, 8, 16] = 16
+    """Bits per weight of the token embedding: 4, 8 (int8 rows with a scale each) or 16 (not quantised)."""
+    head_bits: Literal[4, 8, 16] = 16
+    """Bits per weight of the output head, which has to be the embedding's where the model ties the two."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type: NormalFloat, fitted to bell-shaped weights, or a 4-bit float."""
     double_quant: bool = True
@@ -65,19 +74,24 @@ class Base(Table):
     """How attention is computed. "auto": by torch's SDPA, and in a packed line over each document alone; written out where a family has
     soft-capping. The others are transformers' own: "eager" (written out), "sdpa", and on CUDA cards "flex" or "flash" (flash-attn)."""
 
-    def load(self, device: torch.device, progress: Progress) -> LoadedBase:
-        """Fetch, quantise and freeze the model on ``device``.
+    def load(self, device: torch.device, progress: Progress, memory: MemoryKeys | None = None) -> LoadedBase:
+        """Fetch, quantise and freeze the model on ``device``; what ``memory`` wants in host memory goes there at once.
 
         Raises:
             ModelError: the files are missing, malformed, unsupported, or do not fit the model they describe.
         """
         files = locate(self.model, self.revision, self.sha256, progress)
         checkpoint = open_checkpoint(files)
-        model = empty_model(checkpoint.config(), self.storage, DTYPES[self.dtype], device, self.attention)
-        fill(model, checkpoint, device, progress)
+        model = self.empty(checkpoint.config(), device)
+        fill(model, checkpoint, device, progress, memory)
         model.requires_grad_(False)
         model.eval()
         return LoadedBase(model, checkpoint.tokenizer(), checkpoint.generation_config(), files.name)
+
+    def empty(self, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+        """Return ``empty_model`` of ``config`` in the storages that the recipe says, to be loaded on ``device``."""
+        embedding, head = replace(self.storage, bits=self.embedding_bits), replace(self.storage, bits=self.head_bits)
+        return empty_model(config, self.storage, DTYPES[self.dtype], device, self.attention, embedding, head)
 
     def tokenizer(self, progress: Progress) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer, without its weights: data can be checked before they are fetched.
@@ -93,22 +107,37 @@ class Base(Table):
 
 
 def empty_model(
-    config: PreTrainedConfig, storage: Storage, dtype: torch.dtype, device: torch.device | str, attention: Attention = "auto"
+    config: PreTrainedConfig,
+    storage: Storage,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attention: Attention = "auto",
+    embedding: Storage = PLAIN,
+    head: Storage = PLAIN,
 ) -> PreTrainedModel:
     """Return the causal LM that ``config`` describes, on the meta device, its blocks' linears in ``storage``.
 
     Raises:
         ModelError: the family is no causal LM, keeps its weights where LoRA and 4 bit would both miss them, or it or ``device``
-            cannot do ``attention``.
+            cannot do ``attention``; its embedding or head cannot be stored so.
     """
     model = meta_model(config, attention, dtype, torch.device(device))
     _refuse_unreachable_weights(model)
-    head = model.get_output_embeddings()
+    tables = dict(token_embeddings(model))
+    refuse_unfit(model, embedding, head, tables.values())
+    # The logits are what the loss is made of: their int8 product would lose digits that the blocks' norms restore.
+    head = replace(head, int8_product=False)
+    out = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head and storage.bits < 16:
-            packed = storage.make(module.in_features, module.out_features, module.bias is not None, dtype, "meta")
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed)
+        how = head if module is out else storage
+        if name in tables and embedding.bits < 16:
+            packed = QuantEmbedding(module, embedding, dtype)
+        elif isinstance(module, nn.Linear) and how.bits < 16:
+            packed = how.make(module.in_features, module.out_features, module.bias is not None, dtype, "meta")
+        else:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, packed)
     return model
 
 
@@ -133,14 +162,15 @@ def _refuse_unreachable_weights(model: PreTrainedModel) -> None:
         )
 
 
-def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Progress) -> None:
-    """Read every tensor of ``checkpoint`` into ``model``, on ``device``.
+def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Progress, memory: MemoryKeys | None = None) -> None:
+    """Read every tensor of ``checkpoint`` into ``model``, on ``device`` or, after it was quantised there, where ``memory`` wants it.
 
     Raises:
         ModelError: tensors are missing, unknown or of another shape; all of them in one message.
     """
-    expected, shapes = _dense_shapes(model), checkpoint.shapes()
+    expected, shapes = dense_shapes(model), checkpoint.shapes()
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    on_host = modules_on_host(model, memory) if memory else set()
     found, problems, done = set(), [], 0
     for source in checkpoint.order():
         name = _own_name(model, source, expected, renamings)
@@ -151,12 +181,15 @@ def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Pro
             found.add(name)
         else:
             tensor = checkpoint.read(source)
-            _place(model, name, tensor, device)
+            owner = _place(model, name, tensor, device)
+            if owner in on_host:
+                keep_on_host(owner, device)
             done += tensor.nbytes
             found.add(name)
         progress("load and quantise", done, checkpoint.nbytes)
     # Ties what the config ties, from whichever of the two names the file has; two different tensors stay two.
     missing = set(expected) - found
+    tie_packed(model, missing)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     problems += [f"missing tensor {name}" for name in sorted(missing)]
     if problems:
@@ -165,15 +198,18 @@ def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Pro
     _compute_buffers(model, device)
 
 
-def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes that a 16-bit file of ``model`` has."""
-    shapes = {}
+    shapes, inner = {}, set()
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
-        if isinstance(module, QuantLinear):
-            shapes[f"{dot}weight"] = (module.out_features, module.in_features)
-            if module.bias is not None:
-                shapes[f"{dot}bias"] = (module.out_features,)
+        if module in inner:
+            continue
+        if (matrix := matrix_of(module)) is not None:
+            inner |= set(module.modules())
+            shapes[f"{dot}weight"] = (matrix.out_features, matrix.in_features)
+            if getattr(module, "bias", None) is not None:
+                shapes[f"{dot}bias"] = (matrix.out_features,)
             continue
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         shapes |= {dot + name: tuple(t.shape) for name, t in own if name not in module._non_persistent_buffers_set}
@@ -205,17 +241,18 @@ def _may_be_ignored(model: PreTrainedModel, source: str) -> bool:
     return any(re.search(pattern, source) for pattern in patterns)
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Put one tensor of the file where it belongs, in that place's storage and dtype."""
+def _place(model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> nn.Module:
+    """Put one tensor of the file where it belongs, in that place's storage and dtype; return its module."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
-    if isinstance(owner, QuantLinear) and leaf == "weight":
-        owner.store(tensor.to(device))  # from the file's own dtype: a detour over bfloat16 would round float16 first
-        return
+    if isinstance(owner, QuantLinear | QuantEmbedding) and leaf == "weight":
+        owner.store(tensor, device)  # from the file's own dtype: a detour over bfloat16 would round float16 first
+        return owner
     old = getattr(owner, leaf)
     # A copy, even where nothing changes: the tensor read is a window on the file.
     new = tensor.to(device, old.dtype, copy=True)
     setattr(owner, leaf, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+    return owner
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

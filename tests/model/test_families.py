@@ -99,7 +99,7 @@ def trained(request, folders, tmp_path_factory) -> Trained:
     checkpoint_blocks(model)
     frozen = frozen_tensors(model)
     adapter = {name: p.detach().clone() for name, p in trainable_tensors(model).items()}
-    stepper = Stepper(model, METHOD, loss_chunk=5)
+    stepper = Stepper(model, METHOD, 5, CPU)
     optimizer = Optimizer(name="torch_adamw", lr=1e-2).build(METHOD.param_groups(model, 1e-2), CPU)
     for _ in range(2):
         stepper.step(batches(), optimizer, clip_norm=1.0)
@@ -262,7 +262,7 @@ def test_the_chunked_loss_is_the_cross_entropy_of_the_models_own_logits(trained)
             total += nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum").item()
             count += int((batch.labels[:, 1:] != -100).sum())
     assert count == 16 - 5 + 11 - 3 + 9 - 3
-    assert Stepper(model, METHOD, loss_chunk=4).evaluate(batches()) == pytest.approx(total / count, rel=1e-5)
+    assert Stepper(model, METHOD, 4, CPU).evaluate(batches()) == pytest.approx(total / count, rel=1e-5)
 
 
 # Writing
