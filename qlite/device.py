@@ -4,16 +4,28 @@ Every function has a CPU path, so that all else can be written once.
 """
 
 import ctypes
+import gc
 import hashlib
 import importlib
 import os
+import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 
 import psutil
 import torch
 
 from qlite.errors import MachineError, RecipeError
+from qlite.units import MIB
+
+# What is said in a plain RuntimeError: by torch on the host (Linux, Windows), by C++ itself, by a card's libraries and its driver.
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc"
+    r"|[A-Z]+_STATUS_ALLOC_FAILED|(CUDA|HIP)( driver)? error: out of memory"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,12 @@ class MemoryUse:
     total: int
     reserved: int | None = None
     driver: int | None = None
+    spilled: int = 0
+    """Bytes that ``reserved`` counts and that lie in host memory: at least so many (see ``spilled_bytes``)."""
+    terms: dict[str, int] | None = None
+    """Bytes by term (the names of memory.terms, in their order) at the peak of the last step that was followed tensor by tensor."""
+    planned: int | None = None
+    """Tensor bytes that the plan says a training step takes at most."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -69,9 +87,40 @@ def describe(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that the device has: a card's own, or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process could still take: of a card, whatever runs on it; of the machine, without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def supports_paging(device: torch.device) -> bool:
     """Return whether optimizer state can live in CUDA managed memory, which the driver pages to the host."""
     return device.type == "cuda"
+
+
+def spilled_bytes(reserved: int, driver: int | None, total: int) -> int:
+    """Return how many of ``reserved``, the bytes that torch has reserved, cannot lie on the card; 0 without a spill.
+
+    They are in host memory if they are more than the card has (``total``), or more than is in use on it by the count of
+    the driver (``driver``, None if it is not known), which tells physical memory. The true number can be larger: other
+    programs and the CUDA context have their share of what is in use.
+    """
+    spilled = reserved - min(total, total if driver is None else driver)
+    # The counts are not read at one instant, and each rounds in its own pages.
+    return spilled if spilled > 64 * MIB else 0
+
+
+def overflows_to_host() -> bool:
+    """Return whether this system's NVIDIA driver (WDDM: Windows, and WSL on it) puts what a full card cannot hold into host memory."""
+    return platform.system() == "Windows" or "microsoft" in platform.release().lower()
 
 
 class MemoryMeter:
@@ -81,6 +130,7 @@ class MemoryMeter:
         self.device = device
         self._process = psutil.Process()
         self._nvml = _nvml_handle(device)
+        self._overflows = overflows_to_host()
         self._sampled_peak = 0
         self.reset_peak()
 
@@ -94,12 +144,16 @@ class MemoryMeter:
         """Return the memory in use. Reads counters only: no synchronisation with the device."""
         if self.device.type == "cuda":
             stats = torch.cuda.memory_stats_as_nested_dict(self.device)
+            reserved, driver = stats["reserved_bytes"]["all"]["current"], self._nvml() if self._nvml else None
+            total = torch.cuda.get_device_properties(self.device).total_memory
             return MemoryUse(
                 used=stats["allocated_bytes"]["all"]["current"],
                 peak=stats["allocated_bytes"]["all"]["peak"],
-                total=torch.cuda.get_device_properties(self.device).total_memory,
-                reserved=stats["reserved_bytes"]["all"]["current"],
-                driver=self._nvml() if self._nvml else None,
+                total=total,
+                reserved=reserved,
+                driver=driver,
+                # Elsewhere an allocation fails instead, so a figure would be a false alarm.
+                spilled=spilled_bytes(reserved, driver, total) if self._overflows else 0,
             )
         used = self._process.memory_info().rss
         # The kernel's own high-water mark would include loading; this peak is over the meter's own readings.
@@ -134,6 +188,23 @@ def mix_seed(*parts: int) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
+class RandomState:
+    """The state of torch's generators as it was made: the CPU's, and that of ``device`` where it has one."""
+
+    def __init__(self, device: torch.device):
+        self._cards = [device] if device.type == "cuda" else []
+        self._states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in self._cards)]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the numbers again that were drawn after this state; what is drawn outside of the context does not notice."""
+        with torch.random.fork_rng(devices=self._cards):
+            torch.set_rng_state(self._states[0])
+            for card, state in zip(self._cards, self._states[1:], strict=True):
+                torch.cuda.set_rng_state(state, card)
+            yield
+
+
 def keep_freed_memory() -> None:
     """Let glibc's allocator keep large freed blocks instead of handing them back to the kernel and faulting them in again.
 
@@ -147,6 +218,40 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
     except (OSError, AttributeError):
         return
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether ``error`` says that an allocation failed, on the device or on the host, and nothing worse."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def free_cached(device: torch.device) -> None:
+    """Give back what nothing uses: objects that only point at each other, and the blocks that torch's allocator keeps on a card."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Attempt:
+    """A ``with`` block that may run out of memory: afterwards ``ran_out`` says whether it did. Any other error passes through.
+
+    The block that failed leaves nothing behind: an error holds the frames that it passed, and they all their tensors, so the
+    error is let go of before the next statement.
+    """
+
+    def __init__(self):
+        self.ran_out = False
+
+    def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        self.ran_out = is_out_of_memory(error)
+        if self.ran_out:
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+        return self.ran_out
 
 
 def _nvml_handle(device: torch.device):

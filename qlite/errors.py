@@ -50,6 +50,14 @@ class MachineError(QliteError):
     exit_code = 3
 
 
+class OutOfMemory(MachineError):
+    """Work that cannot be made any smaller does not fit into memory: ``rows`` lines of ``tokens`` tokens each."""
+
+    def __init__(self, message: str, rows: int, tokens: int):
+        self.rows, self.tokens = rows, tokens
+        super().__init__(message)
+
+
 class Diverged(QliteError):
     """Training produced a loss or a gradient that is not finite; nothing of it was stepped or saved."""
 

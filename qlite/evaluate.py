@@ -249,7 +249,8 @@ class Examination:
     def _loss(self, side: Side, phase: Callable[[int, int], None]) -> None:
         recipe, model = self.opened.recipe, self.opened.base.model
         # Made here: the head that it calls is the one that stands in the model now, the base's own or an adapted one.
-        stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk)
+        stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, self.opened.device)
+        stepper.tell = self.console.note
         rows = [row for row, _ in self.material.rows]
         loss, tokens = mean_loss(stepper, rows, recipe.train.micro_batch, self.opened.encoder.pad_id, phase)
         signature = f"mean over {tokens} tokens, loss_on:{recipe.data.loss_on}"
@@ -260,7 +261,10 @@ class Examination:
         phase(0, len(questions))
         prompts = [question.prompt for question in questions]
         told = partial(_turned, phase, len(prompts))
-        side.answers = [text.strip() for text in answer_all(self.opened.base.model, self.opened.encoder, prompts, self.sampling, told)]
+        side.answers = [
+            text.strip()
+            for text in answer_all(self.opened.base.model, self.opened.encoder, prompts, self.sampling, told, self.console.note)
+        ]
         references = [question.references for question in questions]
         side.scores |= {name: METRICS[name](side.answers, references) for name in self.metrics if name in METRICS}
 

@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
 def merge(run: RunFolder, out: Path, dtype: torch.dtype, device: str, shard_bytes: int) -> None:
     """Write ``run``'s model, merged over its dequantised base weights, into ``out``."""
     with open_console(f"qlite export  {run.path}") as console:
-        opened = open_run(run, device, console.phase)
+        # Weights that a card cannot hold are merged where they lie.
+        opened = open_run(run, "cpu" if run.recipe().memory.base == "host" else device, console.phase)
         opened.attach()
         base = opened.base
         write_merged(out, base.model, base.tokenizer, base.generation_config, dtype, console.phase, shard_bytes)

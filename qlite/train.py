@@ -17,15 +17,19 @@ from qlite.data.batches import TokenBatches
 from qlite.data.dataset import DataSet
 from qlite.errors import RecipeError
 from qlite.methods.base import trainable_count
-from qlite.model.checkpointing import checkpoint_blocks
+from qlite.model.lowering import lower_memory
 from qlite.model.packing import check_packing
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.keys import print_keys
 from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
+from qlite.training.budget import within_budget
 from qlite.training.console import open_console
 from qlite.training.evaluate import compare_answers, evaluate, require_answers, sample
-from qlite.training.report import Broadcast, Observer, StepReport
+from qlite.training.limits import Limits
+from qlite.training.meter import Meter
+from qlite.training.planning import Planner
+from qlite.training.report import Broadcast, Observer, SpillWatch, StepReport
 from qlite.training.run_folder import RunFolder, TrainState
 from qlite.training.step import Stepper
 from qlite.training.summary import print_summary, summarise
@@ -50,12 +54,13 @@ def main(argv: list[str]) -> None:
         raise RecipeError("no recipe given; try: python -m qlite.train recipes/quickstart.toml")
     recipe = read_recipe(args.recipe, args.overrides).with_absolute_paths()
     run = RunFolder(Path(recipe.output.dir))
-    if not args.fresh:
-        run.check(recipe)
-    if run.is_finished and not args.fresh:
-        print(f"{run.path} is finished already. To train it anew: --fresh")
-    else:
-        with open_console(f"qlite  {args.recipe.stem}  {Path(recipe.base.model).name}") as console:
+    with open_console(f"qlite  {args.recipe.stem}  {Path(recipe.base.model).name}") as console:
+        recipe = within_budget(recipe, run, args.fresh, console)
+        if not args.fresh:
+            run.check(recipe)
+        if run.is_finished and not args.fresh:
+            console.note(f"{run.path} is finished already. To train it anew: --fresh")
+        else:
             train(recipe, run, console, args.fresh)
     print_summary(run)
 
@@ -70,7 +75,7 @@ class Parts:
     steps: int
     stepper: Stepper
     optimizer: FlatOptimizer
-    meter: device.MemoryMeter
+    meter: Meter
     machine: dict[str, str | int]
     notes: list[str]
 
@@ -82,7 +87,6 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         QliteError: the recipe, the data, the model's files or the machine do not allow it.
     """
     parts = prepare(recipe, console)
-
     # Only now is anything written or deleted: a mistyped path or target has shown itself by here.
     if fresh:
         run.discard()
@@ -90,16 +94,19 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         run.check(recipe)
         run.check_data(parts.data.identity)
     changed = run.begin(recipe, parts.data, parts.machine)
-    observer = Broadcast(console, run)
+    observer = Broadcast(console, run, SpillWatch(console, run))
     state = run.resume(parts.model, parts.optimizer)
     for note in parts.notes:
         observer.note(note)
+    parts.stepper.tell = observer.note
     if state.step:
+        parts.stepper.limits = Limits(state.loss_chunk or recipe.memory.loss_chunk, state.most_tokens)
         observer.note(f"going on after step {state.step}")
         if changed:
             observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")
     elif recipe.train.exact_match_rows:
-        observer.answered(compare_answers(parts.model, parts.data, recipe.train, 0, observer))
+        with parts.meter.answering():
+            observer.answered(compare_answers(parts.model, parts.data, recipe.train, 0, observer))
 
     state = take_steps(recipe, parts, run, observer, state)
     if recipe.output.adapter == "best" and state.best_step:
@@ -108,6 +115,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     run.write_adapter(recipe, parts.model)
     if recipe.train.exact_match_rows:
         observer.answered(compare_answers(parts.model, parts.data, recipe.train, state.step, observer))
+    run.write_memory(parts.meter.compared())
     run.finish(summarise(run.records(), parts.meter.read(), parts.data.system, state))
 
 
@@ -116,26 +124,29 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     where = device.pick_device(recipe.parallel.device)
     threads = device.set_threads(recipe.parallel.threads)
     device.keep_freed_memory()
-    meter = device.MemoryMeter(where)
+    meter = Meter(where)
     plan, notes = recipe.train, []
     # The data first: what is wrong with it is known before a weight is read.
     data = recipe.data.load(recipe.base.tokenizer(console.phase), plan.tokens, notes.append, console.phase)
     data.require_sound()
     require_answers(data, plan)
-    model = recipe.base.load(where, console.phase).model
-    device.seed_all(plan.seed)
-    recipe.method.attach(model)
-    notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(model))} trained parameters")
-    if plan.packing:
-        check_packing(model)
-    if recipe.memory.checkpointing == "block":
-        checkpoint_blocks(model)
-    stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk)
-    optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
-    pack_tokens = plan.tokens if plan.packing else None
-    batches = TokenBatches(data.train, plan.micro_batch, plan.accumulation, plan.seed, data.encoder.pad_id, pack_tokens)
+    batches = plan.batches(data)
     steps = plan.steps or plan.epochs * batches.steps_per_epoch
     recipe.schedule.check(steps)
+    planner = Planner(recipe, where, console.phase)
+    meter.plan = planner.plan_run(data, batches, notes.append)
+    with meter.loading():
+        model = recipe.base.load(where, console.phase, recipe.memory).model
+    device.seed_all(plan.seed)
+    with meter.attaching():
+        recipe.method.attach(model)
+    notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(model))} trained parameters")
+    lower_memory(model, recipe.memory, where)
+    if plan.packing:
+        check_packing(model)
+    stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where, planner.advice)
+    optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
+    meter.follow(stepper, optimizer)
     machine = {"device": device.describe(where), "threads": threads}
     return Parts(model, data, batches, steps, stepper, optimizer, meter, machine, notes)
 
@@ -148,28 +159,19 @@ def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer,
             observer.note(f"stopped after step {state.step}: {state.stale} evaluations without a lower held-out loss (train.patience)")
             break
         started = time.perf_counter()
-        device.seed_all(plan.seed, step)
         lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps))
-        rows = parts.batches.step(step)
-        result = parts.stepper.step(rows, parts.optimizer, plan.clip_norm)
+        with parts.meter.step():
+            result = parts.stepper.step(parts.batches.step(step), parts.optimizer, plan.clip_norm, seed=(plan.seed, step))
         recipe.method.after_step(parts.model, parts.optimizer, step)
-        report = StepReport(
-            step=step,
-            steps=parts.steps,
-            epoch=step / parts.batches.steps_per_epoch,
-            loss=result.loss,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            tokens=sum(batch.tokens for batch in rows),
-            trained_tokens=sum(batch.trained_tokens for batch in rows),
-            seconds=time.perf_counter() - started,
-            memory=parts.meter.read(),
-        )
+        seconds, epoch = time.perf_counter() - started, step / parts.batches.steps_per_epoch
+        report = StepReport(**vars(result), step=step, steps=parts.steps, epoch=epoch, lr=lr, seconds=seconds, memory=parts.meter.read())
         observer.step(report)
-        state = replace(state, step=step, tokens=state.tokens + report.tokens)
+        state = replace(state, step=step, tokens=state.tokens + report.tokens, **vars(parts.stepper.limits))
         if is_due(plan.eval_every, step, parts.steps):
             state = measure(recipe, parts, run, observer, state)
-        if is_due(recipe.output.save_every, step, parts.steps) or (plan.patience and state.stale >= plan.patience):
+        is_last = plan.patience and state.stale >= plan.patience
+        # What was learned of the machine is kept at once: it decides how the next steps are cut, and so their bits.
+        if result.oom_retries or is_last or is_due(recipe.output.save_every, step, parts.steps):
             run.save(state, parts.model, parts.optimizer, recipe.output.keep)
     return state
 
@@ -180,7 +182,8 @@ def measure(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, st
         observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
     if not len(parts.data.test):
         return state
-    evaluation = evaluate(parts.stepper, parts.data, recipe.train, state.step, observer)
+    with parts.meter.evaluating():
+        evaluation = evaluate(parts.stepper, parts.data, recipe.train, state.step, observer)
     observer.evaluated(evaluation)
     state = state.after(evaluation.loss)
     if recipe.output.adapter == "best" and state.best_step == state.step:

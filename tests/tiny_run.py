@@ -44,6 +44,7 @@ def tiny_tables(folder: Path, **changes: dict) -> dict:
         "schedule": {"name": "cosine", "warmup_steps": 1},
         "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")},
         "train": {"steps": STEPS, "micro_batch": 2, "accumulation": 3, "tokens": 64, "eval_every": 3, **ANSWERS},
+        "memory": {"plan": "off"},  # a second or more a run; tests/training/test_forecast.py and test_planning.py are about it
         "parallel": {"device": "cpu", "threads": 1},
         "output": {"dir": str(folder / "run"), "save_every": 2},
     }

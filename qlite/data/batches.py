@@ -26,20 +26,72 @@ class Batch:
 
     input_ids: Tensor
     labels: Tensor
-    tokens: int
-    """Tokens that are not padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each line that are not padding."""
     position_ids: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(self.lengths)
+
+    @property
+    def size(self) -> int:
+        """B * T: tokens with padding and all."""
+        return self.input_ids.numel()
 
     @property
     def trained_tokens(self) -> int:
         """Labels that a causal model can predict: the first token of a row has nothing before it."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return len(self.targets)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """The trained tokens [N], line after line: int64."""
+        return np.from_dlpack(self.labels).reshape(-1)[self.predicts + 1]
+
+    @cached_property
+    def predicts(self) -> np.ndarray:
+        """Row-major places in [B, T] of the hidden states that predict ``targets``, one before each: [N] int64."""
+        # In numpy, by DLPack: where a step is traced on fake tensors, no tensor operation gives a value, ``.numpy()`` included.
+        line, place = np.nonzero(np.from_dlpack(self.labels)[:, 1:] != IGNORED)
+        return line * self.labels.shape[1] + place
+
+    def halves(self) -> tuple["Batch", "Batch"] | None:
+        """Return two batches that hold the documents of this one, each only as wide as it must be; None if it is a single document.
+
+        It is cut between two lines or, where there is but one, between the two documents of it that are nearest its middle.
+        """
+        lines = len(self.lengths)
+        if lines > 1:
+            middle = (lines + 1) // 2
+            return self._lines(0, middle), self._lines(middle, lines)
+        if self.position_ids is None:
+            return None
+        (length,) = self.lengths
+        starts = np.flatnonzero(self.position_ids[0, :length].numpy() == 0)[1:]
+        if not len(starts):
+            return None
+        cut = int(min(starts, key=lambda start: abs(2 * start - length)))
+        return self._stretch(0, cut), self._stretch(cut, length)
+
+    def _lines(self, start: int, stop: int) -> "Batch":
+        lengths = self.lengths[start:stop]
+        lines, width = slice(start, stop), max(lengths)
+        positions = None if self.position_ids is None else self.position_ids[lines, :width]
+        return Batch(self.input_ids[lines, :width], self.labels[lines, :width], lengths, positions)
+
+    def _stretch(self, start: int, stop: int) -> "Batch":
+        """Return the tokens from ``start`` to ``stop``, whole documents, of a single line."""
+        tensors = (self.input_ids, self.labels, self.position_ids)
+        ids, labels, positions = (tensor[:, start:stop] for tensor in tensors)
+        return Batch(ids, labels, (stop - start,), positions)
 
     @classmethod
     def of(cls, rows: Sequence[Encoded], pad_id: int) -> "Batch":
         """Return ``rows`` as one batch, a row a line."""
         lines = cls.packed([[row] for row in rows], pad_id)
-        return cls(lines.input_ids, lines.labels, lines.tokens)
+        return cls(lines.input_ids, lines.labels, lines.lengths)
 
     @classmethod
     def packed(cls, lines: Sequence[Sequence[Encoded]], pad_id: int) -> "Batch":
@@ -48,7 +100,7 @@ class Batch:
         input_ids = torch.full((len(lines), width), pad_id)
         labels = torch.full((len(lines), width), IGNORED)
         positions = torch.zeros((len(lines), width), dtype=torch.long)
-        tokens = 0
+        lengths = []
         for index, line in enumerate(lines):
             start = 0
             for row in line:
@@ -60,8 +112,8 @@ class Batch:
                 positions[index, start:stop] = torch.arange(len(row))
                 start = stop
             positions[index, start:] = torch.arange(width - start)
-            tokens += start
-        return cls(input_ids, labels, tokens, positions)
+            lengths.append(start)
+        return cls(input_ids, labels, tuple(lengths), positions)
 
 
 @dataclass(eq=False)

@@ -6,13 +6,16 @@ transformers' own under the name ``DOCUMENTS``, and without documents it is exac
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
@@ -36,14 +39,14 @@ class Documents:
     @classmethod
     def of(cls, position_ids: Tensor, device: torch.device) -> "Documents":
         """Return the documents of ``position_ids`` [B, T], counted from 0 in each. Where these are on the CPU, no device is waited for."""
-        positions = position_ids.cpu().reshape(-1)
+        # In numpy, by DLPack: where a step is traced on fake tensors, no tensor operation gives a value, ``.numpy()`` included.
+        positions = np.from_dlpack(position_ids if position_ids.device.type == "cpu" else position_ids.cpu()).reshape(-1)
         assert (positions[:: position_ids.shape[1]] == 0).all(), "every line starts with a document"
-        starts = (positions == 0).nonzero().squeeze(1)
-        lengths = torch.diff(starts, append=torch.tensor([len(positions)]))
-        counted = torch.arange(len(positions)) - starts.repeat_interleave(lengths)
-        assert torch.equal(positions, counted), "positions count up by 1 in every document"
-        bounds = nn.functional.pad(lengths.cumsum(0), (1, 0))
-        return cls(tuple(lengths.tolist()), bounds.to(device, torch.int32))
+        bounds = np.append(np.flatnonzero(positions == 0), len(positions))
+        lengths = np.diff(bounds)
+        counted = np.arange(len(positions)) - np.repeat(bounds[:-1], lengths)
+        assert np.array_equal(positions, counted), "positions count up by 1 in every document"
+        return cls(tuple(lengths.tolist()), torch.from_numpy(bounds).to(device, torch.int32))
 
     @property
     def longest(self) -> int:
@@ -67,6 +70,21 @@ def packed_inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
         inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), documents.bounds)
         inputs |= dict.fromkeys(("max_length_q", "max_length_k"), documents.longest)
     return inputs
+
+
+@contextmanager
+def documents_told(are_there: bool) -> Iterator[None]:
+    """Tell transformers whether lines hold several documents, where it cannot see for itself: it asks the positions for their values.
+
+    For a step that is traced on tensors without values, and there alone.
+    """
+    find = masking_utils.find_packed_sequence_indices
+    if not are_there:
+        masking_utils.find_packed_sequence_indices = lambda _: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 def attend_by_documents(model: PreTrainedModel) -> None:

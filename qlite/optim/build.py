@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import bitsandbytes as bnb
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlite.device import supports_paging
 from qlite.errors import RunError
@@ -42,7 +44,11 @@ class Optimizer(Table):
             note(f'optimizer.name = "{self.name}": there is no paged memory on {device.type}, so its unpaged twin "{name}" is used')
         flats = [(flat, group["lr"]) for group in groups for flat in _flatten(group["params"])]
         inner_groups = [{"params": [flat.master], "lr": lr, "weight_decay": self.weight_decay} for flat, lr in flats]
-        return FlatOptimizer(self._inner(name, inner_groups), [flat for flat, _ in flats])
+        with unset_fake_temporarily():  # bitsandbytes computes its code tables from their values, and a traced step has none
+            inner = self._inner(name, inner_groups)
+        optimizer = FlatOptimizer(inner, [flat for flat, _ in flats])
+        optimizer.make_state()  # now, so that no step needs more than the first
+        return optimizer
 
     def _inner(self, name: str, groups: list[dict]) -> torch.optim.Optimizer:
         if name == "lion8bit":
@@ -52,17 +58,21 @@ class Optimizer(Table):
             "adamw8bit": bnb.optim.AdamW8bit,
             "paged_adamw": bnb.optim.PagedAdamW32bit,
             "paged_adamw8bit": bnb.optim.PagedAdamW8bit,
-            "torch_adamw": torch.optim.AdamW,
+            "torch_adamw": partial(torch.optim.AdamW, fused=True),  # fused: without temporaries of the parameters' size
         }
         return classes[name](groups, betas=self.betas, eps=self.eps)
 
 
 class FlatOptimizer:
-    """An optimizer whose parameters are flat float32 masters that exist only during ``step``."""
+    """An optimizer whose parameters are flat float32 masters, of which one at a time exists, and only during ``step``."""
 
     def __init__(self, inner: torch.optim.Optimizer, flats: list[FlatParameters]):
         self.inner, self.flats = inner, flats
         self._base_lr = [group["lr"] for group in inner.param_groups]
+        self._done = 0
+        """Flats that a step under way has finished; it runs over none, so that a step which failed can be called again."""
+        self._is_stepped = False
+        """Whether the next of them has been stepped, but not closed."""
 
     def set_lr_factor(self, factor: float) -> float:
         """Scale every group's learning rate to ``factor`` of its highest; return the first group's."""
@@ -83,18 +93,31 @@ class FlatOptimizer:
                 grad.mul_(scale)
         return norm
 
+    def make_state(self) -> None:
+        """Allocate all state: what a step allocates itself is then given back at its end."""
+        for index, flat in enumerate(self.flats):
+            self._make_state(index, flat)
+
     def step(self) -> None:
-        """Update all parameters from their gradient sums, and zero the sums."""
-        for flat in self.flats:
-            flat.open()
-        self.inner.step()
-        for flat in self.flats:
+        """Update all parameters from their gradient sums, and zero the sums.
+
+        A step that ran out of memory goes on when it is called again: no parameter is ever updated twice.
+        """
+        for flat in self.flats[self._done :]:
+            if not self._is_stepped:
+                self._step_one(flat)
+            self._is_stepped = True
             flat.close()
+            self._is_stepped = False
+            self._done += 1
+        self._done = 0
 
     def zero_grad(self) -> None:
-        """Drop what has been summed since the last step."""
+        """Drop what has been summed since the last step, and what a backward pass that failed has left."""
         for flat in self.flats:
             flat.grad.zero_()
+            for param in flat.params:
+                param.grad = None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return all state as (tensors by name, numbers by name), enough for ``load_state`` to go on with the same bits."""
@@ -124,17 +147,41 @@ class FlatOptimizer:
 
     def _load_inner(self, index: int, flat: FlatParameters, saved: dict) -> None:
         """Let the optimizer allocate its own state (paged memory cannot be handed to it) and copy the saved one in."""
+        self._make_state(index, flat)
         state = self.inner.state[flat.master]
-        if hasattr(self.inner, "init_state"):
-            flat.open()
-            self.inner.init_state(self.inner.param_groups[index], flat.master, index, 0)
-            flat.master.grad, flat.master.data = None, flat.grad.new_empty(0)
         for key, value in saved.items():
             if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
                 state[key].copy_(value)
             else:
-                # torch's step count stays on the CPU, where torch made it: on a card every step would wait for it.
-                state[key] = value.to(flat.grad.device) if isinstance(value, Tensor) and key != "step" else value
+                state[key] = value.to(flat.grad.device) if isinstance(value, Tensor) else value
+
+    def _make_state(self, index: int, flat: FlatParameters) -> None:
+        """Allocate the state of ``flat``, whole or not at all."""
+        try:
+            flat.open()
+            if hasattr(self.inner, "init_state"):
+                self.inner.init_state(self.inner.param_groups[index], flat.master, index, 0)
+            else:  # what torch's AdamW makes in its first step
+                moments = {key: torch.zeros_like(flat.master) for key in ("exp_avg", "exp_avg_sq")}
+                self.inner.state[flat.master] = {"step": torch.zeros((), device=flat.grad.device), **moments}
+        except BaseException:
+            self.inner.state.pop(flat.master, None)
+            raise
+        finally:
+            flat.drop()
+
+    def _step_one(self, flat: FlatParameters) -> None:
+        """Open ``flat`` and let the optimizer step it alone: of all masters only this one has a gradient."""
+        state = self.inner.state[flat.master]
+        count = state["step"].clone() if isinstance(state["step"], Tensor) else state["step"]
+        try:
+            flat.open()
+            self.inner.step()
+        except BaseException:
+            # Both libraries count a step before they make it.
+            state["step"] = count
+            flat.drop()
+            raise
 
 
 def _flatten(params: list[torch.nn.Parameter]) -> list[FlatParameters]:

@@ -70,9 +70,14 @@ class FlatParameters:
                 upper, lower = split_float32(master)
                 weight.copy_(upper)
                 remainder.copy_(lower)
+        self.drop()
+        self.grad.zero_()
+
+    @torch.no_grad()
+    def drop(self) -> None:
+        """Set ``master`` empty, with what has been done to it; a float32 parameter itself keeps it."""
         self.master.grad = None
         self.master.data = self.grad.new_empty(0)
-        self.grad.zero_()
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield matching parts of master, weight and remainder: the conversions' temporaries are as large as one part."""

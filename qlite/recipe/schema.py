@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qlite.data.dataset import Data
+from qlite.data.batches import TokenBatches
+from qlite.data.dataset import Data, DataSet
 from qlite.data.formats import FIELDS, ROLE_NAMES
 from qlite.data.sources import FILE_SUFFIXES, Source, is_hub
 from qlite.data.template import SUFFIXES, TEMPLATES, is_template_name
@@ -25,6 +26,7 @@ ROW_SUFFIXES = tuple(suffix for suffix in FILE_SUFFIXES if suffix not in (".txt"
 Count = Annotated[int, Field(ge=1)]
 Every = Annotated[int, Field(ge=0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", json_schema_extra={"words": '"auto", "cpu", "cuda" or "cuda:1"'})]
+BYTES = r"(?i)^\s*\d+(\.\d+)?\s*[kmgt]i?b?\s*$"
 # More threads than any machine has cores: torch ends the process where it cannot start them.
 Threads = Annotated[int, Field(ge=0, le=1024)]
 
@@ -60,15 +62,33 @@ class Train(Table):
     samples: tuple[str, ...] = ()
     """Prompts that the model answers at every evaluation, to be read."""
 
+    def batches(self, data: DataSet) -> TokenBatches:
+        """Return the training rows of ``data`` as the batches of a run."""
+        pack_tokens = self.tokens if self.packing else None
+        return TokenBatches(data.train, self.micro_batch, self.accumulation, self.seed, data.encoder.pad_id, pack_tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(Table):
     """What is kept in memory and what is computed again."""
 
+    plan: Literal["require", "tell", "off"] = "require"
+    """What is done with the plan that is traced before the weights are read: "require": a run that does not fit is not begun; "tell": it is
+    only told; "off": none is made."""
+    budget: Annotated[str, Field(pattern=BYTES, json_schema_extra={"words": 'an amount like "8GiB"'})] | None = None
+    """Memory that the run may take of the card, "8GiB": micro-batch and the keys below are then chosen, the fastest that fit."""
     checkpointing: Literal["block", "none"] = "block"
     """"block": keep only each block's input and compute the block again in the backward pass; "none": keep everything."""
     loss_chunk: Count = 512
     """Tokens whose logits exist at the same time in the loss."""
+    saved_inputs: Literal["device", "host", "8bit"] = "device"
+    """Where the blocks' inputs lie until the backward pass: on the device, in host memory, or on the device in 8 bit."""
+    mlp_chunk: Every = 0
+    """Tokens that go through a block's MLP at a time, for long lines; 0: all at once."""
+    embedding: Literal["device", "host"] = "device"
+    """"host": the token embedding stays in host memory, and only the rows that are looked up go to the device."""
+    base: Literal["device", "host"] = "device"
+    """"host": the blocks' weights stay in host memory, and at most two blocks' are on the device: for models larger than the card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +131,7 @@ class Recipe:
 
     def problems(self) -> list[str]:
         """Return what no single key shows: contradictions between keys, each with the keys' full names and the fix."""
-        return [*self._training_problems(), *self._data_problems(), *self._unused_keys()]
+        return [*self._training_problems(), *self._data_problems(), *self._memory_problems(), *self._unused_keys()]
 
     def _training_problems(self) -> Iterator[str]:
         train, warmup = self.train, self.schedule.warmup_steps
@@ -144,6 +164,13 @@ class Recipe:
             yield f"data.stride = {data.stride}: is more than train.tokens = {train.tokens}: text between windows would be lost; lower it"
         yield from self._mapping_problems()
 
+    def _memory_problems(self) -> Iterator[str]:
+        memory = self.memory
+        for key, what in (("saved_inputs", "keep only their inputs"), ("base", "need their weights one at a time")):
+            value = getattr(memory, key)
+            if value != "device" and memory.checkpointing == "none":
+                yield f'memory.{key} = "{value}": only checkpointed blocks {what}, and memory.checkpointing = "none"; set that to "block"'
+
     def _mapping_problems(self) -> Iterator[str]:
         """Yield the names in column and role mappings that are none of ours."""
         tables = {"data": self.data}
@@ -161,7 +188,7 @@ class Recipe:
         """Yield the keys that were set and could do nothing, because another key leaves them no part."""
         base, plain = self.base, Base(model="")
         changed = [key for key in ("quant_type", "double_quant", "block_size") if getattr(base, key) != getattr(plain, key)]
-        if base.bits != 4 and changed:
+        if 4 not in (base.bits, base.embedding_bits, base.head_bits) and changed:
             key, value = changed[0], json.dumps(getattr(base, changed[0]))
             yield f"base.{key} = {value}: only a 4-bit base has it, and base.bits = {base.bits}; remove it"
         if self.schedule.name == "constant" and self.schedule.final_ratio:
@@ -192,6 +219,19 @@ class Recipe:
                 for key in ("name", "split", "revision", "stream"):
                     if getattr(source, key) not in (None, False) and source not in hubs:
                         yield f'data.{part}[{number}].{key}: only a hub data set has one, and its path is "{source.path}"; remove it'
+
+    def having(self, keys: dict[str, object]) -> "Recipe":
+        """Return the same recipe with other values: ``keys`` by full name, {"memory.loss_chunk": 256}."""
+        recipe = self
+        for name, value in keys.items():
+            table, _, key = name.partition(".")
+            recipe = dataclasses.replace(recipe, **{table: dataclasses.replace(getattr(recipe, table), **{key: value})})
+        return recipe
+
+    def get(self, name: str) -> object:
+        """Return the value of the key with the full ``name``."""
+        table, _, key = name.partition(".")
+        return getattr(getattr(self, table), key)
 
     def with_absolute_paths(self) -> "Recipe":
         """Return the same recipe with local paths made absolute, so that it means the same from every folder."""

@@ -8,8 +8,9 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from qlite import device
 from qlite.data.encode import Encoder
-from qlite.errors import RecipeError
+from qlite.errors import OutOfMemory, RecipeError
 
 # A token of the cache takes 128 KiB in an 8B model: 1 GiB at most.
 TOKENS_AT_ONCE = 8192
@@ -49,18 +50,32 @@ def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[list[in
 
 
 def answer_all(
-    model: PreTrainedModel, encoder: Encoder, prompts: list[list[int]], sampling: Sampling, told: Callable[[int], None] = lambda _: None
+    model: PreTrainedModel,
+    encoder: Encoder,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    told: Callable[[int], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
     """Return the answers to ``prompts``, token ids, in order; ``told`` hears how many are done. Rows of like length meet, to pad little.
 
-    As many rows are decoded together as their cache stays below TOKENS_AT_ONCE tokens.
+    As many rows are decoded together as their cache stays below TOKENS_AT_ONCE tokens; where memory runs out, half as many, and
+    ``note`` hears of it.
+
+    Raises:
+        OutOfMemory: a single prompt does not fit.
     """
-    lengths = [len(ids) for ids in prompts]
+    lengths, at_once = [len(ids) for ids in prompts], TOKENS_AT_ONCE
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
     answers: dict[int, str] = {}
     while len(answers) < len(prompts):
-        chosen = _first_that_fit(order[len(answers) :], lengths, sampling.max_tokens)
-        answers |= dict(zip(chosen, answer_batch(model, encoder, [prompts[i] for i in chosen], sampling), strict=True))
+        chosen = _first_that_fit(order[len(answers) :], lengths, sampling.max_tokens, at_once)
+        with device.Attempt() as attempt:
+            answers |= dict(zip(chosen, answer_batch(model, encoder, [prompts[i] for i in chosen], sampling), strict=True))
+        if attempt.ran_out:
+            device.free_cached(model.device)
+            at_once = _half(len(chosen), lengths[chosen[-1]], sampling.max_tokens)
+            note(f"out of memory in answering {len(chosen)} prompts together: from now on at most {at_once} tokens of cache at once")
         told(len(answers))
     return [answers[i] for i in range(len(prompts))]
 
@@ -127,12 +142,23 @@ class TextStream(BaseStreamer):
         self.write(self.encoder.decode(_until_stop(self.ids, self.encoder.stop_ids))[len(self._written) :])
 
 
-def _first_that_fit(order: list[int], lengths: list[int], max_tokens: int) -> list[int]:
-    """Return as many of ``order``, shortest first, as their padded cache may hold; at least one."""
+def _first_that_fit(order: list[int], lengths: list[int], max_tokens: int, at_once: int) -> list[int]:
+    """Return as many of ``order``, shortest first, as their padded cache of ``at_once`` tokens may hold; at least one."""
     rows = 1
-    while rows < len(order) and (rows + 1) * (lengths[order[rows]] + max_tokens) <= TOKENS_AT_ONCE:
+    while rows < len(order) and (rows + 1) * (lengths[order[rows]] + max_tokens) <= at_once:
         rows += 1
     return order[:rows]
+
+
+def _half(rows: int, width: int, max_tokens: int) -> int:
+    """Return half the tokens of cache that ``rows`` prompts of ``width`` tokens took. Raises OutOfMemory if it was only one."""
+    if rows == 1:
+        message = (
+            f"out of memory in answering a single prompt of {width} tokens with up to {max_tokens} more. "
+            "Lower train.answer_tokens in a recipe, --max-tokens on the command line, or shorten the prompt"
+        )
+        raise OutOfMemory(message, rows, width + max_tokens)
+    return rows * (width + max_tokens) // 2
 
 
 def _until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:

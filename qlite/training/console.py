@@ -15,6 +15,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
+from qlite.training.gauges import tensor_line
 from qlite.training.panel import Screen
 from qlite.training.progress import Phase, RunView, format_perplexity, short_seconds
 from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
@@ -34,13 +35,14 @@ def open_console(title: str, stream: TextIO | None = None) -> "LiveConsole | Pla
 
 
 class PlainConsole:
-    """Writes a run as lines: phases, at most about 40 steps, every evaluation, every note."""
+    """Writes a run as lines: phases, at most about 40 steps, every evaluation, every note; once, the tensors by term."""
 
     def __init__(self, title: str, stream: TextIO):
         self._out = _ForgivingStream(stream)
         self._run = RunView(clean(title))
         self._spoken = 0.0
         self._printed_step = 0
+        self._has_told_terms = False
 
     def __enter__(self) -> "PlainConsole":
         self._print(self._run.title)
@@ -78,6 +80,9 @@ class PlainConsole:
         if is_first or report.step == report.steps or report.step % -(-report.steps // 40) == 0:
             self._printed_step = report.step
             self._print(_step_line(self._run))
+        if report.memory.terms and not self._has_told_terms:
+            self._has_told_terms = True
+            self._print(f"memory  {tensor_line(report.memory)}")
 
     def evaluated(self, report: EvalReport) -> None:
         self._run.evaluated(report)

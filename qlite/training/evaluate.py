@@ -78,7 +78,7 @@ def sample(model: PreTrainedModel, data: DataSet, train: Train, step: int, obser
 def _answers(model: PreTrainedModel, data: DataSet, prompts: list[list[int]], train: Train, phase: str, observer: Observer) -> list[str]:
     observer.phase(phase, 0, len(prompts))
     told = partial(_tell, observer, phase, len(prompts))
-    return answer_all(model, data.encoder, prompts, Sampling(max_tokens=train.answer_tokens), told)
+    return answer_all(model, data.encoder, prompts, Sampling(max_tokens=train.answer_tokens), told, observer.note)
 
 
 def _tell(observer: Observer, phase: str, total: int, done: int) -> None:

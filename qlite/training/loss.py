@@ -8,21 +8,16 @@ a label never reach the head.
 import torch
 from torch import Tensor, nn
 
-from qlite.data.encode import IGNORED
 
+def chunked_cross_entropy(head: nn.Module, hidden: Tensor, predicts: Tensor, targets: Tensor, denominator: float, chunk: int) -> Tensor:
+    """Return the sum over the N trained tokens of -log p(token), divided by ``denominator``: a float32 scalar, in nats.
 
-def chunked_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor, denominator: float, chunk: int) -> Tensor:
-    """Return the sum over trained tokens of -log p(label), divided by ``denominator``: a float32 scalar, in nats.
-
-    hidden [B, T, D]; labels [B, T] (on any device), ``IGNORED`` where nothing is trained. labels[b, t] is the token at t itself: it is
-    predicted from the hidden state at t - 1. Gradients reach ``hidden`` and every trainable tensor of ``head``.
+    hidden [B, T, D]; targets [N] the trained tokens, and predicts [N] the row-major places in [B, T] of the hidden states that
+    predict them, both int64 on any device. Gradients reach ``hidden`` and every trainable tensor of ``head``.
     """
-    # Row-major places of the hidden states that predict a trained token: one before the token itself.
-    predicts = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).reshape(-1).nonzero().squeeze(1)
-    targets = labels.reshape(-1)[predicts + 1].to(hidden.device)
     used = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicts.to(hidden.device))
     params = tuple(p for p in head.parameters() if p.requires_grad)
-    return _ChunkedLoss.apply(used, targets, head, denominator, chunk, *params)
+    return _ChunkedLoss.apply(used, targets.to(hidden.device), head, denominator, chunk, *params)
 
 
 class _ChunkedLoss(torch.autograd.Function):

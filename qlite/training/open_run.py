@@ -8,6 +8,7 @@ from qlite import device
 from qlite.data.encode import Encoder
 from qlite.formats.peft import load_adapter
 from qlite.model.load import LoadedBase
+from qlite.model.lowering import lower_memory
 from qlite.model.wheel import Progress
 from qlite.recipe.schema import Recipe
 from qlite.training.run_folder import RunFolder
@@ -27,6 +28,7 @@ class OpenRun:
         """Put the trained adapter on the base. Raises AdapterError if it does not fit."""
         self.recipe.method.attach(self.base.model)
         load_adapter(self.run.adapter, self.base.model)
+        lower_memory(self.base.model, self.recipe.memory, self.device)
         self.base.model.requires_grad_(False).eval()
 
 
@@ -36,7 +38,7 @@ def open_run(run: RunFolder, device_name: str, progress: Progress) -> OpenRun:
     where = device.pick_device(device_name)
     device.keep_freed_memory()
     # "flash" and "flex" are for training on a card; what was trained with them may be opened without one.
-    base = replace(recipe.base, attention="auto").load(where, progress)
+    base = replace(recipe.base, attention="auto").load(where, progress, recipe.memory)
     encoder = Encoder(base.tokenizer, run.template, recipe.data.loss_on)
     if encoder.template is not None:
         base.tokenizer.chat_template = encoder.template  # what an export writes beside the weights

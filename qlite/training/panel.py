@@ -15,9 +15,14 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from qlite.device import MemoryUse
+from qlite.training.gauges import memory_blocks
 from qlite.training.progress import Phase, RunView, format_perplexity
-from qlite.units import GIB, format_seconds
+from qlite.units import format_seconds
+
+LEAST_CURVE = 4
+"""Lines below which a curve says nothing."""
+BESIDE_WIDTH, BESIDE_LINES = 96, 8
+"""Cells and lines from which on the figures stand beside the curve."""
 
 
 class Screen(Live):
@@ -106,23 +111,33 @@ def _body(run: RunView, width: int, height: int) -> list[Text]:
     phases = _phase_lines(list(run.phases.values())[-4:], width)
     if run.last is None:
         return phases or [Text(f"working, {format_seconds(run.elapsed)}", "dim")]
-    head, memory = [*_progress_lines(run, width), *phases], _memory_lines(run.last.memory, width)
+    head = [*_progress_lines(run, width), *phases]
+    memory = _memory_lines(run, width, height - len(head))
     room = height - len(head) - len(memory)
     middle = _middle_lines(run, width, room)
     blanks = [Text()] if len(middle) + 2 <= room else []
     return [*head, *blanks, *middle, *blanks, *memory][:height]
 
 
+def _memory_lines(run: RunView, width: int, height: int) -> list[Text]:
+    """Return as much of the memory as leaves, of ``height`` lines, room for the figures and a curve; without one, for the figures."""
+    figures = len(_number_lines(_numbers(run), width))
+    blocks = memory_blocks(run.last.memory, width)
+    with_curve = max(BESIDE_LINES, len(_numbers(run))) if width >= BESIDE_WIDTH else figures + 2 + LEAST_CURVE
+    fitting = (block for needed in (with_curve, figures) for block in blocks if needed + len(block) <= height)
+    return next(fitting, blocks[-1])
+
+
 def _middle_lines(run: RunView, width: int, room: int) -> list[Text]:
     """Return curve and figures: beside each other where there is width, else one above the other."""
     numbers_width = 24
-    if width >= 96 and room >= 8:
+    if width >= BESIDE_WIDTH and room >= BESIDE_LINES:
         numbers = _number_lines(_numbers(run), numbers_width)
         curve = _chart_lines(run, width - numbers_width - 3, min(16, room - 2))
         return _side_by_side(curve, numbers, width - numbers_width) if curve else numbers
     numbers = _number_lines(_numbers(run), width)
     curve_height = min(12, room - len(numbers) - 2)
-    return [*_chart_lines(run, width, curve_height), *numbers] if curve_height >= 4 else numbers
+    return [*_chart_lines(run, width, curve_height), *numbers] if curve_height >= LEAST_CURVE else numbers
 
 
 def _side_by_side(left: list[Text], right: list[Text], width: int) -> list[Text]:
@@ -202,43 +217,6 @@ def _number_lines(numbers: list[tuple[str, str]], width: int) -> list[Text]:
             line.append(" " * (left - line.cell_len))
             line.append(f"{label:<{label_width}} ", "dim").append(value, "bold")
         left += column_width + gap
-    return lines
-
-
-def _memory_lines(memory: MemoryUse, width: int) -> list[Text]:
-    """Return a gauge of the device's whole memory, and below it what its marks mean, in GiB."""
-    parts = _memory_parts(memory)
-    held = memory.used if memory.reserved is None else max(memory.reserved, memory.driver or 0)
-    tail = f" {held / GIB:.1f} of {memory.total / GIB:.1f} GiB"
-    bar = Text("RAM " if memory.reserved is None else "VRAM ")
-    cells = max(4, width - bar.cell_len - len(tail))
-    upto = [min(cells, round(cells * size / max(1, memory.total))) for *_, size in parts]
-    drawn = 0
-    for (mark, style, *_), end in zip(parts, upto, strict=True):
-        bar.append(mark * (end - drawn), style)
-        drawn = max(drawn, end)
-    bar.append("·" * (cells - drawn), "dim").append(tail)
-    legend = [Text.assemble((mark, style), (f" {label} ", "dim"), f"{size / GIB:.2f}") for mark, style, label, size in parts]
-    if memory.reserved is not None:
-        legend.append(Text.assemble(("peak ", "dim"), f"{memory.peak / GIB:.2f}"))
-    return [bar, *_flow(legend, width)]
-
-
-def _memory_parts(memory: MemoryUse) -> list[tuple[str, str, str, int]]:
-    """Return (mark, style, label, bytes) of what the gauge shows, each containing the one before."""
-    if memory.reserved is None:
-        return [("█", "green", "process", memory.used), ("▒", "yellow", "peak", memory.peak)]
-    parts = [("█", "green", "allocated", memory.used), ("▓", "cyan", "reserved", memory.reserved)]
-    return parts if memory.driver is None else [*parts, ("░", "magenta", "driver", memory.driver)]
-
-
-def _flow(parts: list[Text], width: int) -> list[Text]:
-    """Return ``parts`` on as few lines as ``width`` allows."""
-    lines = [Text()]
-    for part in parts:
-        if lines[-1] and lines[-1].cell_len + 2 + part.cell_len > width:
-            lines.append(Text())
-        lines[-1].append("  " if lines[-1] else "").append_text(part)
     return lines
 
 

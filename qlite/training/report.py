@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from qlite.device import MemoryUse
+from qlite.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class StepReport:
     """Tokens that carried a loss in this step."""
     seconds: float
     memory: MemoryUse
+    oom_retries: int = 0
+    """How often the step ran out of memory and was gone on with in smaller pieces."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -127,3 +130,32 @@ class Broadcast:
     def sampled(self, report: SampleReport) -> None:
         for observer in self.observers:
             observer.sampled(report)
+
+
+# NVIDIA, "System Memory Fallback for Stable Diffusion" (answer 5490): since driver 546.01. WSL does not heed it: microsoft/WSL issue 11050.
+NO_SPILLING = (
+    'On Windows itself, NVIDIA Control Panel, Manage 3D settings, "CUDA - Sysmem Fallback Policy" = "Prefer No Sysmem Fallback" '
+    "makes this an out-of-memory error, which qlite answers with smaller pieces"
+)
+
+
+class SpillWatch(Observer):
+    """Tells ``listeners``, once in a run, that the driver has put a part of the card's memory into host memory.
+
+    Nothing fails then: the steps only become many times slower, and no message of the driver says why.
+    """
+
+    def __init__(self, *listeners: Observer):
+        self._listeners = listeners
+        self._has_told = False
+
+    def step(self, report: StepReport) -> None:
+        if report.memory.spilled and not self._has_told:
+            self._has_told = True
+            for listener in self._listeners:
+                listener.note(f"step {report.step}: {spill_words(report.memory.spilled)} or train.tokens. {NO_SPILLING}")
+
+
+def spill_words(size: int) -> str:
+    """Return what ``size`` spilled bytes mean and what to do about it."""
+    return f"spilled {format_bytes(size)} to host memory: slow; lower train.micro_batch"

@@ -5,6 +5,7 @@ runs/quickstart/
   template.jinja  the chat template, if any      data.json       hashes of data and template
   metrics.jsonl   one record a step              result.json     written last: the run is finished
   checkpoints/step-00000020/                     adapter/        PEFT's two files
+  memory.json     plan against measured, by phase and term
   best/step-00000015/  the adapter of the lowest held-out loss so far
 """
 
@@ -46,6 +47,9 @@ class TrainState:
     best_step: int = 0
     stale: int = 0
     """Evaluations since then."""
+    loss_chunk: int | None = None
+    """Like ``most_tokens``, a limit of training.limits, lowered where memory ran out: what is cut elsewhere sums in another order."""
+    most_tokens: int | None = None
 
     def after(self, loss: float) -> "TrainState":
         """Return the state after an evaluation of held-out ``loss`` at this step."""
@@ -122,7 +126,7 @@ class RunFolder:
         """Delete the run that was begun here: what qlite wrote while training, and nothing else (exports stay)."""
         if self.is_begun:
             # First what makes it count as finished.
-            for name in ("result.json", "recipe.toml", "metrics.jsonl", "run.json", "data.json", "template.jinja"):
+            for name in ("result.json", "memory.json", "recipe.toml", "metrics.jsonl", "run.json", "data.json", "template.jinja"):
                 (self.path / name).unlink(missing_ok=True)
             for folder in (self.adapter, self.path / "checkpoints", self.path / "best"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -216,6 +220,10 @@ class RunFolder:
         """Write what was trained."""
         with new_folder(self.adapter) as folder:
             write_adapter(folder, model, recipe.method, recipe.base.model)
+
+    def write_memory(self, record: dict) -> None:
+        """Write plan against measured memory, by phase and term, in bytes."""
+        write_json(self.path / "memory.json", record)
 
     def finish(self, result: dict) -> None:
         """Write the result; with it the run counts as finished."""

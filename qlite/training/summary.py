@@ -14,10 +14,14 @@ from qlite.units import format_bytes, format_seconds
 
 
 def summarise(records: list[dict], memory: MemoryUse, system: str, state: TrainState) -> dict:
-    """Return the run's figures: losses in nats, seconds of training alone, tokens/s as the median over steps."""
+    """Return the run's figures: losses in nats, seconds of training alone, tokens/s as the median over steps.
+
+    The peak of the tensors is that over the steps that were followed tensor by tensor; None if none was.
+    """
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "eval"]
     answers = [record for record in records if record["kind"] == "answers"]
+    terms = [found for found in (*(record.get("memory_terms") for record in steps), memory.terms) if found]
     on_gpu = memory.reserved is not None
     return {
         "steps": len(steps),
@@ -32,6 +36,8 @@ def summarise(records: list[dict], memory: MemoryUse, system: str, state: TrainS
         "best_step": state.best_step if evaluations else None,
         "peak_memory_bytes": memory.peak if on_gpu else peak_process_bytes(),
         "peak_memory_kind": "allocated on the GPU" if on_gpu else "process",
+        "peak_tensor_bytes": max((sum(found.values()) for found in terms), default=None),
+        "planned_tensor_bytes": memory.planned,
         "system": system,
         "answers": answers,
     }
@@ -50,7 +56,7 @@ def print_summary(run: RunFolder) -> None:
     if result["answers"]:
         counts = [f"{record['exact']}/{record['rows']}" for record in result["answers"]]
         table.add_row("exact match", f"{counts[0]} before training, {counts[-1]} after")
-    table.add_row("peak memory", f"{format_bytes(result['peak_memory_bytes'])} ({result['peak_memory_kind']})")
+    table.add_row("peak memory", _peak_memory(result))
     table.add_row("written to", Text(str(run.path)))
     console.print(table)
     samples = result["answers"][-1]["samples"] if result["answers"] else []
@@ -62,3 +68,19 @@ def print_summary(run: RunFolder) -> None:
     console.print(f"\nNext:  python -m qlite.export --merge {path}", soft_wrap=True)
     console.print(f'       python -m qlite.generate {path} --prompt "{prompt}"', soft_wrap=True)
     console.print(f"       python -m qlite.chat {path}", soft_wrap=True)
+
+
+def _peak_memory(result: dict) -> str:
+    """Return the run's peaks: "1.22 GiB of tensors (planned 1.22), 2.10 GiB of process memory"."""
+    size, kind = format_bytes(result["peak_memory_bytes"]), result["peak_memory_kind"]
+    # A run that an earlier version finished has no figures of tensors.
+    held, planned = (result.get(key) for key in ("peak_tensor_bytes", "planned_tensor_bytes"))
+    if not held:
+        return f"{size} ({kind})"
+    told = f" (planned {_in_the_unit_of(format_bytes(held), format_bytes(planned))})" if planned else ""
+    return f"{format_bytes(held)} of tensors{told}, {size} {'of process memory' if kind == 'process' else kind}"
+
+
+def _in_the_unit_of(other: str, amount: str) -> str:
+    """Return ``amount`` without its unit if that is the unit of ``other``."""
+    return amount.split()[0] if amount.split()[1] == other.split()[1] else amount

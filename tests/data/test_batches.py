@@ -114,3 +114,60 @@ def test_steps_per_epoch_are_those_there_are(packing):
     for number in range(2):
         micro_batches = len(batches._epoch(number))
         assert -(-micro_batches // 3) == batches.steps_per_epoch
+
+
+def documents(batch: Batch) -> list[list[tuple[int, int]]]:
+    """Return (token, label) of every document of ``batch``, line after line; padding left out."""
+    found = []
+    for line, length in enumerate(batch.lengths):
+        positions = torch.arange(batch.input_ids.shape[1]) if batch.position_ids is None else batch.position_ids[line]
+        for place in range(length):
+            if positions[place] == 0:
+                found.append([])
+            found[-1].append((int(batch.input_ids[line, place]), int(batch.labels[line, place])))
+            assert positions[place] == len(found[-1]) - 1
+    return found
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=5), st.booleans(), st.integers(0, 99))
+@settings(deadline=None)
+def test_halves_hold_the_same_documents_and_are_as_narrow_as_these(shape, packing, seed):
+    generator = np.random.default_rng(seed)
+    lines = [[Encoded(generator.integers(0, 9, n).tolist(), (generator.random(n) < 0.5).tolist()) for n in line] for line in shape]
+    rows = [row for line in lines for row in line]
+    batch = Batch.packed(lines, 0) if packing else Batch.of(rows, 0)
+    halves = batch.halves()
+    assert (halves is None) == (len(rows) == 1)
+    if halves is None:
+        return
+    assert documents(halves[0]) + documents(halves[1]) == documents(batch)
+    assert sum(half.tokens for half in halves) == batch.tokens
+    assert sum(half.trained_tokens for half in halves) == batch.trained_tokens
+    assert np.concatenate([half.targets for half in halves]).tolist() == batch.targets.tolist()
+    for half in halves:
+        assert half.size == len(half.lengths) * max(half.lengths)
+        assert half.input_ids.shape == half.labels.shape
+    if len(batch.lengths) > 1:
+        assert len(halves[0].lengths) - len(halves[1].lengths) in (0, 1)
+
+
+def test_a_single_line_is_cut_between_the_documents_nearest_its_middle():
+    rows = numbered([3, 9, 2, 5, 4])
+    one, other = Batch.packed([rows], 0).halves()
+    assert [one.lengths, other.lengths] == [(12,), (11,)]
+    assert one.input_ids.tolist() == [[1] * 3 + [2] * 9]
+    assert other.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert Batch.packed([numbered([7])], 0).halves() is None
+    assert Batch.of(numbered([7]), 0).halves() is None
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+@settings(deadline=None)
+def test_targets_and_their_places_are_those_of_the_labels(lines, width, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 50, (lines, width), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) > share] = IGNORED
+    batch = Batch(labels, labels, (width,) * lines)
+    expected = [(b * width + t - 1, int(labels[b, t])) for b in range(lines) for t in range(1, width) if labels[b, t] != IGNORED]
+    assert list(zip(batch.predicts.tolist(), batch.targets.tolist(), strict=True)) == expected
+    assert batch.trained_tokens == len(expected)

@@ -159,7 +159,7 @@ def test_a_step_moves_every_trainable_tensor_and_no_other(name, storage):
     everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = {n: t.detach().clone() for n, t in everything.items()}
     optimizer = Optimizer(name="torch_adamw", lr=1e-2).build(VARIANTS[name].param_groups(model, 1e-2), torch.device("cpu"))
-    Stepper(model, VARIANTS[name], loss_chunk=4).step([one_batch()], optimizer, clip_norm=1.0)
+    Stepper(model, VARIANTS[name], 4, torch.device("cpu")).step([one_batch()], optimizer, clip_norm=1.0)
     trained = trainable_tensors(model)
     same = {n for n, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items() if torch.equal(t, before[n])}
     assert same == set(everything) - set(trained)

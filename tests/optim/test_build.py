@@ -52,6 +52,64 @@ def test_resumed_it_takes_the_same_steps_bit_for_bit(name, dtype):
     assert not any(torch.equal(a, b) for a, b in zip(through, params(dtype), strict=True))
 
 
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("place", ["open", "counted", "close"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_that_ran_out_of_memory_goes_on_where_it_stood(name, place, number):
+    def built(tensors: list[nn.Parameter]):
+        groups = [{"params": [tensor], "lr": lr} for tensor, lr in zip(tensors, (1e-2, 3e-2, 2e-2), strict=True)]
+        return Optimizer(name=name, weight_decay=0.1).build(groups, CPU, lambda _: None)
+
+    def three() -> list[nn.Parameter]:
+        return [*params(), *params(torch.float32)[1:]]
+
+    def run_out() -> None:
+        raise torch.OutOfMemoryError
+
+    def count_and_run_out() -> None:
+        if middle.master.grad is None:
+            inner_step()
+        else:  # both libraries count a step before they make it
+            optimizer.inner.state[middle.master]["step"] += 1
+            run_out()
+
+    through, tensors = three(), three()
+    untroubled, optimizer = built(through), built(tensors)
+    middle, inner_step = optimizer.flats[1], optimizer.inner.step
+    for step_number in range(1, 5):
+        step(untroubled, through, step_number)
+        if step_number == number:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                if place == "counted":
+                    monkeypatch.setattr(optimizer.inner, "step", count_and_run_out)
+                else:
+                    monkeypatch.setattr(middle, place, run_out)
+                with pytest.raises(torch.OutOfMemoryError):
+                    step(optimizer, tensors, step_number)
+            optimizer.step()
+        else:
+            step(optimizer, tensors, step_number)
+    assert all(torch.equal(a, b) for a, b in zip(through, tensors, strict=True))
+    states = [one.state() for one in (untroubled, optimizer)]
+    assert all(torch.equal(tensor, states[1][0][key]) for key, tensor in states[0][0].items())
+    assert states[0][1] == states[1][1]
+    assert all(not flat.grad.any() and flat.master.grad is None and not flat.master.numel() for flat in optimizer.flats)
+
+
+def test_one_master_at_a_time_exists(monkeypatch):
+    optimizer = Optimizer(name="adamw").build([{"params": [p], "lr": 1e-2} for p in params()], CPU)
+    open_masters = []
+    inner = optimizer.inner.step
+
+    def watched() -> None:
+        open_masters.append([flat.master.numel() for flat in optimizer.flats])
+        inner()
+
+    monkeypatch.setattr(optimizer.inner, "step", watched)
+    optimizer.step()
+    assert open_masters == [[64 * 80, 0], [0, 16 * 8]]
+
+
 def test_torch_adamw_is_the_papers_algorithm():
     # Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, one step in float64.
     tensors = params(torch.float32)

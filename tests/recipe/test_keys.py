@@ -9,8 +9,8 @@ from qlite.recipe.keys import all_keys, describe, print_keys, toml_value
 
 # fmt: off
 ALL_KEYS = [
-    "base.model", "base.revision", "base.sha256", "base.bits", "base.quant_type", "base.double_quant",
-    "base.block_size", "base.dtype", "base.attention",
+    "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",
+    "base.double_quant", "base.block_size", "base.dtype", "base.attention",
     "method.name", "method.rank", "method.alpha", "method.dropout", "method.targets", "method.rank_per_target",
     "method.rslora", "method.dora",
     "optimizer.name", "optimizer.lr", "optimizer.weight_decay", "optimizer.betas", "optimizer.eps",
@@ -23,7 +23,8 @@ ALL_KEYS = [
     "train.steps", "train.epochs", "train.micro_batch", "train.accumulation", "train.tokens", "train.packing",
     "train.clip_norm", "train.seed", "train.eval_every", "train.patience", "train.exact_match_rows", "train.answer_tokens",
     "train.samples",
-    "memory.checkpointing", "memory.loss_chunk",
+    "memory.plan", "memory.budget",
+    "memory.checkpointing", "memory.loss_chunk", "memory.saved_inputs", "memory.mlp_chunk", "memory.embedding", "memory.base",
     "parallel.device", "parallel.threads",
     "output.dir", "output.save_every", "output.keep", "output.adapter",
 ]
@@ -40,7 +41,7 @@ def printed(monkeypatch, columns: int) -> str:
 
 def test_these_are_all_the_keys():
     assert [key.name for key in all_keys()] == ALL_KEYS
-    assert len(ALL_KEYS) == 73
+    assert len(ALL_KEYS) == 81
 
 
 @pytest.mark.parametrize("key", list(all_keys()), ids=lambda key: key.name)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensor, FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlite.data.batches import Batch, batches_of
 from qlite.errors import Diverged
@@ -13,7 +15,7 @@ from qlite.methods.base import trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.optim.build import FlatOptimizer, Optimizer
 from qlite.training.step import Stepper
-from tests.tiny import random_rows, tiny_llama
+from tests.tiny import CONFIG, random_rows, tiny_llama
 
 METHOD = LoRA(rank=4)
 
@@ -25,7 +27,7 @@ def stepper(dtype=torch.float32) -> tuple[Stepper, FlatOptimizer]:
     for p in trainable_tensors(model).values():
         p.data += 0.05 * torch.randn(p.shape, generator=generator).to(dtype)
     optimizer = Optimizer(name="torch_adamw").build(METHOD.param_groups(model, 1e-2), torch.device("cpu"))
-    return Stepper(model, METHOD, loss_chunk=5), optimizer
+    return Stepper(model, METHOD, 5, torch.device("cpu")), optimizer
 
 
 STEPPER, OPTIMIZER = stepper()
@@ -64,7 +66,7 @@ def test_any_packing_of_a_step_gives_the_same_loss_and_gradient(seed, count, dat
     assert packed[0] == pytest.approx(whole[0], rel=1e-6)
     tokens = sum(Batch.of([row], 0).trained_tokens for row in rows)
     alone = sum(gradient([Batch.of([row], 0)])[1].norm() * Batch.of([row], 0).trained_tokens / tokens for row in rows)
-    assert (packed[1] - whole[1]).norm() <= 1e-6 * alone
+    assert (packed[1] - whole[1]).norm() <= 4e-6 * alone  # attention sums in another order, too; a leak gives 0.2
 
 
 def test_rows_that_saw_each_other_would_give_another_gradient():
@@ -88,6 +90,19 @@ def test_the_loss_is_transformers_own():
     with torch.no_grad():
         wanted = STEPPER.model(input_ids=batch.input_ids, labels=batch.labels).loss
     assert STEPPER.evaluate([batch]) == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_step_asks_no_tensor_for_its_values(packing):
+    # A memory plan traces it on fake tensors, which have none.
+    rows = random_rows(4, (3, 12), 2)
+    batch = Batch.packed([rows[:2], rows[2:]], 0) if packing else Batch.of(rows, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG)).requires_grad_(False)
+        METHOD.attach(model)
+        loss = Stepper(model, METHOD, 5, torch.device("cpu")).accumulate([batch])
+    assert isinstance(loss, FakeTensor)
+    assert all(p.grad.shape == p.shape for p in trainable_tensors(model).values())
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -1,0 +1,196 @@
+"""Will it fit? What a recipe needs of a card's memory, traced through its own code before a weight is read.
+
+python -m qlite.plan recipes/llama8b_8gb.toml --gpu "RTX 4060"
+python -m qlite.plan my.toml train.tokens=4096 --vram 12GiB
+python -m qlite.plan my.toml --vram 8GiB --fit
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlite import device
+from qlite.errors import MachineError, RecipeError
+from qlite.memory import terms
+from qlite.memory.cards import CARDS, Card, find_card
+from qlite.memory.ledger import Peak
+from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, VISIBLE_SHARE, MemoryPlan
+from qlite.model.shapes import BaseShapes, base_shapes
+from qlite.recipe.read import read_recipe
+from qlite.recipe.schema import Recipe
+from qlite.training.budget import fit_words
+from qlite.training.console import clean, open_console
+from qlite.training.fit import fit
+from qlite.training.forecast import Forecast, forecast, worst_workload
+from qlite.training.gauges import COLOURS, LETTERS
+from qlite.training.ways_out import WayOut, ways_out
+from qlite.units import GIB, MIB, format_bytes, format_seconds, parse_bytes
+from qlite.verb import run_verb
+
+USUAL_CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
+"""GiB."""
+REFERENCE_CARDS = ("RTX 3060", "RTX 4070", "RTX 4090")
+"""Whose time is estimated where no card is named."""
+BAR = 44
+
+
+@dataclass(frozen=True)
+class Target:
+    """The card to plan for, as far as it is known."""
+
+    words: str
+    capacity: int | None
+    card: Card | None
+
+    def plan(self, found: Forecast) -> MemoryPlan:
+        """Return ``found`` against this card."""
+        return MemoryPlan(found.peaks(), self.capacity, self.words, CONTEXT_BYTES + SLACK_BYTES)
+
+
+def main(argv: list[str]) -> None:
+    """Run the command line; ends with exit code 3 if the recipe does not fit the card or budget that is named."""
+    parser = argparse.ArgumentParser(prog="python -m qlite.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="a TOML file, for example recipes/llama8b_8gb.toml")
+    parser.add_argument("overrides", nargs="*", help="table.key=value, put over the recipe")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--vram", help="memory of the card to plan for, for example 12GiB")
+    where.add_argument("--gpu", help='the card to plan for, for example "RTX 3060"')
+    parser.add_argument("--fit", action="store_true", help="choose micro-batch and memory keys for that much memory: the fastest that fit")
+    args = parser.parse_intermixed_args(argv)
+    recipe, target = read_recipe(args.recipe, args.overrides), target_of(args.vram, args.gpu)
+    if args.fit and target.capacity is None:
+        raise RecipeError('--fit: for how much memory? Give --vram 8GiB or --gpu "RTX 3060"')
+    console, fitted = Console(highlight=False, markup=False), None
+    with open_console(f"qlite plan  {args.recipe.stem}", sys.stderr) as screen:
+        shapes = base_shapes(recipe.base, screen.phase)
+        if args.fit:
+            fitted = fit(recipe, shapes, target.plan, target.card, lambda done, total: screen.phase("try what fits", done, total))
+        chosen = fitted.recipe if fitted else recipe
+        found = forecast(chosen, shapes, worst_workload(chosen))
+        plan = target.plan(found)
+        more = lambda done, total: screen.phase("trace what could be changed", done, total)  # noqa: E731
+        ways = [] if plan.fits else ways_out(chosen, shapes, plan, worst_workload, more)
+    show(chosen, shapes, found, target, console)
+    if fitted:
+        console.print(Text("\n" + "\n".join(fit_words(recipe, fitted))))
+    if ways:
+        show_ways_out(ways, plan, console)
+    if not plan.fits:
+        raise MachineError(f"does not fit: {plan}")
+
+
+def target_of(vram: str | None, gpu: str | None) -> Target:
+    """Return what is planned for: the memory or the card that is named, else the card that is here, else none.
+
+    Raises:
+        RecipeError: ``vram`` is no amount of memory, or ``gpu`` no known card.
+    """
+    if vram:
+        size = parse_bytes(vram)
+        return Target(f"a card of {format_bytes(size)}", size, None)
+    if gpu:
+        card = find_card(gpu)
+        return Target(f"{card.name} ({format_bytes(card.vram_bytes)})", int(VISIBLE_SHARE * card.vram_bytes), card)
+    here = device.pick_device("auto")
+    if here.type == "cuda":
+        return Target(device.describe(here), device.total_memory(here), None)
+    return Target("no card", None, None)
+
+
+def show(recipe: Recipe, shapes: BaseShapes, found: Forecast, target: Target, console: Console) -> None:
+    """Print the plan: what is planned, bytes by term and phase, a bar for each phase, the verdict, and how long it may take."""
+    plan, train = target.plan(found), recipe.train
+    kind = f"{recipe.base.bits} bit" + (f" ({recipe.base.quant_type})" if recipe.base.bits == 4 else "")
+    line = f"{train.micro_batch} x {train.tokens} tokens{' packed' if train.packing else ''}"
+    console.print(Text(clean(f"{recipe.base.model}, {kind}, {recipe.method.name}")))
+    console.print(Text(f"{line} a micro-batch, all rows as long as train.tokens: the most there can be", "dim"))
+    console.print(Text(f"shapes from {shapes.origin}\n", "dim"))
+    console.print(_table(plan))
+    for phase, peak in plan.phases.items():
+        console.print(_bar(phase, peak, plan))
+    console.print(Text("  ".join(f"{LETTERS[term]} {term}".replace(" ", "\N{NO-BREAK SPACE}") for term in _terms(plan)), "dim"))
+    console.print()
+    console.print(Text(f"peak       {_peak_words(plan)}"))
+    console.print(Text(f"on a card  {format_bytes(plan.needed)}, with {format_bytes(plan.outside)} for CUDA itself (assumed)"))
+    if plan.host:
+        console.print(Text(f"on the host {format_bytes(plan.host)} of offloaded tensors"))
+    console.print(_verdict(plan))
+    cards = [target.card] if target.card else [CARDS[name] for name in REFERENCE_CARDS]
+    console.print(Text(_time(found, recipe, cards), "dim"))
+
+
+def show_ways_out(ways: list[WayOut], plan: MemoryPlan, console: Console) -> None:
+    """Print each change with its peak, and whether it is enough alone."""
+    console.print(Text("\nwhat to change (each alone; --fit chooses a combination):"))
+    for way in ways:
+        enough = way.peak + plan.outside <= plan.capacity
+        console.print(Text(f"  {'fits' if enough else '    '}  {way}"))
+
+
+def _terms(plan: MemoryPlan) -> list[str]:
+    told = {term for peak in plan.phases.values() for term, size in peak.terms.items() if size >= MIB}
+    return [term for term in terms.ALL if term in told]
+
+
+def _table(plan: MemoryPlan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("MiB")
+    for phase in plan.phases:
+        table.add_column(phase, justify="right")
+    for term in _terms(plan):
+        table.add_row(term, *(f"{peak.terms.get(term, 0) / MIB:,.0f}" for peak in plan.phases.values()))
+    table.add_row("all tensors", *(f"{peak.bytes / MIB:,.0f}" for peak in plan.phases.values()), style="bold")
+    return table
+
+
+def _bar(phase: str, peak: Peak, plan: MemoryPlan) -> Text:
+    """Return one phase as a bar of its terms; the card's end is a line."""
+    full = max(plan.capacity or 0, plan.needed)
+    bar, drawn, size = Text(f"{phase:<11}"), 0, 0
+    for term, colour in COLOURS.items():
+        size += peak.terms.get(term, 0)
+        end = round(BAR * size / full)
+        bar.append(LETTERS[term] * (end - drawn), colour)
+        drawn = max(drawn, end)
+    end = round(BAR * (size + plan.outside) / full)
+    bar.append("·" * (end - drawn), "dim")
+    if plan.capacity is not None:
+        edge = round(BAR * plan.capacity / full)
+        bar.append(" " * (edge - end) + "│" if edge >= end else "  over", "dim")
+    return bar.append(f" {(peak.bytes + plan.outside) / GIB:.2f} GiB")
+
+
+def _peak_words(plan: MemoryPlan) -> str:
+    where = f" ({plan.peak.where})" if plan.peak.where else ""
+    return f"{format_bytes(plan.peak.bytes)} of tensors, in {plan.phase}{where}"
+
+
+def _verdict(plan: MemoryPlan) -> Text:
+    if plan.capacity is None:
+        smallest = next((size for size in USUAL_CARDS if plan.needed <= 0.95 * size * GIB), None)
+        words = f"the smallest usual card with 5 % to spare: {smallest} GB" if smallest else "no usual card holds it"
+        return Text(f"verdict    {words}", "bold")
+    share = abs(plan.headroom) / plan.capacity
+    if plan.fits:
+        return Text(f"verdict    fits {plan.device}: {format_bytes(plan.headroom)} ({share:.0%}) to spare", "bold green")
+    return Text(f"verdict    does not fit {plan.device}: {format_bytes(-plan.headroom)} ({share:.0%}) too much", "bold red")
+
+
+def _time(found: Forecast, recipe: Recipe, cards: list[Card]) -> str:
+    train = recipe.train
+    tokens = train.micro_batch * train.tokens
+    told = []
+    for card in cards:
+        seconds = found.work.seconds(card)
+        told.append(f"{card.name} {format_seconds(seconds * train.accumulation)} a step, {tokens / seconds:,.0f} tokens/s")
+    counted = f"{found.work.flops / 1e12:,.1f} TFLOP and {format_bytes(found.work.bytes)} moved a micro-batch"
+    return "\n".join([f"time       estimated from peak rates, not measured ({counted}):", *(f"           {line}" for line in told)])
+
+
+if __name__ == "__main__":
+    run_verb(main)

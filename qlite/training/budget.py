@@ -1,0 +1,56 @@
+"""memory.budget: what it has chosen for a run, once, when the run begins; a run that goes on keeps its choice."""
+
+from functools import partial
+
+from qlite import device
+from qlite.errors import RecipeError
+from qlite.memory.cards import CARDS, Card, find_card
+from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, MemoryPlan
+from qlite.model.shapes import base_shapes
+from qlite.recipe.schema import Recipe
+from qlite.recipe.write import recipe_differences
+from qlite.training.fit import FITTED, Fitted, fit
+from qlite.training.forecast import Forecast
+from qlite.training.report import Observer
+from qlite.training.run_folder import RunFolder
+from qlite.units import format_bytes, format_seconds, parse_bytes
+
+
+def within_budget(recipe: Recipe, run: RunFolder, fresh: bool, console: Observer) -> Recipe:
+    """Return ``recipe`` with the keys that memory.budget decides, or as it is if it has none.
+
+    Raises:
+        MachineError: nothing fits.
+    """
+    budget = recipe.memory.budget
+    if budget is None:
+        return recipe
+    if run.is_begun and not fresh:
+        begun = run.recipe()
+        return recipe.having({key: begun.get(key) for key in FITTED}) if begun.memory.budget == budget else recipe
+    where = device.pick_device(recipe.parallel.device)
+    plan_of = partial(_plan, parse_bytes(budget), CONTEXT_BYTES + SLACK_BYTES if where.type == "cuda" else 0)
+    told = partial(console.phase, "try what fits memory.budget")
+    found = fit(recipe, base_shapes(recipe.base, console.phase), plan_of, _card(device.describe(where)), told)
+    for line in fit_words(recipe, found):
+        console.note(line)
+    return found.recipe
+
+
+def fit_words(recipe: Recipe, found: Fitted) -> list[str]:
+    """Return what was chosen, and why nothing faster, a line each."""
+    changed = "; ".join(recipe_differences(recipe, found.recipe)) or "the recipe as it is"
+    needs = f"{format_bytes(found.plan.needed)} of {format_bytes(found.plan.capacity)}"
+    chosen = f"chosen     {changed}: {needs}; estimated {format_seconds(found.seconds)} a step on {found.card}"
+    return [chosen, *(f"too large  {reason}" for reason in found.reasons), *(f"slower     {reason}" for reason in found.slower)]
+
+
+def _plan(capacity: int, outside: int, found: Forecast) -> MemoryPlan:
+    return MemoryPlan(found.peaks(), capacity, "the budget", outside)
+
+
+def _card(described: str) -> Card:
+    try:
+        return find_card(described.partition(" (")[0])
+    except RecipeError:  # a CPU, or a card that is not in the table: the order of what is fast is much the same
+        return CARDS["RTX 3060"]

@@ -1,0 +1,159 @@
+"""The plan of a run is what the run measures: the same ledger follows both, the plan on tensors without values."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qlite.memory import terms
+from qlite.model.shapes import base_shapes
+from qlite.recipe.schema import Recipe
+from qlite.training import forecast as module
+from qlite.training.forecast import ANSWERS, EVALUATION, OPTIMIZER_STEP, PHASES, STEP, forecast, trace, worst_workload
+from qlite.training.planning import planned_and_measured
+from tests.tiny import tiny_llama
+from tests.tiny_run import run, tiny_recipe
+from tests.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
+
+SHAPE = {"num_hidden_layers": 7, "vocab_size": VOCAB_SIZE, "intermediate_size": 192}
+HOST = {"saved_inputs": "host", "base": "host"}
+CASES = {
+    **{
+        f"{bits} bit, {checkpointing}{', packed' if packing else ''}": {
+            "base": {"bits": bits},
+            "memory": {"checkpointing": checkpointing},
+            "train": {"packing": packing},
+        }
+        for bits in (4, 8, 16)
+        for checkpointing in ("block", "none")
+        for packing in (False, True)
+    },
+    "vocabulary in 4 bit": {"base": {"embedding_bits": 4, "head_bits": 4}},
+    "vocabulary in 8 bit": {"base": {"embedding_bits": 8, "head_bits": 8}},
+    "float32": {"base": {"dtype": "float32", "bits": 16}},
+    "dora": {"method": {"dora": True}},
+    "some targets": {"method": {"targets": ["q_proj", "v_proj"], "rank": 8}},
+    "torch's optimizer": {"optimizer": {"name": "torch_adamw"}},
+    "lion": {"optimizer": {"name": "lion8bit"}},
+    "loss in chunks": {"memory": {"loss_chunk": 8}},
+    "saved inputs on the host": {"memory": {"saved_inputs": "host"}},
+    "saved inputs in 8 bit": {"memory": {"saved_inputs": "8bit"}},
+    "MLP in parts": {"memory": {"mlp_chunk": 16}},
+    "embedding on the host": {"memory": {"embedding": "host"}},
+    "base on the host": {"memory": {"base": "host"}},
+    "all together": {"memory": {**HOST, "mlp_chunk": 16, "embedding": "host"}, "base": {"embedding_bits": 8, "head_bits": 8}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder whose base has seven blocks, in bfloat16."""
+    where = tmp_path_factory.mktemp("planned")
+    tiny_llama(**SHAPE).bfloat16().save_pretrained(where / "base")
+    tiny_tokenizer().save_pretrained(where / "base")
+    rows = tiny_recipe_rows()
+    for name, count in (("train.jsonl", 24), ("test.jsonl", 6)):
+        (where / name).write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+    return where
+
+
+def tiny_recipe_rows() -> list[dict]:
+    return [{"prompt": "abcdef"[: 1 + i % 6] * 4, "completion": "fedcba" * (2 + i % 5)} for i in range(24)]
+
+
+def recipe_of(folder: Path, changes: dict, out: str = "run") -> Recipe:
+    train = {"steps": 2, "accumulation": 2, "eval_every": 1, "exact_match_rows": 0, "tokens": 96, **changes.get("train", {})}
+    memory = {"plan": "tell", **changes.get("memory", {})}
+    return tiny_recipe(folder, **{**changes, "train": train, "memory": memory}, output={"dir": str(folder / out)})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_measures_what_was_planned(case, folder):
+    recipe = recipe_of(folder, CASES[case], case.replace(" ", "_"))
+    run(recipe)
+    record = json.loads((Path(recipe.output.dir) / "memory.json").read_text())
+    compared = {phase: (planned, measured) for phase, planned, measured in planned_and_measured(record)}
+    assert {STEP, OPTIMIZER_STEP, EVALUATION} <= compared.keys()
+    for phase in (STEP, OPTIMIZER_STEP, EVALUATION):
+        planned, measured = compared[phase]
+        assert abs(planned - measured) <= 0.01 * measured, phase
+    planned, measured = (record[kind] for kind in ("planned", "measured"))
+    for term in terms.LASTING:
+        wanted, seen = (each.get("phases", each)[STEP]["terms"].get(term, 0) for each in (planned, measured))
+        assert abs(wanted - seen) <= 1024, term  # a code table of bitsandbytes that layers share
+
+
+@pytest.mark.parametrize("case", ["4 bit, none", "8 bit, block, packed", "dora", "all together", "base on the host"])
+def test_a_few_blocks_say_what_all_take(case, folder):
+    recipe = recipe_of(folder, {**CASES[case], "train": {**CASES[case].get("train", {}), "exact_match_rows": 5}})
+    shapes, work = base_shapes(recipe.base, lambda *_: None), worst_workload(recipe)
+    short, whole = forecast(recipe, shapes, work).peaks(), trace(recipe, shapes, work).peaks()
+    assert list(short) == list(whole) == list(PHASES)
+    for phase in PHASES:
+        assert (short[phase].bytes, short[phase].host, short[phase].where) == (whole[phase].bytes, whole[phase].host, whole[phase].where)
+
+
+def test_the_work_of_a_few_blocks_says_that_of_all(folder):
+    recipe = recipe_of(folder, {})
+    shapes, work = base_shapes(recipe.base, lambda *_: None), worst_workload(recipe)
+    short, whole = forecast(recipe, shapes, work).work, trace(recipe, shapes, work).work
+    assert (short.flops, short.bytes, short.kernels) == (whole.flops, whole.bytes, whole.kernels)
+    assert whole.flops > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": {"rank_per_target": {"model.layers.2.*": 8}}}, {"method": {"targets": ["model.layers.1.*", "model.layers.4.*"]}}],
+    ids=["ranks", "targets"],
+)
+def test_a_model_whose_blocks_differ_is_traced_whole(changes, folder, monkeypatch):
+    recipe = recipe_of(folder, changes)
+    shapes, work = base_shapes(recipe.base, lambda *_: None), worst_workload(recipe)
+    counts = []
+    monkeypatch.setattr(
+        module, "trace", lambda recipe, shapes, work: counts.append(shapes.config.num_hidden_layers) or trace(recipe, shapes, work)
+    )
+    found = forecast(recipe, shapes, work)
+    assert counts == [7]
+    assert found.peaks()[STEP].bytes == trace(recipe, shapes, work).peaks()[STEP].bytes
+
+
+def test_patterns_of_blocks_that_repeat_are_drawn_on(folder, monkeypatch):
+    """Every other block has a sliding window, as in Gemma 2: whole periods are traced."""
+    from transformers import Qwen2Config
+
+    kinds = ["sliding_attention", "full_attention"] * 5
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=10, num_attention_heads=4, num_key_value_heads=2,
+        layer_types=kinds, use_sliding_window=True, sliding_window=16,
+    )  # fmt: skip
+    recipe = recipe_of(folder, {})
+    shapes = replace(base_shapes(recipe.base, lambda *_: None), config=config)
+    work = worst_workload(recipe)
+    counts = []
+    monkeypatch.setattr(
+        module, "trace", lambda recipe, shapes, work: counts.append(shapes.config.num_hidden_layers) or trace(recipe, shapes, work)
+    )
+    found = forecast(recipe, shapes, work)
+    assert counts == [4, 6]
+    whole = trace(recipe, shapes, work)
+    assert {phase: peak.bytes for phase, peak in found.peaks().items()} == {phase: peak.bytes for phase, peak in whole.peaks().items()}
+
+
+def test_answers_are_planned_with_their_cache(folder):
+    changes = {"train": {"exact_match_rows": 4, "answer_tokens": 200}}
+    recipe = recipe_of(folder, changes)
+    peak = forecast(recipe, base_shapes(recipe.base, lambda *_: None), worst_workload(recipe)).peaks()[ANSWERS]
+    heads, size, tokens = 2, 16, recipe.train.tokens + 200
+    assert peak.terms[terms.CACHE] >= 7 * 2 * 4 * heads * size * 2 * (tokens - 2)
+
+
+def test_nothing_of_a_traced_run_has_a_value(folder):
+    """A plan of a model that no machine holds: if anything were computed, 40 GB would be needed."""
+    recipe = recipe_of(folder, {})
+    shapes = base_shapes(recipe.base, lambda *_: None)
+    size = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "head_dim": 128}
+    config = type(shapes.config)(**{**shapes.config.to_dict(), **size, "num_key_value_heads": 8, "vocab_size": 128256})
+    found = forecast(recipe, replace(shapes, config=config), worst_workload(recipe)).peaks()[STEP]
+    assert found.bytes > 34e9
