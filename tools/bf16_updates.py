@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
     test = list(batches_of(sorted(data.test, key=len), 25, data.encoder.pad_id))
     device.seed_all(0)
     METHOD.attach(loaded.model)
-    stepper = Stepper(loaded.model, METHOD, recipe.memory.loss_chunk)
+    stepper = Stepper(loaded.model, METHOD, recipe.memory.loss_chunk, CPU)
     order = TokenBatches(data.train, ROWS, 1, 0, data.encoder.pad_id)
     train(stepper, order, args.warm, first=1, schedule=Schedule(name="constant"), kind=None, seed=0)
     tensors = trainable_tensors(loaded.model)

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     recipe.method.attach(model)
     if recipe.memory.checkpointing == "block":
         checkpoint_blocks(model)
-    stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk)
+    stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where)
     optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where)
     ways = batches_of_each_way(data, args.tokens, args.rounds + 1)
     speeds: dict[str, list[float]] = {name: [] for name in ways}

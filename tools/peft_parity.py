@@ -61,7 +61,7 @@ def train_qlite(base: Base, method: LoRA, recipe, steps: int, rows: int) -> tupl
     order = TokenBatches(data.train, rows, 1, 0, data.encoder.pad_id)
     batches = [order.step(number)[0] for number in range(1, steps + 1)]
     optimizer = Optimizer(name="torch_adamw", lr=LR).build(method.param_groups(loaded.model, LR), CPU)
-    stepper = Stepper(loaded.model, method, recipe.memory.loss_chunk)
+    stepper = Stepper(loaded.model, method, recipe.memory.loss_chunk, CPU)
     return batches, start, [stepper.step([batch], optimizer, clip_norm=1.0).loss for batch in batches]
 
 
