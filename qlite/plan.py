@@ -29,7 +29,7 @@ from qlite.training.fit import fit
 from qlite.training.forecast import Forecast, forecast, worst_workload
 from qlite.training.gauges import COLOURS, LETTERS
 from qlite.training.ways_out import WayOut, ways_out
-from qlite.units import GIB, MIB, format_bytes, format_seconds, parse_bytes
+from qlite.units import GIB, KIB, MIB, format_bytes, format_seconds, parse_bytes
 from qlite.verb import run_verb
 
 USUAL_CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
@@ -37,6 +37,8 @@ USUAL_CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
 REFERENCE_CARDS = ("RTX 3060", "RTX 4070", "RTX 4090")
 """Whose time is estimated where no card is named."""
 BAR = 44
+SMALL_SHARE = 0.001
+"""Of the peak: smaller terms are not shown."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,19 @@ def show_ways_out(ways: list[WayOut], plan: MemoryPlan, console: Console) -> Non
 
 
 def _terms(plan: MemoryPlan) -> list[str]:
-    told = {term for peak in plan.phases.values() for term, size in peak.terms.items() if size >= MIB}
+    told = {term for peak in plan.phases.values() for term, size in peak.terms.items() if size >= SMALL_SHARE * plan.peak.bytes}
     return [term for term in terms.ALL if term in told]
 
 
 def _table(plan: MemoryPlan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("MiB")
+    unit, name = (MIB, "MiB") if plan.peak.bytes >= 64 * MIB else (KIB, "KiB")
+    table.add_column(name)
     for phase in plan.phases:
         table.add_column(phase, justify="right")
     for term in _terms(plan):
-        table.add_row(term, *(f"{peak.terms.get(term, 0) / MIB:,.0f}" for peak in plan.phases.values()))
-    table.add_row("all tensors", *(f"{peak.bytes / MIB:,.0f}" for peak in plan.phases.values()), style="bold")
+        table.add_row(term, *(f"{peak.terms.get(term, 0) / unit:,.0f}" for peak in plan.phases.values()))
+    table.add_row("all tensors", *(f"{peak.bytes / unit:,.0f}" for peak in plan.phases.values()), style="bold")
     return table
 
 
@@ -162,7 +165,7 @@ def _bar(phase: str, peak: Peak, plan: MemoryPlan) -> Text:
     if plan.capacity is not None:
         edge = round(BAR * plan.capacity / full)
         bar.append(" " * (edge - end) + "│" if edge >= end else "  over", "dim")
-    return bar.append(f" {(peak.bytes + plan.outside) / GIB:.2f} GiB")
+    return bar.append(f" {format_bytes(peak.bytes + plan.outside)}")
 
 
 def _peak_words(plan: MemoryPlan) -> str:

@@ -63,6 +63,8 @@ TOML_HINTS = {
     "Cannot declare": "this table stands twice; put its keys together under one of them",
     "Expected '=' after a key": "a line is key = value, or [table]",
 }
+# Keys of which "none" is a value; on the command line it stands for "not given" everywhere else.
+NONE_IS_A_WORD = ("memory.checkpointing",)
 
 
 def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
@@ -285,7 +287,7 @@ def _override(tables: dict, text: str) -> str | None:
         tables = tables.setdefault(name, {})
         if not isinstance(tables, dict):
             return f"{text}: {'.'.join(outer)} is no table, so it has no key {last}"
-    tables[last] = _override_value(value.strip())
+    tables[last] = "none" if key.strip() in NONE_IS_A_WORD and value.strip() == "none" else _override_value(value.strip())
     return None
 
 

@@ -9,11 +9,13 @@ import torch
 from qlite import device
 from qlite.data.batches import Batch, TokenBatches
 from qlite.data.dataset import DataSet
+from qlite.errors import QliteError
 from qlite.memory.ledger import Moment, Peak
 from qlite.memory.plan import SLACK_BYTES, MemoryPlan
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.schema import Recipe
 from qlite.training.forecast import STEP, Workload, answers_work, forecast, largest, one_row
+from qlite.training.step import general_advice
 from qlite.training.ways_out import ways_out
 from qlite.units import format_bytes
 
@@ -66,7 +68,10 @@ class Planner:
     def advice(self, rows: int, tokens: int) -> list[str]:
         """Return ways out of having no room for ``rows`` lines of ``tokens`` tokens, a line each, with the peak that each would leave."""
         work = Workload(Batch.of([one_row(tokens)] * rows, 0))
-        plan = self.plan(work)
+        try:
+            plan = self.plan(work)
+        except (QliteError, MemoryError):  # with the memory as full as it is
+            return general_advice(rows, tokens)
         planned = f"by plan such a step takes {format_bytes(plan.phases[STEP].bytes)} of tensors. Ways out, and what each would take:"
         return [planned, *self._lines(plan, work)]
 

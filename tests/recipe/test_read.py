@@ -307,6 +307,7 @@ def test_local_paths_become_absolute_and_odd_ones_stay(tmp_path, monkeypatch):
         ("base.revision=1e4b2f", "base.revision", "1e4b2f"),
         ("data.test=rows two.jsonl", "data.test", "rows two.jsonl"),
         ("data.test=none", "data.test", None),
+        ("memory.checkpointing=none", "memory.checkpointing", "none"),
         ("output.dir=a\n[b]", "output.dir", "a\n[b]"),
     ],
 )

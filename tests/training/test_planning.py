@@ -1,0 +1,195 @@
+"""Plans in use: the verb, a run that does not fit, ways out with their peaks, and a budget that is kept."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensor
+
+from qlite import device, plan
+from qlite.errors import MachineError, OutOfMemory, RecipeError
+from qlite.memory.cards import CARDS
+from qlite.memory.ledger import Peak
+from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, MemoryPlan
+from qlite.model.shapes import base_shapes
+from qlite.recipe.write import recipe_toml
+from qlite.training import budget, planning, step
+from qlite.training.fit import FITTED, fit, levels
+from qlite.training.forecast import STEP, forecast, worst_workload
+from qlite.training.run_folder import RunFolder
+from qlite.training.ways_out import changes, ways_out
+from qlite.units import MIB
+from tests.tiny_run import Watcher, run, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    where = tmp_path_factory.mktemp("planning")
+    tiny_recipe(where)
+    return where
+
+
+def recipe_of(folder: Path, **changes):
+    return tiny_recipe(folder, **{"memory": {"plan": "tell"}, **changes})
+
+
+def plan_of(recipe, capacity: int | None = None) -> MemoryPlan:
+    found = forecast(recipe, base_shapes(recipe.base, lambda *_: None), worst_workload(recipe))
+    return MemoryPlan(found.peaks(), capacity, "a card")
+
+
+def test_a_plan_says_whether_it_fits_and_by_how_much():
+    phases = {"load": Peak({"a": 5 * MIB}), "training": Peak({"a": 5 * MIB, "b": 3 * MIB}, "head and loss", host=MIB)}
+    fits = MemoryPlan(phases, 10 * MIB, "a card", outside=MIB)
+    assert (fits.phase, fits.peak.bytes, fits.needed, fits.headroom, fits.fits, fits.host) == ("training", 8 * MIB, 9 * MIB, MIB, True, MIB)
+    assert str(fits) == "8.00 MiB of tensors at most, in training, and 1.00 MiB beside them: 1.00 MiB to spare on a card"
+    fits.require_fits([])
+    tight = replace(fits, capacity=7 * MIB)
+    assert (tight.headroom, tight.fits) == (-2 * MIB, False)
+    with pytest.raises(MachineError, match="2.00 MiB too much on a card\nlower it"):
+        tight.require_fits(["lower it"])
+    assert replace(fits, capacity=None).fits
+
+
+def test_ways_out_save_what_they_say(folder):
+    recipe = recipe_of(folder, memory={"plan": "tell", "checkpointing": "none"}, train={"micro_batch": 2, "tokens": 256}, base={"bits": 8})
+    shapes, before = base_shapes(recipe.base, lambda *_: None), plan_of(recipe)
+    found = ways_out(recipe, shapes, before, worst_workload)
+    keys = [list(way.keys)[-1] for way in found]
+    assert {"train.accumulation", "memory.checkpointing", "base.bits", "train.tokens", "memory.base"} <= set(keys)
+    assert found[0].peak == plan_of(recipe.having(found[0].keys)).phases[STEP].bytes
+    for way in found:
+        assert way.peak < before.phases[STEP].bytes
+        assert all(f"{key} = {json.dumps(value)}" in str(way) for key, value in way.keys.items())
+    assert next(way for way in changes(recipe, is_tied=False)).keys == {"train.micro_batch": 1, "train.accumulation": 6}
+    assert not any("memory.embedding" in way.keys for way in changes(recipe, is_tied=True))
+
+
+def test_a_run_that_does_not_fit_is_not_begun(folder, monkeypatch):
+    monkeypatch.setattr(device, "free_memory", lambda _: 100 * 1024)
+    for how, begins in (("require", False), ("tell", True), ("off", True)):
+        recipe = recipe_of(folder, memory={"plan": how}, output={"dir": str(folder / how)}, train={"steps": 2, "exact_match_rows": 0})
+        if begins:
+            notes = run(recipe).notes
+            assert any("too much on CPU" in note for note in notes) == (how == "tell")
+            continue
+        with pytest.raises(MachineError) as caught:
+            run(recipe)
+        assert caught.value.exit_code == 3
+        assert re.search(r"too much on CPU.*\n  .*: [\d.]+ KiB of tensors \(.*\n.*memory.plan = \"tell\"", str(caught.value), re.DOTALL)
+        assert not Path(recipe.output.dir).exists()
+
+
+def test_a_full_memory_at_one_row_names_three_ways_out_with_their_peaks(folder, monkeypatch):
+    recipe = recipe_of(folder, train={"micro_batch": 1, "exact_match_rows": 0}, output={"dir": str(folder / "full")})
+
+    real = step.hidden_states
+
+    def fails(model, *inputs: object) -> torch.Tensor:
+        if isinstance(next(model.parameters()), FakeTensor):  # the plan of the ways out
+            return real(model, *inputs)
+        raise MemoryError
+
+    monkeypatch.setattr(step, "hidden_states", fails)
+    monkeypatch.setattr(planning.Planner, "plan_run", lambda *_: None)
+    with pytest.raises(OutOfMemory) as caught:
+        run(recipe)
+    lines = str(caught.value).splitlines()
+    assert re.search(r"a single document of \d+ tokens", lines[0])
+    assert len([line for line in lines if re.search(r"= .*: [\d.]+ [KM]iB of tensors \(", line)]) >= 3
+
+
+def test_the_meter_tells_the_console_what_a_step_took(folder):
+    seen = run(recipe_of(folder, output={"dir": str(folder / "told")}, train={"steps": 3, "exact_match_rows": 0}))
+    memory = seen.steps[0].memory  # the largest micro-batch comes first
+    assert memory.planned == pytest.approx(sum(memory.terms.values()), rel=0.03)
+    record = json.loads((folder / "told" / "memory.json").read_text())
+    assert record["measured"][STEP]["bytes"] == max(sum(step.memory.terms.values()) for step in seen.steps)
+    assert record["process_peak"] > record["measured"][STEP]["bytes"]
+
+
+def test_fit_takes_the_fastest_that_fits_and_says_why(folder):
+    recipe = recipe_of(folder, train={"micro_batch": 2, "accumulation": 4, "tokens": 128})
+    shapes = base_shapes(recipe.base, lambda *_: None)
+    needs = {}
+    for capacity in (1 << 40, 3 * MIB, 1200 * 1024):
+        found = fit(recipe, shapes, lambda forecast, capacity=capacity: MemoryPlan(forecast.peaks(), capacity, "it"))
+        assert found.plan.needed <= capacity
+        assert found.recipe.train.micro_batch * found.recipe.train.accumulation == 8
+        assert found.plan.needed == plan_of(found.recipe).needed
+        assert all(recipe.get(key) == found.recipe.get(key) for key in ("train.tokens", "method.rank", "base.bits"))
+        needs[capacity] = (found.seconds, found.plan.needed)
+    times = [seconds for seconds, _ in needs.values()]
+    assert times == sorted(times)
+    assert found.reasons
+    with pytest.raises(MachineError, match="the least that this recipe needs is"):
+        fit(recipe, shapes, lambda forecast: MemoryPlan(forecast.peaks(), 1000, "it"))
+
+
+def test_levels_never_undo_what_the_recipe_has_lowered(folder):
+    recipe = recipe_of(folder, memory={"saved_inputs": "8bit", "loss_chunk": 64}, base={"embedding_bits": 8, "head_bits": 8})
+    for keys in levels(recipe, is_tied=False):
+        changed = recipe.having(keys)
+        assert changed.problems() == []
+        assert (changed.memory.saved_inputs, changed.memory.loss_chunk) == ("8bit", 64)
+        assert changed.base.head_bits <= 8
+
+
+def test_a_budget_chooses_once_and_a_run_that_goes_on_keeps_the_choice(folder, monkeypatch):
+    recipe = recipe_of(folder, memory={"plan": "tell", "budget": "2MiB"}, train={"micro_batch": 6, "accumulation": 1, "tokens": 96})
+    watcher, place = Watcher(), RunFolder(folder / "budget")
+    chosen = budget.within_budget(recipe, place, False, watcher)
+    assert plan_of(chosen).needed <= 2 * MIB
+    assert any(note.startswith("chosen ") for note in watcher.notes)
+    place.path.mkdir()
+    (place.path / "recipe.toml").write_text(recipe_toml(chosen))
+    (place.path / "run.json").write_text("{}")
+    monkeypatch.setattr(budget, "fit", None)  # nothing is tried again
+    assert budget.within_budget(recipe, place, False, watcher) == chosen
+    assert {key for key in FITTED if recipe.get(key) != chosen.get(key)}
+
+
+# The verb
+
+
+def planned(folder: Path, capsys, *arguments: str) -> str:
+    path = folder / "recipe.toml"
+    path.write_text(recipe_toml(recipe_of(folder)))
+    plan.main([str(path), *arguments])
+    return capsys.readouterr().out
+
+
+def test_the_verb_prints_terms_phases_verdict_and_time(folder, capsys):
+    out = planned(folder, capsys, "--vram", "2GiB")
+    for word in ("base weights", "adapter", "optimizer", "all tensors", "load", "training", "evaluation", "answers", "verdict    fits"):
+        assert word in out
+    assert "estimated from peak rates, not measured" in out
+    assert "shapes from its files" in out
+
+
+def test_the_verb_knows_cards_by_name_and_says_what_a_wrong_one_could_be(folder, capsys):
+    assert "fits RTX 4060 (8.00 GiB)" in planned(folder, capsys, "--gpu", "rtx 4060")
+    with pytest.raises(RecipeError, match="did you mean"):
+        planned(folder, capsys, "--gpu", "RTX 4065")
+    assert CARDS["RTX 4060"].vram_bytes == 8 << 30
+
+
+def test_the_verb_ends_with_3_where_it_does_not_fit_and_says_what_to_change(folder, capsys):
+    with pytest.raises(MachineError, match="does not fit") as caught:
+        planned(folder, capsys, "--vram", "600MiB", "train.tokens=2000", "train.micro_batch=4")
+    assert caught.value.exit_code == 3
+    out = capsys.readouterr().out
+    assert "verdict    does not fit" in out
+    assert re.search(r"  fits  train.micro_batch = 2, train.accumulation = 6: ", out)
+
+
+def test_the_verb_fits_and_prints_the_keys(folder, capsys):
+    room = (CONTEXT_BYTES + SLACK_BYTES) // MIB + 4
+    out = planned(folder, capsys, "--vram", f"{room}MiB", "--fit", "train.tokens=400", "train.micro_batch=4")
+    assert "chosen     " in out
+    assert "verdict    fits" in out
+    with pytest.raises(RecipeError, match="for how much memory"):
+        planned(folder, capsys, "--fit")
