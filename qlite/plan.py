@@ -122,6 +122,8 @@ def show(recipe: Recipe, shapes: BaseShapes, found: Forecast, target: Target, co
     if plan.host:
         console.print(Text(f"on the host {format_bytes(plan.host)} of offloaded tensors"))
     console.print(_verdict(plan))
+    if target.card and not target.card.has_bf16:
+        console.print(Text(f"but        {target.card.name} has no bfloat16: attention's T x T scores come on top"))
     cards = [target.card] if target.card else [CARDS[name] for name in REFERENCE_CARDS]
     console.print(Text(_time(found, recipe, cards), "dim"))
 

@@ -4,7 +4,6 @@ python tools/plan_check.py                 # all 24, about half an hour on 2 CPU
 python tools/plan_check.py --only 135M     # those whose name contains "135M"
 
 Each is ``python -m qlite.train`` for 2 steps of made-up rows, over SmolLM2-135M or a random Llama of 1.1 billion weights; its
-memory.json holds what was planned before a weight was read and what the ledger then followed. Each is ``python -m qlite.train`` for 2 steps of made-up rows, over SmolLM2-135M or a random Llama of 1.1 billion weights; its
 memory.json holds what was planned before a weight was read and what the ledger then followed. The packed ones take the loss of 32
 tokens at a time, so that their peak is inside a block. Exit code 1 if a peak is off by more than 1 %. The process's own growth is
 told beside the tensors: libraries, file pages and the allocator come on top of them.

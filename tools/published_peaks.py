@@ -56,7 +56,7 @@ PUBLISHED = [
         "Llama-3.1-8B, 2 x 2048 packed, r 8 on q, v, o, MLP",
         ["base.model=meta-llama/Llama-3.1-8B", "train.micro_batch=2", "train.tokens=2048", "train.packing=true",
          'method.targets=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]'],
-        "7.4 GiB, torchtune", 7.4, ["memory.mlp_chunk=1024"],
+        "7.4 GiB, torchtune", 7.4, ["memory.loss_chunk=128", "memory.mlp_chunk=1024"],
     ),
     _llama2(1024, "5 GB Unsloth, 6 GB LLaMA-Factory", 5),
     _llama2(2048, "6 GB Unsloth, 7 GB LLaMA-Factory", 6),
