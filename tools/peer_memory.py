@@ -11,8 +11,8 @@ the steps are ``qlite.train``'s own.
 
 One ledger (qlite/memory/ledger.py) follows the tensors of both while they train. "over the model" is its peak less the frozen
 weights: adapter, gradients, optimizer, activations, and whatever else lives then. What a kernel allocates inside itself no ledger
-sees. The process's peak is the kernel's VmHWM, loading and libraries and all; so it needs Linux. Each side is followed tensor by
-tensor, which takes time: seconds are good for a ratio only.
+sees. The process's peak is the kernel's VmHWM, loading and libraries and all; so it needs Linux. Times are the processor's, not the
+clock's, and include the ledger's own: good for a ratio only.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import sys
 import time
 import tomllib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from qlite.errors import MachineError, QliteError
@@ -113,7 +114,7 @@ def table(results: dict[str, dict]) -> list[str]:
     """Return the lines of a Markdown table of ``results``, by name of case."""
     lines = [
         "| what | tensors over the model, MiB | to the peer's | all tensors, MiB | offloaded, MiB | process at most, MiB "
-        "| to the peer's | before training, MiB | time a step, to the peer's |",
+        "| to the peer's | before training, MiB | CPU time a step, to the peer's |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     peer = results[PEER]
@@ -214,15 +215,18 @@ def run_qlite(case: Case, out: Path) -> dict:
     followed = Followed(lambda ledger: adopt_all(ledger, parts.model, parts.optimizer), parts.model)
     with followed:
         take_steps(recipe, parts, run, told, TrainState())
-    return followed.result(told.seconds, told.losses)
+    return followed.result(told.step_seconds, told.losses)
 
 
 def run_peer(case: Case, out: Path) -> dict:
     """Train as PEFT's guide to quantised models says, with transformers' Trainer, and return what it took."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import default_data_collator as collator
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
@@ -233,13 +237,10 @@ def run_peer(case: Case, out: Path) -> dict:
     told = _Told()
 
     class Clock(TrainerCallback):
-        """Notes the seconds of every step."""
-
-        def on_step_begin(self, *_, **__):
-            self.started = time.perf_counter()
+        """Notes when every step ends."""
 
         def on_step_end(self, *_, **__):
-            told.seconds.append(time.perf_counter() - self.started)
+            told.ended()
 
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
@@ -260,22 +261,31 @@ def run_peer(case: Case, out: Path) -> dict:
     )
     ids = json.loads((out / "ids.json").read_text(encoding="utf-8"))
     rows = [{"input_ids": row, "attention_mask": [1] * TOKENS, "labels": row} for row in ids]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[Clock()])
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()])
+    trainer.remove_callback(PrinterCallback)
     followed = Followed(lambda _: None, model)
     with followed:
         trainer.train()
-    return followed.result(told.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    return followed.result(told.step_seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 class _Told:
-    """An observer that keeps seconds and loss of every step."""
+    """An observer that keeps the loss of every step, and the process's CPU time at its end."""
 
     def __init__(self):
-        self.seconds: list[float] = []
+        self.ends: list[float] = []
         self.losses: list[float] = []
 
+    @property
+    def step_seconds(self) -> float:
+        """CPU seconds of the fastest step; the first, which warms up, does not count."""
+        return min(end - before for before, end in pairwise(self.ends))
+
+    def ended(self) -> None:
+        self.ends.append(time.process_time())
+
     def step(self, report) -> None:
-        self.seconds.append(report.seconds)
+        self.ended()
         self.losses.append(report.loss)
 
     def note(self, message: str) -> None:
@@ -309,8 +319,8 @@ class Followed:
     def __exit__(self, *error: object) -> None:
         self.ledger.__exit__(*error)
 
-    def result(self, seconds: list[float], losses: list[float]) -> dict:
-        """Return bytes, the seconds of the fastest step, and the losses."""
+    def result(self, step_seconds: float, losses: list[float]) -> dict:
+        """Return bytes, with the step's CPU seconds and the losses."""
         peak = max(self.ledger.moments.values(), key=lambda peak: peak.bytes)
         return {
             "over": peak.bytes - self.frozen,
@@ -320,7 +330,7 @@ class Followed:
             "host": max(peak.host for peak in self.ledger.moments.values()),
             "process": _status("VmHWM"),
             "process_before": self.before,
-            "seconds": min(seconds),
+            "seconds": step_seconds,
             "losses": losses,
         }
 

@@ -79,7 +79,7 @@ class Memory(Table):
     """Memory that the run may take of the card, "8GiB": micro-batch and the keys below are then chosen, the fastest that fit."""
     checkpointing: Literal["block", "none"] = "block"
     """"block": keep only each block's input and compute the block again in the backward pass; "none": keep everything."""
-    loss_chunk: Count = 512
+    loss_chunk: Count = 128
     """Tokens whose logits exist at the same time in the loss."""
     saved_inputs: Literal["device", "host", "8bit"] = "device"
     """Where the blocks' inputs lie until the backward pass: on the device, in host memory, or on the device in 8 bit."""

@@ -51,7 +51,7 @@ def levels(recipe: Recipe, is_tied: bool) -> Iterator[Keys]:
         yield keys
     keys = keys | {"memory.checkpointing": "block"}
     yield keys
-    steps: list[Keys] = [{"memory.loss_chunk": 128}] if memory.loss_chunk > 128 else []
+    steps: list[Keys] = [{"memory.loss_chunk": 64}] if memory.loss_chunk > 64 else []
     steps += [{"memory.embedding": "host"}] if memory.embedding == "device" and not is_tied else []
     steps += [{"memory.saved_inputs": "host"}] if memory.saved_inputs == "device" else []
     steps += [{"memory.mlp_chunk": 512}] if not memory.mlp_chunk and recipe.train.tokens > 512 else []

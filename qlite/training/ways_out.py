@@ -39,8 +39,8 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         yield WayOut(half, "the same step, in more and smaller passes")
     if memory.checkpointing == "none":
         yield WayOut({"memory.checkpointing": "block"}, "each block is computed twice")
-    if memory.loss_chunk > 128:
-        yield WayOut({"memory.loss_chunk": 128}, "the head runs on fewer tokens at a time")
+    if memory.loss_chunk > 64:
+        yield WayOut({"memory.loss_chunk": 64}, "the head runs on fewer tokens at a time")
     if not recipe.optimizer.name.startswith("paged") and "8bit" not in recipe.optimizer.name:
         yield WayOut({"optimizer.name": "paged_adamw8bit"}, "the optimizer's state in 8 bit")
     if memory.embedding == "device" and not is_tied:
