@@ -8,6 +8,9 @@ a label never reach the head.
 import torch
 from torch import Tensor, nn
 
+# Logits that are float32 at a time: 16 MiB.
+PART = 1 << 22
+
 
 def chunked_cross_entropy(head: nn.Module, hidden: Tensor, predicts: Tensor, targets: Tensor, denominator: float, chunk: int) -> Tensor:
     """Return the sum over the N trained tokens of -log p(token), divided by ``denominator``: a float32 scalar, in nats.
@@ -26,7 +29,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         if not any(ctx.needs_input_grad):
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-                total += _loss(head, h, t, denominator)
+                total += _loss(head(h), t, denominator, wants_grad=False)
             return total
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in params]
         hidden_grad = torch.empty_like(hidden)
@@ -34,13 +37,16 @@ class _ChunkedLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()
-                loss = _loss(head, h, targets[part], denominator)
-                first, *rest = torch.autograd.grad(loss, (h, *params), allow_unused=True)
+                logits = head(h)
+            # Where a family's code needs its logits' values for their gradient, autograd refuses what was written over them.
+            grad_of_logits = logits.detach()
+            total += _loss(grad_of_logits, targets[part], denominator, wants_grad=True)
+            first, *rest = torch.autograd.grad(logits, (h, *params), grad_of_logits, allow_unused=True)
+            del logits, grad_of_logits
             hidden_grad[part] = first
             for grad, more in zip(grads, rest, strict=True):
                 if more is not None:
                     grad += more
-            total += loss.detach()
         ctx.save_for_backward(hidden_grad, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True)))
         return total
 
@@ -52,6 +58,22 @@ class _ChunkedLoss(torch.autograd.Function):
         return hidden_grad * grad.to(hidden_grad.dtype), None, None, None, None, *scaled
 
 
-def _loss(head: nn.Module, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
-    logits = head(hidden).float()
-    return nn.functional.cross_entropy(logits, targets, reduction="sum") / denominator
+def _loss(logits: Tensor, targets: Tensor, denominator: float, wants_grad: bool) -> Tensor:
+    """Return the loss of ``logits`` [N, V] and, if ``wants_grad``, turn them into their gradient where they lie.
+
+    float32, but for a few rows at a time: softmax less 1 at the target needs no second tensor of the logits' size.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    rows = max(1, PART // logits.shape[1])
+    for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
+        exact = part.to(torch.float32, copy=True)
+        exact -= exact.amax(dim=1, keepdim=True)
+        place = target.unsqueeze(1)
+        right = exact.gather(1, place)
+        sums = exact.exp_().sum(dim=1, keepdim=True)
+        total += (sums.log() - right).sum()
+        if wants_grad:
+            exact /= sums
+            exact.scatter_add_(1, place, exact.new_full(place.shape, -1.0))
+            part.copy_(exact.div_(denominator))
+    return total / denominator
