@@ -8,6 +8,7 @@ python -m qlite.plan my.toml --vram 8GiB --fit
 import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -71,12 +72,12 @@ def main(argv: list[str]) -> None:
     with open_console(f"qlite plan  {args.recipe.stem}", sys.stderr) as screen:
         shapes = base_shapes(recipe.base, screen.phase)
         if args.fit:
-            fitted = fit(recipe, shapes, target.plan, target.card, lambda done, total: screen.phase("try what fits", done, total))
+            fitted = fit(recipe, shapes, target.plan, target.card, partial(screen.phase, "try what fits"))
         chosen = fitted.recipe if fitted else recipe
-        found = forecast(chosen, shapes, worst_workload(chosen))
+        found = fitted.found if fitted else forecast(recipe, shapes, worst_workload(recipe))
         plan = target.plan(found)
-        more = lambda done, total: screen.phase("trace what could be changed", done, total)  # noqa: E731
-        ways = [] if plan.fits else ways_out(chosen, shapes, plan, worst_workload, more)
+        told = partial(screen.phase, "trace what could be changed")
+        ways = [] if plan.fits else ways_out(chosen, shapes, plan, worst_workload, told)
     show(chosen, shapes, found, target, console)
     if fitted:
         console.print(Text("\n" + "\n".join(fit_words(recipe, fitted))))

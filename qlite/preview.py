@@ -5,6 +5,7 @@ python -m qlite.preview my.toml train.tokens=1024 --row 12
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlite.data.batches import TokenBatches
 from qlite.data.check import described, share
 from qlite.data.dataset import DataSet, Part
 from qlite.data.figures import Spread, histogram, spans, useful_share
@@ -96,7 +96,7 @@ def _batches(recipe: Recipe, data: DataSet) -> Table:
     for heading in ("", "steps an epoch", "tokens a step", "of them no padding"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, tokens in (("padded", None), (f"packed into {plan.tokens}", plan.tokens)):
-        batches = TokenBatches(data.train, plan.micro_batch, plan.accumulation, plan.seed, data.encoder.pad_id, tokens)
+        batches = replace(plan, packing=tokens is not None).batches(data)
         chosen = " (the recipe's)" if (tokens is not None) == plan.packing else ""
         share_useful = useful_share(batches)
         tokens_a_step = data.train.lengths.sum() / batches.steps_per_epoch / share_useful

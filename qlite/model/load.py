@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
+from qlite.device import give_back_freed
 from qlite.errors import ModelError
 from qlite.model.attention import Attention, meta_model
 from qlite.model.checkpoint import open_checkpoint, read_tokenizer
@@ -84,6 +85,7 @@ class Base(Table):
         checkpoint = open_checkpoint(files)
         model = self.empty(checkpoint.config(), device)
         fill(model, checkpoint, device, progress, memory)
+        give_back_freed(device)
         model.requires_grad_(False)
         model.eval()
         return LoadedBase(model, checkpoint.tokenizer(), checkpoint.generation_config(), files.name)

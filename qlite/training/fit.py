@@ -33,6 +33,7 @@ class Fitted:
     """What a budget has chosen."""
 
     recipe: Recipe
+    found: Forecast
     plan: MemoryPlan
     seconds: float
     """Estimated time of one optimizer step on ``card``."""
@@ -118,7 +119,7 @@ def _largest_that_fits(
             plan = plan_of(exact)
             if plan.fits:
                 changed = _with_rows(recipe, count, rows)
-                return Fitted(changed, plan, _step_seconds(exact, changed, card)), first.needed
+                return Fitted(changed, exact, plan, _step_seconds(exact, changed, card)), first.needed
     return None, first.needed
 
 

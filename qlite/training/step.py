@@ -110,6 +110,7 @@ class Stepper:
             if penalty is not None:
                 loss = loss + penalty / len(batches)
             self._doing = "backward pass", batch
+            device.give_back_freed(self.device)
             loss.backward()
         return total
 
@@ -137,6 +138,7 @@ class Stepper:
 
     def _update(self, optimizer: FlatOptimizer) -> int:
         """Let ``optimizer`` step; return how often memory ran out on the way: once at most."""
+        device.give_back_freed(self.device)
         for retries in range(2):
             with device.Attempt() as attempt, self.updating():
                 optimizer.step()
@@ -178,6 +180,7 @@ class Stepper:
         chunk = (self.limits if torch.is_grad_enabled() else self.eval_limits).loss_chunk
         # Positions stay on the CPU: the documents of a line are found there without waiting for a device.
         hidden = hidden_states(self.model, batch.input_ids.to(self.device), batch.position_ids)
+        device.give_back_freed(self.device)
         predicts, targets = torch.from_numpy(batch.predicts), torch.from_numpy(batch.targets)
         return chunked_cross_entropy(self.head, hidden, predicts, targets, tokens, chunk)
 
