@@ -341,7 +341,7 @@ def _living_tensors() -> list:
     from torch._subclasses import FakeTensor
 
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and not isinstance(thing, FakeTensor)]
-    return [tensor for tensor in tensors if tensor.device.type != "meta"]
+    return [tensor for tensor in tensors if tensor.device.type != "meta" and torch._C._has_storage(tensor)]
 
 
 def _status(name: str) -> int:

@@ -234,7 +234,7 @@ class QuantLinear(Packed):
         y = rows.new_empty(len(rows), self.out_features)
         for part in parts:
             y[:, part] = self.part_of_product(rows, part)
-        return y.view(*x.shape[:-1], self.out_features)
+        return _shaped(y, x)
 
     def part_of_product(self, x: Tensor, part: slice) -> Tensor:
         """Return the outputs ``part`` of ``product``."""
@@ -311,7 +311,15 @@ class Linear8bit(QuantLinear, Packed8bit):
         rows = x.reshape(-1, self.in_features)
         codes, row_scale, outliers = bnb.int8_vectorwise_quant(rows.to(torch.float16), threshold=OUTLIER_THRESHOLD)
         args = (rows, codes, self.weight, row_scale, self.scale, outliers, self.bias)
-        return torch.ops.bitsandbytes.int8_mixed_scaled_mm(*args)[0].reshape(*x.shape[:-1], self.out_features)
+        return _shaped(torch.ops.bitsandbytes.int8_mixed_scaled_mm(*args)[0], x)
+
+
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """Return ``rows`` [N, out], freshly made, as [..., out] for x [..., in].
+
+    Not as a view of it, for autograd: what a function returns as one may not be written over, as the loss does with the head's output.
+    """
+    return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
 
 
 def is_linear(module: nn.Module) -> bool:
