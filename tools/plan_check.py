@@ -5,14 +5,19 @@ python tools/plan_check.py --only 135M     # those whose name contains "135M"
 
 Each is ``python -m qlite.train`` for 2 steps of made-up rows, over SmolLM2-135M or a random Llama of 1.1 billion weights; its
 memory.json holds what was planned before a weight was read and what the ledger then followed. The packed ones take the loss of 32
-tokens at a time, so that their peak is inside a block. Exit code 1 if a peak is off by more than 1 %. The process's own growth is
-told beside the tensors: libraries, file pages and the allocator come on top of them.
+tokens at a time, so that their peak is inside a block. Exit code 1 if a peak is off by more than 1 %.
+
+The process takes more than the tensors, and the last columns say where (Linux only, read every 10 ms): "own" is memory that it wrote
+to (RssAnon), "files" the pages of files that it has mapped (RssFile: libraries, and a model's shards while they are read; the kernel
+takes them back when it needs them). The last line has both for a process that only imports, and for one that only plans.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -29,6 +34,7 @@ LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22
 LIMIT = 0.01
 MODELS = {"135M": (2, 256), "1.1B": (1, 192)}
 """Lines of a micro-batch, and their tokens."""
+IMPORTS = "import qlite.train, bitsandbytes, transformers.models.llama.modeling_llama"
 
 
 def main() -> None:
@@ -39,16 +45,24 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     worst = 0.0
-    print("| run | planned MiB | measured MiB | off by | where | process peak MiB |\n|---|---|---|---|---|---|")
+    print("| run | planned MiB | measured MiB | off by | where | process: own MiB | less tensors | files |\n" + 8 * "|---" + "|")
     for name, keys in combinations(args.out).items():
         if args.only in name:
-            record = memory_of(name, keys, args.out)
+            record, process = run_of(name, keys, args.out)
             planned, measured = {phase: pair for phase, *pair in planned_and_measured(record)}[STEP]
             off = abs(planned / measured - 1)
             worst = max(worst, off)
-            where, process = record["measured"][STEP]["where"], record["process_peak"]
-            print(f"| {name} | {planned / MIB:,.1f} | {measured / MIB:,.1f} | {off:.3%} | {where} | {process / MIB:,.0f} |", flush=True)
+            own, files, most = process["own"], process["files"], max(peak["bytes"] for peak in record["measured"].values())
+            print(
+                f"| {name} | {planned / MIB:,.1f} | {measured / MIB:,.1f} | {off:.3%} | {record['measured'][STEP]['where']} "
+                f"| {own / MIB:,.0f} | {(own - most) / MIB:,.0f} | {files / MIB:,.0f} |",
+                flush=True,
+            )
     print(f"\nlargest difference: {worst:.3%} (limit {LIMIT:.0%})")
+    alone = {"imports": ["-c", IMPORTS], "a plan": ["-m", "qlite.plan", str(args.out / "recipe.toml"), *keys]}
+    for what, arguments in alone.items():
+        process = followed([sys.executable, *arguments], what)
+        print(f"{what} alone: own {process['own'] / MIB:,.0f} MiB, files {process['files'] / MIB:,.0f} MiB")
     sys.exit(worst > LIMIT)
 
 
@@ -79,20 +93,36 @@ def random_llama(out: Path) -> Path:
     return folder
 
 
-def memory_of(name: str, keys: list[str], out: Path) -> dict:
-    """Return the memory.json of the run ``name``, trained if it was not yet."""
+def run_of(name: str, keys: list[str], out: Path) -> tuple[dict, dict]:
+    """Return the memory.json of the run ``name``, trained if it was not yet, and what its process took."""
     folder, rows, recipe = out / name.replace(",", "").replace(" ", "_"), out / "rows.jsonl", out / "recipe.toml"
-    if not (folder / "memory.json").is_file():
+    process = folder.with_name(f"{folder.name}.process.json")
+    if not process.is_file():
         rows.write_text("".join(json.dumps({"text": " ".join(f"word{(i * j) % 97}" for j in range(20 + 6 * i))}) + "\n" for i in range(12)))
         recipe.write_text(
             f'[base]\nmodel = "x"\n[data]\ntrain = "{rows}"\ntemplate = "plain"\n'
             'allow = ["untrained"]\nlong_rows = "cut_end"\n[train]\nsteps = 2\naccumulation = 1\n'
         )
         command = [sys.executable, "-m", "qlite.train", str(recipe), *keys, f"output.dir={folder}", "--fresh"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        process.write_text(json.dumps(followed(command, name)))
+    return json.loads((folder / "memory.json").read_text(encoding="utf-8")), json.loads(process.read_text())
+
+
+def followed(command: list[str], name: str) -> dict[str, int]:
+    """Run ``command`` to its end and return the most bytes that its process held, ``own`` and ``files``; 0 where there is no /proc."""
+    most, lines = {"own": 0, "files": 0}, {"RssAnon:": "own", "RssFile:": "files"}
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=said, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            for line in status.read_text().splitlines() if status.is_file() else []:
+                key, size = lines.get(line.split()[0]), line.split()
+                if key:
+                    most[key] = max(most[key], int(size[1]) * 1024)
+            time.sleep(0.01)
+        said.seek(0)
+        if process.returncode:
+            sys.exit(f"{name}: {said.read()[-3000:]}")
+    return most
 
 
 if __name__ == "__main__":

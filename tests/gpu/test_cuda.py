@@ -1,4 +1,4 @@
-"""What only a card can show: the CUDA paths agree with their CPU twins. Run with pytest -m gpu; never yet run on a card."""
+"""What only a card can show: the CUDA paths agree with their CPU twins. Run with pytest -n 0 -m gpu; never yet run on a card."""
 
 import pytest
 import torch

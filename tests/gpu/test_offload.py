@@ -1,6 +1,6 @@
 """What the keys of [memory] do on a card: the same gradient, less of its memory, pinned copies.
 
-Run with pytest -m gpu; never yet run on a card.
+Run with pytest -n 0 -m gpu; never yet run on a card.
 """
 
 import pytest
