@@ -22,17 +22,7 @@ from qlite.data.encode import Encoded
 from qlite.memory import terms
 from qlite.memory.kernels import WholeKernels
 from qlite.memory.ledger import Ledger, Moment, Peak
-
-try:
-    from qlite.memory.work import Work
-except ImportError:
-    import contextlib
-
-    class Work(contextlib.nullcontext):
-        def drawn_on(self, b, f):
-            return self
-
-
+from qlite.memory.work import Work
 from qlite.methods.base import trainable_tensors
 from qlite.model.blocks import decoder_blocks
 from qlite.model.documents import documents_told
