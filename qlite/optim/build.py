@@ -143,11 +143,10 @@ class FlatOptimizer:
             if remainder is not None:
                 flat.remainder.copy_(remainder)
             if mine:
-                self._load_inner(index, flat, mine)
+                self._load_inner(flat, mine)
 
-    def _load_inner(self, index: int, flat: FlatParameters, saved: dict) -> None:
-        """Let the optimizer allocate its own state (paged memory cannot be handed to it) and copy the saved one in."""
-        self._make_state(index, flat)
+    def _load_inner(self, flat: FlatParameters, saved: dict) -> None:
+        """Copy the saved state into the optimizer's own, which ``build`` has allocated: paged memory cannot be handed to it."""
         state = self.inner.state[flat.master]
         for key, value in saved.items():
             if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):

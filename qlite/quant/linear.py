@@ -227,10 +227,9 @@ class QuantLinear(Packed):
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T + bias for x [..., in], in x's dtype."""
-        parts = self.slices(x.dtype)
+        parts, rows = self.slices(x.dtype), x.reshape(-1, self.in_features)
         if parts == [ALL]:
-            return self.part_of_product(x, ALL)
-        rows = x.reshape(-1, self.in_features)
+            return _shaped(self.part_of_product(rows, ALL), x)
         y = rows.new_empty(len(rows), self.out_features)
         for part in parts:
             y[:, part] = self.part_of_product(rows, part)

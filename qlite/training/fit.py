@@ -134,8 +134,8 @@ def _with_rows(recipe: Recipe, count: int, rows: int) -> Recipe:
 
 def _step_seconds(found: Forecast, recipe: Recipe, card: Card) -> float:
     """Return the estimated time of an optimizer step: of its micro-batches, computed or carried, whichever takes longer."""
-    times = 3 if recipe.memory.base == "host" else 2  # weights: forward, recomputation and backward; inputs: away and back
-    carried = times * found.peaks()[STEP].host
+    # Twice: weights for either pass (the recomputation is a part of the backward pass), inputs away and back.
+    carried = 2 * found.peaks()[STEP].host
     return recipe.train.accumulation * max(found.work.seconds(card), carried / BUS_BYTES_PER_SECOND)
 
 

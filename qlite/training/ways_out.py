@@ -59,7 +59,7 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
     if train.tokens >= 256:
         yield WayOut({"train.tokens": train.tokens // 2}, "longer rows are left out or cut")
     if memory.base == "device":
-        yield WayOut({**blocks, "memory.base": "host"}, "every weight crosses the bus three times a micro-batch")
+        yield WayOut({**blocks, "memory.base": "host"}, "every weight crosses the bus twice a micro-batch")
 
 
 def ways_out(

@@ -222,6 +222,21 @@ def test_no_step_holds_the_table_dense(bits, targets, tmp_path, monkeypatch):
     assert linear.SLICE_BYTES <= seen.bytes < vocabulary * wide * 4 // 4
 
 
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_head_with_a_bias_trains(bits, sliced, tmp_path, monkeypatch):
+    if sliced:
+        monkeypatch.setattr(linear, "SLICE_BYTES", 16 * 64 * 4)
+        monkeypatch.setattr(linear, "SLICED_FROM", 1)
+    model = packed_model(saved_folder(tmp_path, Family("phi", {"partial_rotary_factor": 0.5})), bits)
+    assert model.lm_head.bias is not None
+    LoRA(rank=2).attach(model)
+    ids = token_ids()
+    hidden = hidden_states(model, ids)
+    chunked_cross_entropy(logits_head(model), hidden, torch.arange(ids.shape[1] - 1), ids[0, 1:], 1.0, chunk=3).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_the_two_keys_reach_the_embeddings_by_name(folders):
     names = {name: [found for found, _ in token_embeddings(loaded(folders[name], 16).model)] for name in ("llama", "opt", "gemma4", "gptj")}
     assert names == {
