@@ -114,8 +114,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
     run.write_adapter(recipe, parts.model)
     if recipe.train.exact_match_rows:
-        with parts.meter.answering():
-            observer.answered(compare_answers(parts.model, parts.data, recipe.train, state.step, observer))
+        observer.answered(compare_answers(parts.model, parts.data, recipe.train, state.step, observer))
     run.write_memory(parts.meter.compared())
     run.finish(summarise(run.records(), parts.meter.read(), parts.data.system, state))
 
@@ -180,8 +179,7 @@ def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer,
 def measure(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
     """Evaluate on the held-out rows and let the model answer the recipe's samples; return the state with what was found."""
     if recipe.train.samples:
-        with parts.meter.answering():
-            observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
+        observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
     if not len(parts.data.test):
         return state
     with parts.meter.evaluating():
