@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -212,15 +213,13 @@ class RandomState:
             yield
 
 
-def _load_libc() -> ctypes.CDLL | None:
+@cache
+def _libc() -> ctypes.CDLL | None:
     try:
         libc = ctypes.CDLL("libc.so.6")
         return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
     except OSError:  # not Linux, or not glibc
         return None
-
-
-_libc = _load_libc()
 
 
 def keep_freed_memory() -> None:
@@ -229,10 +228,11 @@ def keep_freed_memory() -> None:
     Activations are large, and each step frees and takes the same ones: on CPU a training step is 1.2 times as fast with this
     (tools/LOG.md). What is kept has holes; ``give_back_freed`` closes them between passes. Elsewhere than on Linux nothing is done.
     """
-    if _libc is not None:
+    libc = _libc()
+    if libc is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        _libc.mallopt(mmap_threshold, 1 << 30)
-        _libc.mallopt(trim_threshold, (1 << 31) - 1)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def give_back_freed(device: torch.device) -> None:
@@ -240,8 +240,8 @@ def give_back_freed(device: torch.device) -> None:
 
     Measured in tools/LOG.md; with ``keep_freed_memory`` alone a process grows to 1.2 times as much. Elsewhere nothing is done.
     """
-    if device.type == "cpu" and _libc is not None:
-        _libc.malloc_trim(0)
+    if device.type == "cpu" and _libc() is not None:
+        _libc().malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -5,17 +5,24 @@ copies: a copy marked as host memory stands for the host's, an unmarked one for 
 """
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-_MARK = "lies_on_host"
+_MARK, _FILE_MARK = "lies_on_host", "is_on_file"
 
 
 class _Allocating(threading.local):
-    """Whether this thread is allocating host memory right now: who follows allocations sees a tensor before it can be marked."""
+    """What this thread is allocating right now: who follows allocations sees a tensor before it can be marked."""
 
     on_host = False
+    """Host memory."""
+    on_file = False
+    """A window on a file."""
+    weights = False
+    """Copies of frozen weights."""
 
 
 _allocating = _Allocating()
@@ -30,6 +37,39 @@ def mark_host(tensor: Tensor) -> Tensor:
     """Mark ``tensor``'s storage, for its whole life, as host memory; return ``tensor``."""
     setattr(_storage(tensor), _MARK, True)
     return tensor
+
+
+def window(make: Callable[[], Tensor]) -> Tensor:
+    """Return the tensor that ``make`` opens on a file, marked: its pages are no memory that a run needs."""
+    with _allocates("on_file"):
+        tensor = make()
+    setattr(_storage(tensor), _FILE_MARK, True)
+    return tensor
+
+
+def is_window(storage: torch.UntypedStorage) -> bool:
+    """Return whether ``storage`` is a window on a file."""
+    return _allocating.on_file or getattr(storage, _FILE_MARK, False)
+
+
+def is_weights_copy() -> bool:
+    """Return whether what is allocated right now is to hold a copy of frozen weights."""
+    return _allocating.weights
+
+
+def on_host() -> AbstractContextManager:
+    """Enter what computes in host memory: what it allocates lies there, though it may not be marked."""
+    return _allocates("on_host")
+
+
+@contextmanager
+def _allocates(what: str) -> Iterator[None]:
+    before = getattr(_allocating, what)
+    setattr(_allocating, what, True)
+    try:
+        yield
+    finally:
+        setattr(_allocating, what, before)
 
 
 def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
@@ -70,8 +110,8 @@ def to_device(rows: Tensor, device: torch.device) -> Tensor:
 class Lane:
     """A queue of copies between host memory and one device, beside the computation: the computation waits only for what it uses."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, weights: bool = False):
+        self.device, self.carries_weights = device, weights
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send_to_host(self, tensors: list[Tensor]) -> "Copies":
@@ -80,7 +120,9 @@ class Lane:
 
     def send_to_device(self, tensors: list[Tensor]) -> "Copies":
         """Begin to copy ``tensors``, which lie in host memory, onto the device."""
-        return self._send([torch.empty_like(tensor, device=self.device, requires_grad=False) for tensor in tensors], tensors)
+        with _allocates("weights") if self.carries_weights else nullcontext():
+            targets = [torch.empty_like(tensor, device=self.device, requires_grad=False) for tensor in tensors]
+        return self._send(targets, tensors)
 
     @torch.no_grad()
     def _send(self, targets: list[Tensor], sources: list[Tensor]) -> "Copies":
@@ -127,11 +169,8 @@ class Copies:
 
 
 def _empty_on_host(tensor: Tensor, device: torch.device) -> Tensor:
-    _allocating.on_host = True
-    try:
+    with on_host():
         return mark_host(torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda", requires_grad=False))
-    finally:
-        _allocating.on_host = False
 
 
 def _storage(tensor: Tensor | torch.UntypedStorage) -> torch.UntypedStorage:

@@ -52,7 +52,7 @@ class Target:
 
     def plan(self, found: Forecast) -> MemoryPlan:
         """Return ``found`` against this card."""
-        return MemoryPlan(found.peaks(), self.capacity, self.words, CONTEXT_BYTES + SLACK_BYTES)
+        return MemoryPlan(found.peaks(), self.capacity, self.words, CONTEXT_BYTES + SLACK_BYTES + found.int8_bytes)
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
         found = fitted.found if fitted else forecast(recipe, shapes, worst_workload(recipe))
         plan = target.plan(found)
         told = partial(screen.phase, "trace what could be changed")
-        ways = [] if plan.fits else ways_out(chosen, shapes, plan, worst_workload, told)
+        ways = [] if plan.fits else ways_out(chosen, shapes, plan.peak.bytes, worst_workload, told=told)
     show(chosen, shapes, found, target, console)
     if fitted:
         console.print(Text("\n" + "\n".join(fit_words(recipe, fitted))))

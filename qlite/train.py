@@ -29,7 +29,7 @@ from qlite.training.evaluate import compare_answers, evaluate, require_answers, 
 from qlite.training.limits import Limits
 from qlite.training.meter import Meter
 from qlite.training.planning import Planner
-from qlite.training.report import Broadcast, Observer, SpillWatch, StepReport
+from qlite.training.report import Broadcast, Observer, SpillWatch, StepReport, is_due
 from qlite.training.run_folder import RunFolder, TrainState
 from qlite.training.step import Stepper
 from qlite.training.summary import print_summary, summarise
@@ -104,17 +104,15 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         observer.note(f"going on after step {state.step}")
         if changed:
             observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")
-    elif recipe.train.exact_match_rows:
-        with parts.meter.answering():
-            observer.answered(compare_answers(parts.model, parts.data, recipe.train, 0, observer))
+    else:
+        answer(recipe, parts, observer, 0)
 
     state = take_steps(recipe, parts, run, observer, state)
     if recipe.output.adapter == "best" and state.best_step:
         run.load_best(state, parts.model)
         observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
     run.write_adapter(recipe, parts.model)
-    if recipe.train.exact_match_rows:
-        observer.answered(compare_answers(parts.model, parts.data, recipe.train, state.step, observer))
+    answer(recipe, parts, observer, state.step)
     run.write_memory(parts.meter.compared())
     run.finish(summarise(run.records(), parts.meter.read(), parts.data.system, state))
 
@@ -147,8 +145,7 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where, planner.advice)
     optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
     meter.follow(stepper, optimizer)
-    machine = {"device": device.describe(where), "threads": threads}
-    return Parts(model, data, batches, steps, stepper, optimizer, meter, machine, notes)
+    return Parts(model, data, batches, steps, stepper, optimizer, meter, {"device": device.describe(where), "threads": threads}, notes)
 
 
 def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
@@ -179,7 +176,8 @@ def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer,
 def measure(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
     """Evaluate on the held-out rows and let the model answer the recipe's samples; return the state with what was found."""
     if recipe.train.samples:
-        observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
+        with parts.meter.answering():
+            observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
     if not len(parts.data.test):
         return state
     with parts.meter.evaluating():
@@ -191,9 +189,11 @@ def measure(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, st
     return state
 
 
-def is_due(every: int, step: int, steps: int) -> bool:
-    """Return whether something done every so many steps, and always after the last, is due after ``step``."""
-    return step == steps or (every > 0 and step % every == 0)
+def answer(recipe: Recipe, parts: Parts, observer: Observer, step: int) -> None:
+    """Let the model answer held-out prompts, if the recipe asks for it."""
+    if recipe.train.exact_match_rows:
+        with parts.meter.answering():
+            observer.answered(compare_answers(parts.model, parts.data, recipe.train, step, observer))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-import torch
-
+from qlite.device import is_out_of_memory
 from qlite.errors import MachineError, QliteError
 
 
@@ -21,8 +20,10 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
     except QliteError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error) or "no more to be had").splitlines()[0]
         print(
             f"out of memory: {first}\nLower train.micro_batch (and raise train.accumulation), train.tokens or memory.loss_chunk",
             file=sys.stderr,

@@ -24,6 +24,7 @@ NEIGHBOURS = {
     "formats": {"methods", "model", "quant"},
     "training": {"serving", "memory"},
     "units": {"errors"},
+    "verb": {"device"},
 }
 # Who may touch a foreign surface. Everything else goes through them.
 OWNERS = {

@@ -45,11 +45,12 @@ from qlite.model.documents import documents_told
 from qlite.model.load import fill
 from qlite.model.lowering import lower_memory
 from qlite.model.shapes import BaseShapes, base_shapes
+from qlite.offload import window
 from qlite.optim import build
 from qlite.quant.linear import Linear8bit, Storage
 from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
-from qlite.serving.decoding import largest_decoding_step
+from qlite.serving.decoding import largest_passes
 from qlite.training.forecast import (
     ANSWERS,
     ATTACH,
@@ -200,8 +201,12 @@ def trace_on(where: torch.device, recipe: Recipe, shapes: BaseShapes, work: Work
     model, ledger = recipe.base.empty(shapes.config, where), Ledger()
     with stand_ins(), Fake(allow_non_fake_inputs=True), WholeKernels(), SameDevice(), ledger:
         with ledger.phase(LOAD, terms.BASE):
-            window = ledger.untold(lambda shape, dtype: torch.empty(shape, dtype=dtype))
-            fill(model, shapes.checkpoint(model, window), where, lambda *_: None)
+            fill(
+                model,
+                shapes.checkpoint(model, lambda _, shape, dtype: window(lambda: torch.empty(shape, dtype=dtype))),
+                where,
+                lambda *_: None,
+            )
         model.requires_grad_(False).eval()
         ledger.adopt_model(model)
         with ledger.phase(ATTACH, terms.ADAPTER):
@@ -223,7 +228,8 @@ def trace_on(where: torch.device, recipe: Recipe, shapes: BaseShapes, work: Work
                     model.eval()
                     stepper.loss(work.held_out, 1)
             with ledger.phase(ANSWERS, kept=terms.CACHE):
-                largest_decoding_step(model, *(work.answers or (2, 64, 16)), where)
+                for _, answer in largest_passes(model, *(work.answers or (2, 64, 16)), where):
+                    answer()
     return largest(ledger.moments)
 
 

@@ -108,6 +108,8 @@ CARDS = {card.name: card for card in _CARDS}
 
 # Words that a driver's or a shop's name has around what tells cards apart.
 _NOISE = {"nvidia", "geforce", "rtx", "gpu", "tesla", "graphics", "card", "founders", "edition", "sxm", "sxm4", "sxm5", "hbm3"}
+USUAL_CARD = CARDS["RTX 3060"]
+"""Stands for a card that is not known: the order of what is fast is much the same on all."""
 
 
 def find_card(name: str) -> Card:

@@ -60,7 +60,6 @@ class Ledger(TorchDispatchMode):
         self._phase = _Phase("", terms.WORKSPACE, terms.SAVED)
         self._term: str | None = None
         self._where = ""
-        self._is_deaf = False
 
     @property
     def bytes(self) -> int:
@@ -97,22 +96,15 @@ class Ledger(TorchDispatchMode):
         finally:
             self._phase, self._term, self._where = before
 
-    def untold(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return ``make`` such that what it makes is never counted: a window on a file."""
-
-        def made(*args: object, **options: object) -> Tensor:
-            self._is_deaf = True
-            try:
-                return make(*args, **options)
-            finally:
-                self._is_deaf = False
-
-        return made
+    def reading(self, where: str) -> None:
+        """Say which part of a model is being loaded."""
+        self._is_at(None, where)
 
     @contextmanager
     def following(self, model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
         """Let hooks on ``model``'s ``blocks`` say where it is, until the context is left."""
         last = len(blocks) - 1
+        self.adopt_model(model)  # streamed weights that came while nobody followed
 
         def leave(module: nn.Module, *_: object) -> None:
             if module is model:  # not a view of it that has its hooks, too: the head's, as which the loss runs it
@@ -121,7 +113,7 @@ class Ledger(TorchDispatchMode):
         handles = [model.base_model.register_forward_pre_hook(lambda *_: self._is_at(terms.INSIDE, "embedding"))]
         handles.append(model.register_forward_hook(leave))
         for number, block in enumerate(blocks):
-            name = "first block" if number == 0 else "last block" if number == last else "a middle block"
+            name = name_of_block(number, len(blocks))
             handles.append(block.register_forward_pre_hook(self._entering(name)))
             handles.append(block.register_forward_hook(self._leaving(name, number == last)))
         try:
@@ -168,11 +160,13 @@ class Ledger(TorchDispatchMode):
     def _see(self, tensor: Tensor, func: object, args: tuple) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._lives:
-            self._put(storage, UNTOLD if self._is_deaf else self._term_of(func, args))
+            self._put(storage, UNTOLD if offload.is_window(storage) else self._term_of(func, args))
             self._fresh.add(storage._cdata)
             self._note_peak()
 
     def _term_of(self, func: object, args: tuple) -> str:
+        if offload.is_weights_copy():
+            return terms.BASE
         return terms.DEQUANTISED if _is_dequantised(func, args) else self._term or self._phase.default
 
     def _put(self, storage: torch.UntypedStorage, term: str) -> None:
@@ -212,9 +206,10 @@ class Ledger(TorchDispatchMode):
         """Move what the block or the embedding has left alive to what is kept for the backward pass."""
         for key in self._fresh:
             life = self._lives[key]
-            self._count(life, -life.bytes)
-            life.term = self._phase.kept if life.term != UNTOLD else UNTOLD
-            self._count(life, life.bytes)
+            if life.term not in (UNTOLD, terms.BASE):  # a streamed block's weights come while the block before it computes
+                self._count(life, -life.bytes)
+                life.term = self._phase.kept
+                self._count(life, life.bytes)
         self._fresh.clear()
 
 
@@ -231,6 +226,11 @@ class _Phase:
     name: str
     default: str
     kept: str
+
+
+def name_of_block(number: int, count: int) -> str:
+    """Return block ``number`` of ``count`` in words, the same for all blocks that are neither first nor last."""
+    return "first block" if number == 0 else "last block" if number == count - 1 else "a middle block"
 
 
 def _in_backward() -> bool:

@@ -25,7 +25,7 @@ class MemoryPlan:
     device: str
     """The device in words."""
     outside: int = 0
-    """Bytes that the device must have beside the tensors: on a card CUDA's own and the allocator's, on a CPU the process without them."""
+    """Bytes that the device must have beside the tensors: on a card CUDA's own and the allocator's, on a CPU none."""
 
     @property
     def phase(self) -> str:

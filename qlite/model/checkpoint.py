@@ -23,6 +23,7 @@ from transformers import (
 
 from qlite.errors import ModelError
 from qlite.model.source import ModelFiles
+from qlite.offload import window
 
 if TYPE_CHECKING:
     from qlite.model.gguf import GgufCheckpoint
@@ -110,7 +111,7 @@ class SafetensorsCheckpoint:
         shard, _, _ = self._entries[name]
         # One handle per tensor: opening takes 0.1 ms, and a handle that lives on would keep every page read so far.
         with safe_open(shard, "pt") as handle:
-            return handle.get_tensor(name)
+            return window(lambda: handle.get_tensor(name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the folder's tokenizer. Raises ModelError if there is none, or only one that needs its own Python code."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.errors import ModelError
-from qlite.offload import keep_on_host, to_device
+from qlite.offload import keep_on_host, on_host, to_device
 
 
 def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:
@@ -45,4 +45,6 @@ class _OnHost:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Map ids [...], anywhere, to rows [..., D] on the device."""
-        return to_device(self.look_up(ids.cpu()), self.device)
+        with on_host():
+            rows = self.look_up(ids.cpu())
+        return to_device(rows, self.device)

@@ -25,8 +25,13 @@ class BaseShapes:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     """The dtype of each tensor of its files; empty where these are not at hand, and bfloat16 is assumed."""
 
-    def checkpoint(self, model: PreTrainedModel, make: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> "ShapesOnly":
-        """Return what can be read like ``model``'s files, each tensor made by ``make(shape, dtype)`` when it is asked for."""
+    @property
+    def is_tied(self) -> bool:
+        """Whether embedding and head are one tensor."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def checkpoint(self, model: PreTrainedModel, make: Callable[[str, tuple[int, ...], torch.dtype], Tensor]) -> "ShapesOnly":
+        """Return what can be read like ``model``'s files, each tensor made by ``make(name, shape, dtype)`` when it is asked for."""
         shapes = {name: shape for name, shape in dense_shapes(model).items() if name not in model.all_tied_weights_keys}
         return ShapesOnly(shapes, {name: self.dtypes.get(name, torch.bfloat16) for name in shapes}, make)
 
@@ -37,7 +42,7 @@ class ShapesOnly:
 
     _shapes: dict[str, tuple[int, ...]]
     _dtypes: dict[str, torch.dtype]
-    _make: Callable[[tuple[int, ...], torch.dtype], Tensor]
+    _make: Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -50,7 +55,7 @@ class ShapesOnly:
         return sum(torch.Size(shape).numel() * self._dtypes[name].itemsize for name, shape in self._shapes.items())
 
     def read(self, name: str) -> Tensor:
-        return self._make(self._shapes[name], self._dtypes[name])
+        return self._make(name, self._shapes[name], self._dtypes[name])
 
 
 def base_shapes(base: Base, progress: Progress) -> BaseShapes:

@@ -34,7 +34,7 @@ class Stream:
     def __init__(self, blocks: list[nn.Module], device: torch.device):
         for block in blocks:
             keep_on_host(block, device)
-        lane = Lane(device)
+        lane = Lane(device, weights=True)
         self._weights = [_Weights(block, lane) for block in blocks]
 
     def __len__(self) -> int:

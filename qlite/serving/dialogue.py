@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from qlite.data.encode import Encoder
 from qlite.data.formats import Messages
+from qlite.device import is_out_of_memory
 from qlite.errors import DataError, MachineError
 from qlite.methods.base import adapters_off
 from qlite.serving.answer import Sampling, TextStream, generate_ids
@@ -139,8 +140,10 @@ class Dialogue:
         except KeyboardInterrupt:
             stream.end()
             return True
-        except torch.OutOfMemoryError as error:
-            first = str(error).splitlines()[0]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            first = (str(error) or "no more to be had").splitlines()[0]
             raise MachineError(f"out of memory with {len(ids)} tokens of context: {first}\nMake the conversation shorter") from error
         return False
 

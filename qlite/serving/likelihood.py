@@ -1,12 +1,14 @@
 """How likely a model finds given continuations of given prompts, and multiple choice decided by it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlite import device
+from qlite.errors import OutOfMemory
 from qlite.model.head import hidden_states, logits_head
 
 # Tokens that go through the model together: an 8B model's widest activation, [tokens, 14336] in 16 bit, takes 112 MiB then.
@@ -47,17 +49,34 @@ def log_likelihoods(
 
     Logits are made for the predicting positions alone, ``chunk`` of them at a time, and their softmax is taken in float32. What is read
     alike (one-token choices of one question) is read once. ``told`` hears how many continuations are done. How the rows are
-    split into batches changes nothing but the rounding of the model's own dtype.
+    split into batches changes nothing but the rounding of the model's own dtype; where memory runs out, half as many are read together.
+
+    Raises:
+        OutOfMemory: a single text does not fit.
     """
     model.eval()
     head = logits_head(model)
     sums = [0.0] * len(continuations)
     done = 0
-    for texts, owners in _batches(continuations):
-        hidden = hidden_states(model, _padded(texts, pad_id).to(model.device))
-        asked = [(row, index) for row, indices in enumerate(owners) for index in indices]
-        for index, value in zip(*_each_token(head, hidden, asked, continuations, chunk), strict=True):
+    owners: dict[tuple[int, ...], list[int]] = {}
+    for index, continuation in enumerate(continuations):
+        owners.setdefault(continuation.read, []).append(index)
+    # The longest first, so that a lack of memory shows at once.
+    waiting, at_once = sorted(owners, key=len, reverse=True), TOKENS_AT_ONCE
+    while waiting:
+        texts = waiting[: max(1, at_once // len(waiting[0]))]
+        asked = [(row, index) for row, text in enumerate(texts) for index in owners[text]]
+        found = None
+        with device.Attempt():
+            hidden = hidden_states(model, _padded(texts, pad_id).to(model.device))
+            found = _each_token(head, hidden, asked, continuations, chunk)
+        if found is None:
+            device.free_cached(model.device)
+            at_once = _half(len(texts), len(texts[0]))
+            continue
+        for index, value in zip(*found, strict=True):
             sums[index] += value
+        waiting = waiting[len(texts) :]
         done += len(asked)
         told(done)
     return sums
@@ -75,16 +94,11 @@ def accuracy(likelihoods: list[list[float]], choices: list[tuple[str, ...]], rig
     return Accuracy(_share_equal(by_sum, right), _share_equal(by_character, right))
 
 
-def _batches(continuations: list[Continuation]) -> Iterator[tuple[list[tuple[int, ...]], list[list[int]]]]:
-    """Yield texts to read, longest first so that a lack of memory shows at once, and for each the indices of its continuations."""
-    owners: dict[tuple[int, ...], list[int]] = {}
-    for index, continuation in enumerate(continuations):
-        owners.setdefault(continuation.read, []).append(index)
-    texts = sorted(owners, key=len, reverse=True)
-    while texts:
-        rows = max(1, TOKENS_AT_ONCE // len(texts[0]))
-        batch, texts = texts[:rows], texts[rows:]
-        yield batch, [owners[text] for text in batch]
+def _half(rows: int, width: int) -> int:
+    """Return half the tokens that ``rows`` texts of ``width`` tokens took. Raises OutOfMemory if it was only one text."""
+    if rows == 1:
+        raise OutOfMemory(f"out of memory in reading a single text of {width} tokens; shorten it, or free memory", 1, width)
+    return rows * width // 2
 
 
 def _padded(texts: list[tuple[int, ...]], pad_id: int) -> Tensor:

@@ -4,7 +4,7 @@ from functools import partial
 
 from qlite import device
 from qlite.errors import RecipeError
-from qlite.memory.cards import CARDS, Card, find_card
+from qlite.memory.cards import USUAL_CARD, Card, find_card
 from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, MemoryPlan
 from qlite.model.shapes import base_shapes
 from qlite.recipe.schema import Recipe
@@ -46,11 +46,11 @@ def fit_words(recipe: Recipe, found: Fitted) -> list[str]:
 
 
 def _plan(capacity: int, outside: int, found: Forecast) -> MemoryPlan:
-    return MemoryPlan(found.peaks(), capacity, "the budget", outside)
+    return MemoryPlan(found.peaks(), capacity, "the budget", outside + found.int8_bytes if outside else 0)
 
 
 def _card(described: str) -> Card:
     try:
         return find_card(described.partition(" (")[0])
-    except RecipeError:  # a CPU, or a card that is not in the table: the order of what is fast is much the same
-        return CARDS["RTX 3060"]
+    except RecipeError:  # a CPU, or a card that is not in the table
+        return USUAL_CARD

@@ -69,10 +69,14 @@ def compare_answers(model: PreTrainedModel, data: DataSet, train: Train, step: i
 
 def sample(model: PreTrainedModel, data: DataSet, train: Train, step: int, observer: Observer) -> SampleReport:
     """Return what the model answers, greedily, to the recipe's own prompts."""
-    system = [{"role": "system", "content": data.system}] if data.system else []
-    prompts = [data.encoder.encode_prompt([*system, {"role": "user", "content": text}], "train.samples") for text in train.samples]
-    answers = _answers(model, data, prompts, train, "answer samples", observer)
+    answers = _answers(model, data, sample_prompts(data, train), train, "answer samples", observer)
     return SampleReport(step, list(zip(train.samples, answers, strict=True)))
+
+
+def sample_prompts(data: DataSet, train: Train) -> list[list[int]]:
+    """Return the recipe's own prompts as token ids."""
+    system = [{"role": "system", "content": data.system}] if data.system else []
+    return [data.encoder.encode_prompt([*system, {"role": "user", "content": text}], "train.samples") for text in train.samples]
 
 
 def _answers(model: PreTrainedModel, data: DataSet, prompts: list[list[int]], train: Train, phase: str, observer: Observer) -> list[str]:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from qlite.errors import MachineError, QliteError
-from qlite.memory.cards import CARDS, Card
+from qlite.memory.cards import USUAL_CARD, Card
 from qlite.memory.plan import MemoryPlan
 from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
 from qlite.training.forecast import STEP, Forecast, forecast, worst_workload
-from qlite.training.ways_out import Keys
+from qlite.training.ways_out import Keys, coarser_vocabulary
 from qlite.units import format_bytes, format_seconds
 
 BUS_BYTES_PER_SECOND = 10e9
@@ -45,7 +45,10 @@ class Fitted:
 
 
 def levels(recipe: Recipe, is_tied: bool) -> Iterator[Keys]:
-    """Yield keys that need less and less memory, each with those before; what ``recipe`` has lowered itself stays so."""
+    """Yield keys that need less and less memory, each with those before.
+
+    What ``recipe`` has lowered itself stays so; checkpointing is the budget's to choose.
+    """
     memory = recipe.memory
     keys: Keys = {"memory.checkpointing": "none"}
     if memory.saved_inputs == "device" and memory.base == "device":
@@ -57,8 +60,8 @@ def levels(recipe: Recipe, is_tied: bool) -> Iterator[Keys]:
     steps += [{"memory.saved_inputs": "host"}] if memory.saved_inputs == "device" else []
     steps += [{"memory.mlp_chunk": 512}] if not memory.mlp_chunk and recipe.train.tokens > 512 else []
     for bits in (8, 4):
-        lower = {name: bits for name in ("base.embedding_bits", "base.head_bits") if recipe.get(name) > bits}
-        steps += [lower] if lower else []
+        coarser = coarser_vocabulary(recipe, bits)
+        steps += [coarser] if coarser else []
     steps += [{"memory.base": "host"}] if memory.base == "device" else []
     for step in steps:
         keys = keys | step
@@ -77,15 +80,16 @@ def fit(
     Raises:
         MachineError: none does; the message says what the smallest needs.
     """
-    card = card or CARDS["RTX 3060"]
-    tried = list(levels(recipe, bool(getattr(shapes.config, "tie_word_embeddings", False))))
-    best, reasons, slower, least = None, [], [], None
+    card = card or USUAL_CARD
+    tried = list(levels(recipe, shapes.is_tied))
+    best, reasons, slower, least, problem = None, [], [], None, None
     for number, keys in enumerate(tried):
         told(number, len(tried))
         changed = recipe.having(keys)
         try:
             found, smallest = _largest_that_fits(changed, shapes, plan_of, card)
-        except QliteError:  # a key that this family cannot have
+        except QliteError as error:  # a key that this family cannot have; or, with every level alike, the recipe's own mistake
+            problem = error
             continue
         least = smallest if least is None else min(least, smallest)
         if found is None:
@@ -97,10 +101,12 @@ def fit(
             break  # what comes after is slower than both
         best = found
     told(len(tried), len(tried))
+    if least is None:
+        raise problem
     if best is None:
         raise MachineError(
             f"memory.budget: nothing fits; the least that this recipe needs is {format_bytes(least)}, with everything lowered. "
-            "Lower train.tokens or method.rank, or take a smaller base.model"
+            "Lower train.tokens, method.rank or train.exact_match_rows, or take a smaller base.model"
         )
     return replace(best, card=card.name, reasons=tuple(reasons), slower=tuple(slower))
 
@@ -119,7 +125,7 @@ def _largest_that_fits(
             plan = plan_of(exact)
             if plan.fits:
                 changed = _with_rows(recipe, count, rows)
-                return Fitted(changed, exact, plan, _step_seconds(exact, changed, card)), first.needed
+                return Fitted(changed, exact, plan, _step_seconds(exact, changed, shapes, card)), first.needed
     return None, first.needed
 
 
@@ -132,11 +138,14 @@ def _with_rows(recipe: Recipe, count: int, rows: int) -> Recipe:
     return recipe.having({"train.micro_batch": count, "train.accumulation": max(1, rows // count)})
 
 
-def _step_seconds(found: Forecast, recipe: Recipe, card: Card) -> float:
+def _step_seconds(found: Forecast, recipe: Recipe, shapes: BaseShapes, card: Card) -> float:
     """Return the estimated time of an optimizer step: of its micro-batches, computed or carried, whichever takes longer."""
     # Twice: weights for either pass (the recomputation is a part of the backward pass), inputs away and back.
-    carried = 2 * found.peaks()[STEP].host
-    return recipe.train.accumulation * max(found.work.seconds(card), carried / BUS_BYTES_PER_SECOND)
+    carried = 2 * max(peak.host for (phase, _), peak in found.moments.items() if phase == STEP)
+    if recipe.memory.embedding == "host":  # of which only a few rows are carried
+        config = shapes.config.get_text_config()
+        carried -= 2 * config.vocab_size * config.hidden_size * recipe.base.embedding_bits // 8
+    return recipe.train.accumulation * max(found.work.seconds(card), max(0, carried) / BUS_BYTES_PER_SECOND)
 
 
 def _differing(recipe: Recipe, other: Recipe) -> Keys:

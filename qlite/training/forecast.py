@@ -21,7 +21,7 @@ from qlite.data.batches import Batch
 from qlite.data.encode import Encoded
 from qlite.memory import terms
 from qlite.memory.kernels import WholeKernels
-from qlite.memory.ledger import Ledger, Moment, Peak
+from qlite.memory.ledger import Ledger, Moment, Peak, name_of_block
 from qlite.memory.work import Work
 from qlite.methods.base import trainable_tensors
 from qlite.model.blocks import decoder_blocks
@@ -29,11 +29,12 @@ from qlite.model.documents import documents_told
 from qlite.model.load import fill
 from qlite.model.lowering import lower_memory
 from qlite.model.shapes import BaseShapes
+from qlite.offload import window
 from qlite.optim.build import FlatOptimizer
-from qlite.quant.linear import Storage
+from qlite.quant.linear import Linear8bit, Storage
 from qlite.recipe.schema import Recipe
 from qlite.serving.answer import TOKENS_AT_ONCE
-from qlite.serving.decoding import largest_decoding_step
+from qlite.serving.decoding import largest_passes
 from qlite.training.step import Stepper
 
 LOAD, ATTACH, STEP, OPTIMIZER_STEP, EVALUATION, ANSWERS = "load", "attach", "training", "optimizer", "evaluation", "answers"
@@ -57,6 +58,8 @@ class Forecast:
 
     moments: dict[Moment, Peak]
     work: Work
+    int8_bytes: int = 0
+    """What a card's products on int8 codes hold beyond what was traced: on a CPU, the weight is dequantised instead."""
 
     def peaks(self) -> dict[str, Peak]:
         """Return the largest peak of each phase."""
@@ -66,7 +69,8 @@ class Forecast:
 def largest(moments: dict[Moment, Peak]) -> dict[str, Peak]:
     """Return the largest peak of each phase of ``moments``, in the order of ``PHASES``."""
     found: dict[str, Peak] = {}
-    for (phase, _), peak in moments.items():
+    for (stretch, _), peak in moments.items():
+        phase = stretch.partition(",")[0]
         if phase in PHASES and (phase not in found or peak.bytes > found[phase].bytes):
             found[phase] = peak
     return {phase: found[phase] for phase in PHASES if phase in found}
@@ -105,24 +109,31 @@ def forecast(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
     recipe.method.attach(model)
     lengths = _short_lengths(list(decoder_blocks(model).values()), shapes.config)
     if lengths is None:
-        return trace(recipe, shapes, work)
+        return replace(trace(recipe, shapes, work), int8_bytes=_int8_bytes(model, work.train.size))
     short, long, whole = lengths
     a, b = (trace(recipe, replace(shapes, config=_cut(shapes.config, count)), work) for count in (short, long))
     factor = (whole - short) / (long - short)
     moments = {moment: _drawn_on(a.moments[moment], b.moments[moment], factor) for moment in b.moments if moment in a.moments}
-    return Forecast(_with_whole_optimizer(recipe, model, moments), a.work.drawn_on(b.work, factor))
+    counted = a.work.drawn_on(b.work, factor)
+    return Forecast(_with_whole_optimizer(recipe, model, moments), counted, _int8_bytes(model, work.train.size))
 
 
+@torch.enable_grad()
 def trace(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
     """Return what ``forecast`` returns, from a trace of every block."""
     # Flash and flex attention keep what torch's own flash attention keeps, and need a card to run.
     attention = "auto" if recipe.base.attention in ("flash", "flex") else recipe.base.attention
     base, where = replace(recipe.base, attention=attention), torch.device("cpu")
     model = base.empty(shapes.config, where)
-    ledger, counter = Ledger(), Work()
+    ledger, counter, blocks = Ledger(), Work(), decoder_blocks(model)
+
+    def read(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        ledger.reading(_part_of_model(name, list(blocks)))
+        return window(lambda: torch.empty(shape, dtype=dtype))
+
     with FakeTensorMode(allow_non_fake_inputs=True), WholeKernels(), ledger:
         with ledger.phase(LOAD, terms.BASE):
-            fill(model, shapes.checkpoint(model, ledger.untold(_tensor)), where, lambda *_: None, recipe.memory)
+            fill(model, shapes.checkpoint(model, read), where, lambda *_: None, recipe.memory)
         model.requires_grad_(False).eval()
         ledger.adopt_model(model)
         with ledger.phase(ATTACH, terms.ADAPTER):
@@ -132,7 +143,7 @@ def trace(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
         optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, lambda _: None)
         adopt_all(ledger, model, optimizer)
         stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where)
-        with ledger.following(model, list(decoder_blocks(model).values())):
+        with ledger.following(model, list(blocks.values())):
             with ledger.phase(STEP), counter, documents_told(work.train.position_ids is not None):
                 stepper.accumulate([work.train])
             with ledger.phase(OPTIMIZER_STEP, terms.OPTIMIZER):
@@ -143,8 +154,10 @@ def trace(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
                     model.eval()
                     stepper.loss(work.held_out, 1)
             if work.answers is not None:
-                with ledger.phase(ANSWERS, terms.CACHE, terms.CACHE):
-                    largest_decoding_step(model, *work.answers, where)
+                # Each pass apart: only then is either a straight line in the number of blocks.
+                for name, answer in largest_passes(model, *work.answers, where):
+                    with ledger.phase(f"{ANSWERS}, {name}", terms.CACHE, terms.CACHE):
+                        answer()
     return Forecast(dict(ledger.moments), counter)
 
 
@@ -173,8 +186,11 @@ def _with_whole_optimizer(recipe: Recipe, model: nn.Module, moments: dict[Moment
         optimizer.clip(recipe.train.clip_norm)
         optimizer.step()
     stepping = ledger.moments[OPTIMIZER_STEP, ""].terms
-    own = {OPTIMIZER_STEP: stepping, STEP: lasting, EVALUATION: lasting, ANSWERS: lasting}
-    return {moment: replace(peak, terms=peak.terms | own.get(moment[0], {})) for moment, peak in moments.items()}
+    own = {OPTIMIZER_STEP: stepping, **dict.fromkeys((STEP, EVALUATION, ANSWERS), lasting)}
+    return {
+        (stretch, where): replace(peak, terms=peak.terms | own.get(stretch.partition(",")[0], {}))
+        for (stretch, where), peak in moments.items()
+    }
 
 
 def _drawn_on(short: Peak, long: Peak, factor: float) -> Peak:
@@ -224,8 +240,19 @@ def one_row(tokens: int) -> Encoded:
     return Encoded([0] * tokens, [True] * tokens)
 
 
-def _tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+def _part_of_model(name: str, blocks: list[str]) -> str:
+    """Return the block that the tensor ``name`` belongs to, in words, or its own name."""
+    number = next((number for number, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+    return name if number is None else name_of_block(number, len(blocks))
+
+
+def _int8_bytes(model: nn.Module, tokens: int) -> int:
+    """Return the most that a product of ``tokens`` rows by int8 codes holds beyond one by the dequantised weight.
+
+    x in float16, its codes and the int32 product (bitsandbytes 0.50, int8_mixed_scaled_mm) instead of the weight in the compute dtype.
+    """
+    linears = [module for module in model.modules() if isinstance(module, Linear8bit) and module.storage.int8_product]
+    return max([tokens * (3 * a.in_features + 4 * a.out_features) - 2 * a.in_features * a.out_features for a in linears], default=0)
 
 
 def _fill_code_tables() -> None:

@@ -1,6 +1,7 @@
 """A run's own plan: made from its rows before a weight is read, held against its device, and afterwards against what was measured."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,8 @@ from qlite.memory.ledger import Moment, Peak
 from qlite.memory.plan import SLACK_BYTES, MemoryPlan
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.schema import Recipe
-from qlite.training.forecast import STEP, Workload, answers_work, forecast, largest, one_row
+from qlite.training.evaluate import sample_prompts
+from qlite.training.forecast import EVALUATION, PHASES, STEP, Workload, answers_work, forecast, largest, one_row
 from qlite.training.step import general_advice
 from qlite.training.ways_out import ways_out
 from qlite.units import format_bytes
@@ -56,28 +58,32 @@ class Planner:
         self.told("plan the memory", 0, 1)
         # The context of a card is there by now, and its bytes are not free; on a CPU the process as it is now is what the tensors add to.
         free, outside = device.free_memory(self.where), SLACK_BYTES if self.where.type == "cuda" else 0
-        peaks = forecast(self.recipe, self.shapes, work).peaks()
+        found = forecast(self.recipe, self.shapes, work)
         self.told("plan the memory", 1, 1)
-        return MemoryPlan(peaks, free, f"{device.describe(self.where)} as it is now", outside)
+        outside += found.int8_bytes if self.where.type == "cuda" else 0
+        return MemoryPlan(found.peaks(), free, f"{device.describe(self.where)} as it is now", outside)
 
     def require(self, plan: MemoryPlan, work: Workload) -> None:
         """Raise MachineError, with ways out and their peaks, if ``plan`` of ``work`` does not fit."""
         if not plan.fits:
-            plan.require_fits([*self._lines(plan, work), 'Or begin all the same, with memory.plan = "tell"'])
+            plan.require_fits([*self._lines(plan.peak.bytes, work, PHASES), 'Or begin all the same, with memory.plan = "tell"'])
 
-    def advice(self, rows: int, tokens: int) -> list[str]:
-        """Return ways out of having no room for ``rows`` lines of ``tokens`` tokens, a line each, with the peak that each would leave."""
-        work = Workload(Batch.of([one_row(tokens)] * rows, 0))
-        try:
-            plan = self.plan(work)
-        except (QliteError, MemoryError):  # with the memory as full as it is
-            return general_advice(rows, tokens)
-        planned = f"by plan such a step takes {format_bytes(plan.phases[STEP].bytes)} of tensors. Ways out, and what each would take:"
-        return [planned, *self._lines(plan, work)]
+    def advice(self, rows: int, tokens: int, is_training: bool = True) -> list[str]:
+        """Return ways out of having no room for ``rows`` lines of ``tokens`` tokens, a line each, with the peak that each would leave.
 
-    def _lines(self, plan: MemoryPlan, work: Workload) -> list[str]:
-        rows, tokens = work.train.input_ids.shape
-        found = ways_out(self.recipe, self.shapes, plan, lambda changed: _smaller(changed, self.recipe, rows, tokens), self._tracing)
+        In training or, if not, in a pass without gradients.
+        """
+        batch, phase = Batch.of([one_row(tokens)] * rows, 0), STEP if is_training else EVALUATION
+        work, lines = Workload(batch, None if is_training else batch), general_advice(rows, tokens)
+        # With the memory as full as it is, a plan may find no room itself.
+        with device.Attempt(), suppress(QliteError):
+            peak = self.plan(work).phases[phase].bytes
+            planned = f"by plan such a pass takes {format_bytes(peak)} of tensors. Ways out, and what each would take:"
+            lines = [planned, *self._lines(peak, work, (phase,))]
+        return lines
+
+    def _lines(self, before: int, work: Workload, phases: tuple[str, ...]) -> list[str]:
+        found = ways_out(self.recipe, self.shapes, before, lambda changed: _smaller(changed, self.recipe, work), phases, self._tracing)
         return [f"  {way}" for way in sorted(found, key=lambda way: way.peak)]
 
     def _tracing(self, done: int, total: int) -> None:
@@ -85,12 +91,19 @@ class Planner:
 
 
 def work_of(recipe: Recipe, data: DataSet, batches: TokenBatches) -> Workload:
-    """Return the largest pieces of work of a run over ``data``: its largest micro-batch comes first."""
+    """Return the largest pieces of work of a run over ``data``."""
     rows = sorted((data.test[index] for index in range(len(data.test))), key=len, reverse=True)[: recipe.train.micro_batch]
     held_out = Batch.of(rows, data.encoder.pad_id) if rows else None
     asked = range(min(recipe.train.exact_match_rows, len(data.test)))
-    prompts = max([data.test[index].answer_start for index in asked], default=64)
-    return Workload(batches.step(1)[0], held_out, answers_work(recipe, prompts))
+    prompts = [*(data.test[index].answer_start for index in asked), *map(len, sample_prompts(data, recipe.train))]
+    return Workload(_largest_batch(batches), held_out, answers_work(recipe, max(prompts, default=1)))
+
+
+def _largest_batch(batches: TokenBatches) -> Batch:
+    """Return the first micro-batch, the largest of its epoch, or what another epoch may have: as many rows, as long as the longest."""
+    first, rows = batches.step(1)[0], min(batches.micro_batch, len(batches.lengths))
+    longest = int(batches.lengths.max())
+    return first if batches.pack_tokens or first.size >= rows * longest else Batch.of([one_row(longest)] * rows, 0)
 
 
 def compared(plan: MemoryPlan | None, moments: dict[Moment, Peak], process: int) -> dict:
@@ -107,7 +120,15 @@ def planned_and_measured(record: dict) -> Iterable[tuple[str, int, int]]:
             yield phase, planned[phase]["bytes"], peak["bytes"]
 
 
-def _smaller(changed: Recipe, recipe: Recipe, rows: int, tokens: int) -> Workload:
-    """Return the work of ``rows`` lines of ``tokens`` tokens as ``changed`` would cut it."""
-    fewer = max(1, rows * changed.train.micro_batch // recipe.train.micro_batch)
-    return Workload(Batch.of([one_row(max(2, tokens * changed.train.tokens // recipe.train.tokens))] * fewer, 0))
+def _smaller(changed: Recipe, recipe: Recipe, work: Workload) -> Workload:
+    """Return ``work`` as ``changed`` would cut it."""
+
+    def shorter(tokens: int) -> int:
+        return max(2, tokens * changed.train.tokens // recipe.train.tokens)
+
+    def cut(batch: Batch) -> Batch:
+        rows, tokens = batch.input_ids.shape
+        return Batch.of([one_row(shorter(tokens))] * max(1, rows * changed.train.micro_batch // recipe.train.micro_batch), 0)
+
+    held_out, answers = work.held_out and cut(work.held_out), work.answers and answers_work(changed, shorter(work.answers[1]))
+    return Workload(cut(work.train), held_out, answers)

@@ -159,3 +159,8 @@ class SpillWatch(Observer):
 def spill_words(size: int) -> str:
     """Return what ``size`` spilled bytes mean and what to do about it."""
     return f"spilled {format_bytes(size)} to host memory: slow; lower train.micro_batch"
+
+
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Return whether something done every so many steps, and always after the last, is due after ``step``."""
+    return step == steps or (every > 0 and step % every == 0)

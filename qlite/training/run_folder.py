@@ -103,8 +103,8 @@ class RunFolder:
             if others or self.path.is_file():
                 raise RunError(f'output.dir = "{self.path}": exists and holds something else ({", ".join(others[:3])}); choose another')
             return
-        # Where and how often it is written is no part of what a run computes.
-        differences = [text for text in recipe_differences(self.recipe(), recipe) if not text.startswith("output.")]
+        # Where and how often it is written, and whether it has to fit by plan, is no part of what a run computes.
+        differences = [text for text in recipe_differences(self.recipe(), recipe) if not text.startswith(("output.", "memory.plan:"))]
         if differences:
             raise RunError(
                 f'"{self.path}" holds a run of another recipe ({"; ".join(differences)}). '

@@ -18,11 +18,11 @@ from qlite.optim.build import FlatOptimizer
 from qlite.training.limits import Limits
 from qlite.training.loss import chunked_cross_entropy
 
-Advice = Callable[[int, int], list[str]]
-"""Says, a line each, what would let so many rows of so many tokens fit."""
+Advice = Callable[[int, int, bool], list[str]]
+"""Says, a line each, what would let so many rows of so many tokens fit: in training or, if not, in a pass without gradients."""
 
 
-def general_advice(rows: int, tokens: int) -> list[str]:
+def general_advice(rows: int, tokens: int, is_training: bool = True) -> list[str]:
     """Return the ways out that there are on every machine."""
     return [
         f'Lower train.tokens below {tokens}, method.rank or base.bits, set memory.checkpointing = "block", '
@@ -163,16 +163,14 @@ class Stepper:
         rows, tokens = batch.input_ids.shape
         if not limits.lower(batch):
             least = f"it cannot be cut, and its loss is already computed on {min(limits.loss_chunk, len(batch.targets))} tokens at a time"
-            raise self._give_up(f"out of memory in the {doing} of a single document of {tokens} tokens: {least}", rows, tokens)
+            message = f"out of memory in the {doing} of a single document of {tokens} tokens: {least}"
+            raise OutOfMemory("\n".join([message, *self.advice(rows, tokens, limits is self.limits)]), rows, tokens)
         return f"out of memory in the {doing} of a micro-batch of {rows} x {tokens} tokens"
 
     def _report(self, accidents: list[str], done: str, limits: Limits) -> None:
         if accidents:
             more = f", and {len(accidents) - 1} more after it" if len(accidents) > 1 else ""
             self.tell(f"{accidents[0]}{more}: {done}, from now on with {limits}")
-
-    def _give_up(self, message: str, rows: int, tokens: int) -> OutOfMemory:
-        return OutOfMemory("\n".join([message, *self.advice(rows, tokens)]), rows, tokens)
 
     def loss(self, batch: Batch, tokens: int) -> Tensor:
         """Return the loss of ``batch`` summed over its trained tokens, divided by ``tokens``."""

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qlite.errors import QliteError
-from qlite.memory.plan import MemoryPlan
 from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
-from qlite.training.forecast import STEP, Workload, forecast
+from qlite.training.forecast import PHASES, Workload, forecast
 from qlite.units import format_bytes
 
 Keys = dict[str, object]
@@ -23,7 +22,7 @@ class WayOut:
     price: str
     """What it costs, in words."""
     peak: int = 0
-    """The largest sum of tensor bytes of a training step with it."""
+    """The largest sum of tensor bytes with it."""
 
     def __str__(self) -> str:
         """Return "memory.loss_chunk = 128: 6.21 GiB of tensors (the head runs on fewer tokens at a time)"."""
@@ -41,7 +40,7 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         yield WayOut({"memory.checkpointing": "block"}, "each block is computed twice")
     if memory.loss_chunk > 64:
         yield WayOut({"memory.loss_chunk": 64}, "the head runs on fewer tokens at a time")
-    if not recipe.optimizer.name.startswith("paged") and "8bit" not in recipe.optimizer.name:
+    if "8bit" not in recipe.optimizer.name:
         yield WayOut({"optimizer.name": "paged_adamw8bit"}, "the optimizer's state in 8 bit")
     if memory.embedding == "device" and not is_tied:
         yield WayOut({"memory.embedding": "host"}, "the rows looked up cross the bus")
@@ -52,38 +51,45 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         yield WayOut({**blocks, "memory.mlp_chunk": 512}, "the MLPs are computed once more, in parts")
     if base.bits > 4:
         yield WayOut({"base.bits": 4}, "a coarser base")
-    if max(base.embedding_bits, base.head_bits) > 8:
-        yield WayOut({"base.embedding_bits": 8, "base.head_bits": 8}, "embedding and head in 8 bit: see README for the loss")
-    if max(base.embedding_bits, base.head_bits) > 4:
-        yield WayOut({"base.embedding_bits": 4, "base.head_bits": 4}, "embedding and head in 4 bit: see README for the loss")
+    for bits in (8, 4):
+        if coarser := coarser_vocabulary(recipe, bits):
+            yield WayOut(coarser, f"embedding and head in {bits} bit: see README for the loss")
     if train.tokens >= 256:
         yield WayOut({"train.tokens": train.tokens // 2}, "longer rows are left out or cut")
+    if train.exact_match_rows:
+        yield WayOut({"train.exact_match_rows": 0}, "no held-out prompts are answered")
     if memory.base == "device":
         yield WayOut({**blocks, "memory.base": "host"}, "every weight crosses the bus twice a micro-batch")
+
+
+def coarser_vocabulary(recipe: Recipe, bits: int) -> Keys:
+    """Return the keys that bring embedding and head down to ``bits``, those that are not there yet."""
+    return {name: bits for name in ("base.embedding_bits", "base.head_bits") if recipe.get(name) > bits}
 
 
 def ways_out(
     recipe: Recipe,
     shapes: BaseShapes,
-    plan: MemoryPlan,
+    before: int,
     work_of: Callable[[Recipe], Workload],
+    phases: tuple[str, ...] = PHASES,
     told: Callable[[int, int], None] = lambda *_: None,
 ) -> list[WayOut]:
-    """Return the changes of ``recipe`` after which a training step takes less than ``plan`` says, each traced, the cheapest first.
+    """Return the changes of ``recipe`` after which none of ``phases`` takes ``before`` bytes of tensors, each traced, the cheapest first.
 
     ``work_of(recipe)`` is the work whose peak is asked for; ``told`` hears how many are traced, of how many.
     """
     found = []
-    candidates = list(changes(recipe, bool(getattr(shapes.config, "tie_word_embeddings", False))))
-    before = plan.phases[STEP].bytes
+    candidates = list(changes(recipe, shapes.is_tied))
     for number, change in enumerate(candidates):
         told(number, len(candidates))
         changed = recipe.having(change.keys)
         try:
-            step = forecast(changed, shapes, Workload(work_of(changed).train)).peaks()[STEP]
+            peaks = forecast(changed, shapes, work_of(changed)).peaks()
         except QliteError:  # a key that this family cannot have
             continue
-        if step.bytes < before:
-            found.append(WayOut(change.keys, change.price, step.bytes))
+        peak = max(peaks[phase].bytes for phase in phases if phase in peaks)
+        if peak < before:
+            found.append(WayOut(change.keys, change.price, peak))
     told(len(candidates), len(candidates))
     return found

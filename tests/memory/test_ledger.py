@@ -1,6 +1,8 @@
 """The ledger counts what is alive, once, under one term, and remembers the most of it."""
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from qlite import offload
@@ -67,9 +69,18 @@ def test_adopting_moves_a_tensor_and_counts_it_once():
 def test_a_window_on_a_file_is_not_counted_and_what_is_made_of_it_is():
     ledger = Ledger()
     with ledger:
-        window = ledger.untold(kib)(8)
+        window = offload.window(lambda: kib(8))
         copy = window.clone()
     assert ledger.bytes == copy.nbytes == 8 * KIB
+
+
+def test_what_a_checkpoint_reads_is_not_counted_however_it_is_looked_at(tmp_path):
+    save_file({"weight": torch.ones(2 * KIB)}, tmp_path / "file.safetensors")
+    ledger = Ledger()
+    with ledger, safe_open(tmp_path / "file.safetensors", "pt") as file:
+        window = offload.window(lambda: file.get_tensor("weight"))
+        copy = window[:KIB].clone()
+    assert ledger.bytes == copy.nbytes
 
 
 def test_host_memory_is_counted_apart():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from qlite.errors import OutOfMemory
 from qlite.serving import likelihood
 from qlite.serving.likelihood import Continuation, accuracy, log_likelihoods
 from tests.tiny import random_rows, tiny_llama
@@ -38,6 +39,26 @@ def test_any_batch_size_and_any_chunk_give_the_same_sums(monkeypatch, tokens_at_
     whole = log_likelihoods(model, continuations, pad_id=0)
     monkeypatch.setattr(likelihood, "TOKENS_AT_ONCE", tokens_at_once)
     assert log_likelihoods(model, continuations, pad_id=3, chunk=chunk) == pytest.approx(whole, rel=1e-5)
+
+
+def test_where_memory_runs_out_fewer_texts_are_read_together_and_the_sums_are_the_same(monkeypatch):
+    model, continuations = tiny_llama(), some_continuations()
+    whole, sizes, real = log_likelihoods(model, continuations, pad_id=0), [], likelihood.hidden_states
+
+    def small(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        sizes.append(ids.numel())
+        if ids.numel() > limit:
+            raise MemoryError
+        return real(model, ids)
+
+    monkeypatch.setattr(likelihood, "hidden_states", small)
+    limit = 30
+    assert log_likelihoods(model, continuations, pad_id=0) == pytest.approx(whole, rel=1e-5)
+    assert max(sizes) > limit
+    assert max(sizes[3:]) <= limit
+    limit = 5
+    with pytest.raises(OutOfMemory, match="a single text of 1[0-9] tokens"):
+        log_likelihoods(model, continuations, pad_id=0)
 
 
 def test_the_chances_of_all_tokens_that_may_follow_sum_to_one():

@@ -1,6 +1,7 @@
 """The plan of a run is what the run measures: the same ledger follows both, the plan on tensors without values."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from qlite.memory import terms
 from qlite.model.shapes import base_shapes
 from qlite.recipe.schema import Recipe
 from qlite.training import forecast as module
-from qlite.training.forecast import ANSWERS, EVALUATION, OPTIMIZER_STEP, PHASES, STEP, forecast, trace, worst_workload
+from qlite.training.forecast import ANSWERS, ATTACH, EVALUATION, LOAD, OPTIMIZER_STEP, PHASES, STEP, forecast, trace, worst_workload
 from qlite.training.planning import planned_and_measured
 from tests.tiny import tiny_llama
 from tests.tiny_run import run, tiny_recipe
@@ -92,6 +93,32 @@ def test_a_few_blocks_say_what_all_take(case, folder):
     assert list(short) == list(whole) == list(PHASES)
     for phase in PHASES:
         assert (short[phase].bytes, short[phase].host, short[phase].where) == (whole[phase].bytes, whole[phase].host, whole[phase].where)
+
+
+@pytest.mark.parametrize("case", ["4 bit, block", "vocabulary in 8 bit"])
+@pytest.mark.parametrize("answers", [(1, 2, 400), (60, 90, 2)])
+def test_the_larger_of_two_things_is_not_drawn_as_one_line(case, answers, folder):
+    """A vocabulary that outweighs few blocks and not all; a prompt's pass and a last token's that do."""
+    recipe = recipe_of(folder, CASES[case])
+    shapes = base_shapes(recipe.base, lambda *_: None)
+    config = deepcopy(shapes.config)
+    config.vocab_size, config.num_hidden_layers = 4096, 60
+    shapes, work = replace(shapes, config=config), replace(worst_workload(recipe), answers=answers)
+    short, whole = forecast(recipe, shapes, work), trace(recipe, shapes, work)
+    for phase in PHASES:
+        assert (phase, short.peaks()[phase].bytes) == (phase, whole.peaks()[phase].bytes)
+
+
+@pytest.mark.parametrize("case", ["4 bit, block", "8 bit, block", "16 bit, block", "vocabulary in 8 bit", "base on the host"])
+def test_loading_and_answering_are_what_was_planned(case, folder):
+    recipe = recipe_of(folder, {**CASES[case], "train": {"exact_match_rows": 6, "answer_tokens": 40}}, f"{case} answered".replace(" ", "_"))
+    run(recipe)
+    record = json.loads((Path(recipe.output.dir) / "memory.json").read_text())
+    compared = {phase: (planned, measured) for phase, planned, measured in planned_and_measured(record)}
+    print(case, compared)
+    for phase in (LOAD, ATTACH, ANSWERS):
+        planned, measured = compared[phase]
+        assert abs(planned - measured) <= 0.01 * measured, phase
 
 
 def test_the_work_of_a_few_blocks_says_that_of_all(folder):

@@ -287,7 +287,7 @@ def test_a_document_that_cannot_be_made_smaller_ends_the_run_with_exit_code_3():
     assert (caught.value.exit_code, caught.value.rows, caught.value.tokens) == (3, 1, 300)
     assert "train.tokens" in str(caught.value)
     assert torch.equal(flat_weights(optimizer), before)
-    own.advice = lambda rows, tokens: [f"{rows} x {tokens} fit on a larger card"]
+    own.advice = lambda rows, tokens, is_training: [f"{rows} x {tokens} fit on a larger card"] if is_training else []
     with pytest.raises(OutOfMemory, match=r"\n1 x 300 fit on a larger card"):
         own.step([Batch.of(random_rows(3, (300, 300)), PAD)], optimizer, 1.0)
 

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from qlite import device, plan
+from qlite.data.batches import TokenBatches
 from qlite.errors import MachineError, OutOfMemory, RecipeError
 from qlite.memory.cards import CARDS
 from qlite.memory.ledger import Peak
@@ -17,9 +18,12 @@ from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, MemoryPlan
 from qlite.model.shapes import base_shapes
 from qlite.recipe.write import recipe_toml
 from qlite.training import budget, planning, step
+from qlite.training import ways_out as ways_out_module
 from qlite.training.fit import FITTED, fit, levels
-from qlite.training.forecast import STEP, forecast, worst_workload
+from qlite.training.forecast import STEP, forecast, one_row, worst_workload
+from qlite.training.planning import Planner
 from qlite.training.run_folder import RunFolder
+from qlite.training.step import general_advice
 from qlite.training.ways_out import changes, ways_out
 from qlite.units import MIB
 from tests.tiny_run import Watcher, run, tiny_recipe
@@ -57,12 +61,12 @@ def test_a_plan_says_whether_it_fits_and_by_how_much():
 def test_ways_out_save_what_they_say(folder):
     recipe = recipe_of(folder, memory={"plan": "tell", "checkpointing": "none"}, train={"micro_batch": 2, "tokens": 256}, base={"bits": 8})
     shapes, before = base_shapes(recipe.base, lambda *_: None), plan_of(recipe)
-    found = ways_out(recipe, shapes, before, worst_workload)
+    found = ways_out(recipe, shapes, before.peak.bytes, worst_workload)
     keys = [list(way.keys)[-1] for way in found]
     assert {"train.accumulation", "memory.checkpointing", "base.bits", "train.tokens", "memory.base"} <= set(keys)
-    assert found[0].peak == plan_of(recipe.having(found[0].keys)).phases[STEP].bytes
+    assert found[0].peak == plan_of(recipe.having(found[0].keys)).peak.bytes
     for way in found:
-        assert way.peak < before.phases[STEP].bytes
+        assert way.peak < before.peak.bytes
         assert all(f"{key} = {json.dumps(value)}" in str(way) for key, value in way.keys.items())
     assert next(way for way in changes(recipe, is_tied=False)).keys == {"train.micro_batch": 1, "train.accumulation": 6}
     assert not any("memory.embedding" in way.keys for way in changes(recipe, is_tied=True))
@@ -179,11 +183,61 @@ def test_the_verb_knows_cards_by_name_and_says_what_a_wrong_one_could_be(folder,
 
 def test_the_verb_ends_with_3_where_it_does_not_fit_and_says_what_to_change(folder, capsys):
     with pytest.raises(MachineError, match="does not fit") as caught:
-        planned(folder, capsys, "--vram", "600MiB", "train.tokens=2000", "train.micro_batch=4")
+        planned(folder, capsys, "--vram", "600MiB", "train.tokens=2000", "train.micro_batch=4", "train.exact_match_rows=0")
     assert caught.value.exit_code == 3
     out = capsys.readouterr().out
     assert "verdict    does not fit" in out
     assert re.search(r"  fits  train.micro_batch = 2, train.accumulation = 6: ", out)
+
+
+def test_what_to_change_is_about_the_phase_that_has_the_peak(folder, capsys):
+    with pytest.raises(MachineError, match="in answers"):
+        planned(folder, capsys, "--vram", "600MiB", "train.tokens=2000", "train.micro_batch=2")
+    out = capsys.readouterr().out
+    assert "train.micro_batch = 1" not in out
+    assert re.search(r"  fits  train.exact_match_rows = 0: ", out)
+
+
+def test_a_mistake_of_the_recipe_is_not_taken_for_a_level_that_cannot_be_had(folder, capsys):
+    with pytest.raises(RecipeError, match="q_proj"):
+        planned(folder, capsys, "--vram", "600MiB", "--fit", 'method.targets=["q_prj"]')
+
+
+def test_advice_after_a_pass_without_gradients_is_about_that_pass(folder):
+    recipe, where = recipe_of(folder), torch.device("cpu")
+    planner = Planner(recipe, where, lambda *_: None)
+    with torch.no_grad():
+        lines = planner.advice(2, 64, False)
+    training = planner.advice(2, 64)
+    assert "by plan such a pass takes" in lines[0]
+    assert lines[0] != training[0]
+    assert len(lines) > 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_advice_that_finds_no_room_itself_is_general(folder, monkeypatch, error):
+    def forecast(*_):
+        raise error
+
+    for module in (planning, ways_out_module):
+        monkeypatch.setattr(module, "forecast", forecast)
+        planner = Planner(recipe_of(folder), torch.device("cpu"), lambda *_: None)
+        assert planner.advice(1, 64) == general_advice(1, 64)
+
+
+def test_a_begun_run_may_be_told_to_go_on_all_the_same(folder):
+    recipe = recipe_of(folder, memory={"plan": "require"}, output={"dir": str(folder / "begun")}, train={"steps": 2, "exact_match_rows": 0})
+    run(recipe, stop_after=1)
+    RunFolder(folder / "begun").check(recipe.having({"memory.plan": "tell"}))
+
+
+def test_a_later_epochs_largest_micro_batch_is_planned_for():
+    rows = [one_row(length) for length in [3] * 7 + [9]]
+    batches = TokenBatches(rows, micro_batch=3, accumulation=1, seed=0, pad_id=0)
+    sizes = {batch.input_ids.shape for step in range(1, 200) for batch in batches.step(step)}
+    assert planning._largest_batch(batches).size == 27 == max(rows * width for rows, width in sizes)
 
 
 def test_the_verb_fits_and_prints_the_keys(folder, capsys):
