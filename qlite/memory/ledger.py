@@ -158,6 +158,8 @@ class Ledger(TorchDispatchMode):
         return hook
 
     def _see(self, tensor: Tensor, func: object, args: tuple) -> None:
+        if tensor.device.type == "meta":  # a model's skeleton has no memory; a fake tensor says the device that it stands for
+            return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._lives:
             self._put(storage, UNTOLD if offload.is_window(storage) else self._term_of(func, args))
