@@ -29,10 +29,13 @@ from qlite.offload import keep_on_host
 from qlite.quant.embedding import QuantEmbedding, matrix_of
 from qlite.quant.linear import QuantLinear, Storage
 from qlite.table import Table
+from qlite.units import MIB
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of transformers 5.23's families the dense ones have at most 4 % there (Mamba's states), mixtures of experts at least 26 %.
 LARGEST_SHARE_OUTSIDE = 0.1
+# Quantising leaves holes in the process's memory: of a model of 1.1 billion weights up to 4 GB of them (tools/LOG.md).
+GIVEN_BACK_EVERY = 128 * MIB
 PLAIN = Storage(16)
 
 
@@ -186,6 +189,8 @@ def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Pro
             owner = _place(model, name, tensor, device)
             if owner in on_host:
                 keep_on_host(owner, device)
+            if done // GIVEN_BACK_EVERY < (done + tensor.nbytes) // GIVEN_BACK_EVERY:
+                give_back_freed(device)
             done += tensor.nbytes
             found.add(name)
         progress("load and quantise", done, checkpoint.nbytes)
