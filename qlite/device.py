@@ -20,6 +20,7 @@ from types import TracebackType
 import psutil
 import torch
 
+from qlite.cpu_products import has_bfloat16_products, multiply_in_float32
 from qlite.errors import MachineError, RecipeError
 from qlite.units import MIB
 
@@ -68,6 +69,8 @@ def pick_device(name: str) -> torch.device:
             raise MachineError(f'device "{name}": torch {torch.__version__} sees {count} CUDA devices; use "auto" or "cpu"')
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
+    else:
+        multiply_in_float32()
     return device
 
 
@@ -86,7 +89,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name} ({properties.total_memory / 1024**3:.1f} GiB)"
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {torch.get_num_threads()} threads{'' if has_bfloat16_products() else ', bfloat16 products in float32'}"
 
 
 def total_memory(device: torch.device) -> int:
