@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from qlite.errors import RecipeError
 from qlite.methods.base import AdaptedLinear, Method, Targets, adapt_linears, matches, select_linears
+from qlite.methods.lora_product import Adapted, lora_products
 from qlite.quant.linear import compute_dtype, dense_weight
+
+# Children of one module that are given the same input, by the names that transformers' families give them.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class LoRALinear(AdaptedLinear):
@@ -26,6 +30,7 @@ class LoRALinear(AdaptedLinear):
     def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float):
         super().__init__(base)
         self.rank, self.scaling = rank, scaling
+        self.siblings: Siblings | None = None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         where = {"device": base.weight.device, "dtype": compute_dtype(base)}
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **where)
@@ -39,7 +44,16 @@ class LoRALinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out], in x's dtype."""
-        return self.base(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+        return self.siblings(self, x) if self.siblings else lora_products(x, [self.adapted()], self.dropped_share)[0]
+
+    def adapted(self) -> Adapted:
+        """Return what a joint product needs of this module, as it is now."""
+        return Adapted(self.base, self.lora_A.weight, self.lora_B.weight, self.scaling)
+
+    @property
+    def dropped_share(self) -> float:
+        """The share of A's input that is dropped now: none outside of training."""
+        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
 
     def update(self) -> Tensor:
         """Return scaling * B A, [out, in]. float32: the product of two bfloat16 factors needs more digits than either."""
@@ -47,6 +61,44 @@ class LoRALinear(AdaptedLinear):
 
     def merged_weight(self, dense: Tensor) -> Tensor:
         return dense + self.update()
+
+
+class Siblings:
+    """Linears of one parent that are given the same x, one after the other: the first to be called computes all of them."""
+
+    def __init__(self, linears: list[LoRALinear]):
+        self.linears = linears
+        self._x: Tensor | None = None
+        self._waiting: dict[LoRALinear, Tensor] = {}
+        for linear in linears:
+            linear.siblings = self
+
+    def __call__(self, linear: LoRALinear, x: Tensor) -> Tensor:
+        """Return what ``linear``, one of them, makes of x."""
+        if self._x is not x or linear not in self._waiting:
+            outputs = lora_products(x, [each.adapted() for each in self.linears], linear.dropped_share)
+            self._x, self._waiting = x, dict(zip(self.linears, outputs, strict=True))
+        y = self._waiting.pop(linear)
+        if not self._waiting:
+            self._x = None
+        return y
+
+    def parent_is_done(self, _parent: nn.Module, _args: tuple, output: object) -> None:
+        """Let go of what nobody has asked for. Called after each forward pass of the parent, with ``output`` None where it failed."""
+        if self._waiting and output is not None:
+            # Not siblings, whatever their names: each is computed for itself from now on.
+            for linear in self.linears:
+                linear.siblings = None
+        self._x, self._waiting = None, {}
+
+
+def join_siblings(model: nn.Module) -> None:
+    """Let plain LoRA's linears that see one input be computed together: those of an attention and those of an MLP."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            linears = [getattr(parent, name, None) for name in names]
+            if all(type(each) is LoRALinear for each in linears):
+                parent.register_forward_hook(Siblings(linears).parent_is_done, always_call=True)
 
 
 class DoRALinear(LoRALinear):
@@ -116,6 +168,7 @@ class LoRA(Method):
         if unused:
             raise RecipeError([f'method.rank_per_target: "{p}" matches none of the {len(chosen)} target layers; remove it' for p in unused])
         adapt_linears(model, self.targets, self._adapt)
+        join_siblings(model)
 
     def _adapt(self, name: str, base: nn.Module) -> LoRALinear:
         rank = self.rank_of(name)

@@ -326,6 +326,20 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | QuantLinear)
 
 
+def product(linear: nn.Module, x: Tensor) -> Tensor:
+    """Return what ``linear`` of any storage makes of x [..., in], unknown to autograd: [..., out], new memory."""
+    return linear.product(x) if isinstance(linear, QuantLinear) else nn.functional.linear(x, linear.weight, linear.bias)
+
+
+def grad_of_input(linear: nn.Module, grad: Tensor, total: Tensor | None = None) -> Tensor:
+    """Return grad W for grad [N, out], [N, in]: the gradient of the input of ``linear``; added to ``total`` where that is given."""
+    if total is None:
+        return linear.product_with_grad(grad) if isinstance(linear, QuantLinear) else grad @ linear.weight
+    if isinstance(linear, QuantLinear) and linear.slices(grad.dtype) != [ALL]:
+        return total.add_(linear.product_with_grad(grad))
+    return total.addmm_(grad, linear.dense(grad.dtype) if isinstance(linear, QuantLinear) else linear.weight)
+
+
 def compute_dtype(linear: nn.Module) -> torch.dtype:
     """Return the dtype that ``linear`` takes and gives."""
     return linear.compute_dtype if isinstance(linear, QuantLinear) else linear.weight.dtype

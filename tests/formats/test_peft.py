@@ -49,7 +49,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def ours(folder: Path, dtype: str = "float32") -> PreTrainedModel:
-    base = Base(model=str(folder), bits=16, dtype=dtype)
+    base = Base(model=str(folder), bits=16, dtype=dtype, fused=False)
     return base.load(torch.device("cpu"), lambda phase, done, total: None).model
 
 
@@ -93,22 +93,23 @@ def test_peft_reads_our_adapter_to_the_same_logits(name, kind, folders, tmp_path
     expected = logits_of(model)
     found = logits_of(peft.PeftModel.from_pretrained(theirs(folders[name]), tmp_path))
     assert (expected - plain_logits).abs().max() > 0.05
-    if kind == "dora":
-        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-    else:
-        assert (found - expected).abs().max().item() == 0.0
+    assert torch.allclose(found, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dora"])
 @pytest.mark.parametrize("name", NAMES)
-def test_peft_reads_our_bfloat16_adapter_to_one_last_digit_of_the_logits(name, kind, folders, tmp_path):
+def test_peft_reads_our_bfloat16_adapter_and_no_layer_of_ours_rounds_more(name, kind, folders, tmp_path):
     model = ours(folders[name], "bfloat16")
     written(tmp_path, model, method_of(kind, name))
-    base = theirs(folders[name], "bfloat16")
-    found = logits_of(peft.PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)).float()
-    expected = logits_of(model).float()
-    last_digit = 2.0 ** (torch.maximum(found.abs(), expected.abs()).log2().floor() - 7)  # bfloat16 has 8 significant bits
-    assert ((found - expected).abs() <= last_digit).all()
+    theirs_read = peft.PeftModel.from_pretrained(theirs(folders[name], "bfloat16"), tmp_path, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(1)
+    for path, layer in adapted_linears(model):
+        x, other = torch.randn(40, layer.base.in_features, generator=generator).bfloat16(), theirs_read.get_submodule(PREFIX + path)
+        found, expected = layer(x).float(), other(x).float()
+        exact = nn.functional.linear(x.float(), layer.merged_weight(layer.base.weight.float()), other.base_layer.bias)
+        # PEFT rounds B A x, its multiple and the sum; we round the sum.
+        assert (found - exact).norm() < 1.05 * (expected - exact).norm()
+        assert (expected - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -199,10 +200,7 @@ def test_pefts_adapter_read_by_us_gives_the_same_logits(name, kind, folders, tmp
     plain_logits = logits_of(model)
     found = logits_of(put_on(model, tmp_path))
     assert (expected - plain_logits).abs().max() > 0.05
-    if kind == "dora":
-        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-    else:
-        assert (found - expected).abs().max().item() == 0.0
+    assert torch.allclose(found, expected, rtol=1e-5, atol=2e-5)
     layers = [n for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
     assert [n for n, _ in adapted_linears(model)] == [n.removeprefix(PREFIX) for n in layers]
     assert len(layers) == {"all-linear": 2 * LINEARS[name], "regex": 1, "one_layer": 2}.get(kind, 4)

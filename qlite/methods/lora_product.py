@@ -1,0 +1,141 @@
+"""The products of LoRA's linears in one autograd function: y = W x + s B A x, for one linear or for several that share x.
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1. Autograd's own graph of that line makes two more tensors of y's size (B A x, and s
+times it), and one of x's size for every product's gradient. Here each product is added where the sum lies already, the A of several
+linears are one product, and what is kept for the backward pass is x, A x and, with dropout, one byte for each number of x and linear.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlite.quant.linear import grad_of_input, product
+
+
+class Adapted(NamedTuple):
+    """One linear of a joint product."""
+
+    base: nn.Module
+    """Frozen, in any storage."""
+    A: Tensor
+    """[R, in]"""
+    B: Tensor
+    """[out, R]"""
+    scaling: float
+
+
+class _Mask(NamedTuple):
+    """What dropout let through."""
+
+    places: Tensor
+    """[N, in] bool"""
+    factor: float
+
+    def applied(self, rows: Tensor) -> Tensor:
+        """Return ``rows`` [N, in], x or a gradient of it, as dropout leaves them."""
+        return torch.ops.aten.native_dropout_backward(rows, self.places, self.factor)
+
+
+def lora_products(x: Tensor, linears: Sequence[Adapted], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """Return y [..., out] of each of ``linears`` for x [..., in], in x's dtype. ``dropout``: the share of each A's input that is dropped.
+
+    Every linear draws a mask of its own, anew in every call. Where a block is computed again for its gradient, torch's checkpointing
+    sets the generators back first, so the masks are the same.
+    """
+    factors = [factor for linear in linears for factor in (linear.A, linear.B)]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
+        return _sums(x, _low(x, linears, dropout)[0], linears)
+    # Kept before the products by W: where a block is computed again, torch stops as soon as it has all that was kept the first time,
+    # so the last linear's W is not multiplied again.
+    low = _Kept.apply(x, linears, dropout, *factors)
+    return _Products.apply(x, low.detach(), low.grad_fn, linears, *factors)
+
+
+class _Kept(torch.autograd.Function):
+    """A x of all linears. Its node keeps what the gradient needs, and no gradient flows through it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linears: Sequence[Adapted], dropout: float, *_factors: Tensor) -> Tensor:
+        low, masks = _low(x, linears, dropout)
+        ctx.save_for_backward(x, low, *masks)
+        ctx.kept_share = 1 - dropout
+        return low
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, low: Tensor, kept, linears: Sequence[Adapted], *_factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.kept, ctx.linears = kept, linears
+        return _sums(x, low, linears)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        x, low, *masks = ctx.kept.saved_tensors
+        masks = [_Mask(mask, 1 / ctx.kept.kept_share) for mask in masks]
+        ctx.kept = None
+        shape, rows, linears = x.shape, x.reshape(-1, x.shape[-1]), ctx.linears
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grads_low, grads_B = [], []
+        for linear, grad, low_of_it in zip(linears, grads, low.split([len(linear.A) for linear in linears], dim=1), strict=True):
+            # The scale is part of the product; with beta = 0 the first argument gives its shape alone.
+            grads_low.append(torch.addmm(low_of_it, grad, linear.B, beta=0, alpha=linear.scaling))
+            grads_B.append(torch.addmm(linear.B, grad.T, low_of_it, beta=0, alpha=linear.scaling))
+        grads_A = _grads_of_A(rows, grads_low, masks, linears)
+        # x is needed no more, and the largest tensor yet to come is as large.
+        del x, rows, low, low_of_it
+        grad_x = _grad_of_x(grads, grads_low, masks, linears).view(shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, *(each for pair in zip(grads_A, grads_B, strict=True) for each in pair)
+
+
+def _low(x: Tensor, linears: Sequence[Adapted], dropout: float) -> tuple[Tensor, list[Tensor]]:
+    """Return A x of all linears side by side, [N, all R], and the mask [N, in] (bool) of each if there is dropout."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not dropout:
+        return rows @ _all_A(linears).T, []
+    low, masks = [], []
+    for linear in linears:
+        dropped, mask = torch.native_dropout(rows, dropout, True)
+        low.append(dropped @ linear.A.T)
+        masks.append(mask)
+    return _joined(low), masks
+
+
+def _sums(x: Tensor, low: Tensor, linears: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """Return y of each linear, given A x of all."""
+    outputs = []
+    for linear, low_of_it in zip(linears, low.split([len(linear.A) for linear in linears], dim=1), strict=True):
+        y = product(linear.base, x)
+        y.view(-1, y.shape[-1]).addmm_(low_of_it, linear.B.T, alpha=linear.scaling)
+        outputs.append(y)
+    return tuple(outputs)
+
+
+def _grads_of_A(rows: Tensor, grads_low: list[Tensor], masks: list[_Mask], linears: Sequence[Adapted]) -> Sequence[Tensor]:
+    """Return the gradient [R, in] of each A."""
+    if not masks:
+        return (_joined(grads_low).T @ rows).split([len(linear.A) for linear in linears])
+    return [grad.T @ mask.applied(rows) for grad, mask in zip(grads_low, masks, strict=True)]
+
+
+def _grad_of_x(grads: list[Tensor], grads_low: list[Tensor], masks: list[_Mask], linears: Sequence[Adapted]) -> Tensor:
+    """Return the gradient [N, in] of x, summed over all linears."""
+    total = None
+    for linear, grad in zip(linears, grads, strict=True):
+        total = grad_of_input(linear.base, grad, total)
+    if not masks:
+        return total.addmm_(_joined(grads_low), _all_A(linears))
+    for linear, grad, mask in zip(linears, grads_low, masks, strict=True):
+        total += mask.applied(grad @ linear.A)
+    return total
+
+
+def _all_A(linears: Sequence[Adapted]) -> Tensor:
+    return _joined([linear.A for linear in linears], dim=0)
+
+
+def _joined(parts: list[Tensor], dim: int = 1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
