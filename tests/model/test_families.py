@@ -122,7 +122,7 @@ def test_the_families_are_24_with_llama_qwen2_and_falcon_in_all_three_storages()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_16_bit_model_gives_transformers_logits_bit_for_bit(name, dtype, folders):
-    ours = loaded(folders[name], 16, dtype).model
+    ours = Base(model=str(folders[name]), bits=16, dtype=dtype, fused=False).load(CPU, quiet).model
     theirs, _ = as_transformers_loads(folders[name], ours, DTYPES[dtype])
     assert torch.equal(logits_of(ours), logits_of(theirs))
     assert {p.dtype for p in ours.parameters()} == {DTYPES[dtype]}

@@ -1,0 +1,212 @@
+"""A block's elementwise work, one kernel for each piece: RMSNorm, the gated MLP's activation, rotary positions.
+
+Written out in torch each is three to fifteen kernels, with float32 copies in between that autograd keeps. Here each is one op in
+either pass, computes in float32 inside, and keeps what came in and nothing else. torch compiles the kernels (inductor: C++ on a CPU,
+Triton on a card) once ``compile_kernels`` was called, and runs them as they stand until then. Whoever follows a step sees the op and
+not what is in it, so a step is planned and measured alike, compiled or not.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_LIBRARY = torch.library.Library("qlite", "DEF")
+
+
+class _Kernel:
+    """A function of tensors that torch can compile into one kernel."""
+
+    all: list["_Kernel"] = []  # noqa: RUF012
+
+    def __init__(self, body: Callable):
+        self.body = self.run = body
+        _Kernel.all.append(self)
+
+    def __call__(self, *args: object):
+        return self.run(*args)
+
+
+def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Make the decorated function the op of ``schema``; ``fake`` returns results of the same shapes without computing them."""
+
+    def define(function: Callable) -> Callable:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qlite::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.qlite, name).default
+
+    return define
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def compile_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Let every op run compiled from now on, for tensors of ``dtype`` on ``device``; return why not, if that cannot be done here.
+
+    torch keeps what it has compiled on disk: only a machine's first run waits for a compiler.
+    """
+    for kernel in _Kernel.all:
+        # Sizes stay symbols, so a batch of another shape compiles nothing anew; but for a size of 1, which torch takes for a constant.
+        kernel.run = torch.compile(kernel.body, dynamic=True)
+    try:
+        with torch.no_grad():
+            _run_each(device, dtype)
+    except Exception as error:  # a compiler can be missing in many ways
+        run_plainly()
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def run_plainly() -> None:
+    """Let every op run as it stands from now on."""
+    for kernel in _Kernel.all:
+        kernel.run = kernel.body
+
+
+def _run_each(device: torch.device, dtype: torch.dtype) -> None:
+    """Call every op once, so that it is compiled."""
+    x, y, z = torch.zeros(3, 2, 3, 64, dtype=dtype, device=device).unbind()
+    heads = torch.zeros(2, 3, 5, 64, dtype=dtype, device=device)
+    _rms_norm_backward(_rms_norm(x, x[0, 0], 1e-6), x, x[0, 0], 1e-6)
+    _swiglu_backward_(x, y, _swiglu(z, y))
+    for back in (False, True):
+        _rotate(heads, y, z, back)
+
+
+@_Kernel
+def _norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    unit = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return unit.to(x.dtype) * weight
+
+
+@_Kernel
+def _norm_rows_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    unit, grad_unit = x32 * inverse, grad.float() * weight.float()
+    return ((grad_unit - unit * (grad_unit * unit).mean(-1, keepdim=True)) * inverse).to(x.dtype)
+
+
+@_op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: _like(x))
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _norm_rows(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+
+@_op("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor", lambda _, x, *__: _like(x))
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows = (x.shape[:-1].numel(), x.shape[-1])
+    return _norm_rows_backward(grad.reshape(rows), x.reshape(rows), weight, eps).view(x.shape)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x [..., D] over its root mean square, times ``weight`` [D], which is frozen: [..., D] in x's dtype.
+
+    Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+@_Kernel
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+@_Kernel
+def _gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
+    x, grad32 = gate.float(), grad.float()
+    share = torch.sigmoid(x)
+    grad_gate = grad32 * up.float() * share * (1 + x * (1 - share))
+    up.copy_(grad32 * x * share)
+    gate.copy_(grad_gate)
+
+
+@_op("swiglu(Tensor gate, Tensor up) -> Tensor", lambda gate, _: _like(gate))
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return _gated(gate.reshape(-1), up.reshape(-1)).view(gate.shape)
+
+
+@_op("swiglu_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor grad) -> ()", lambda *_: None)
+def _swiglu_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
+    _gated_backward_(gate.view(-1), up.view(-1), grad.reshape(-1))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return _swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        # Where they lie: nothing else needs them, and a block has no larger tensors.
+        _swiglu_backward_(gate, up, grad)
+        return gate, up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return SiLU(gate) * up, [..., F]. The gradient takes the memory of both, so nobody else may need them.
+
+    Shazeer 2020, arXiv:2002.05202, equation 6.
+    """
+    return _SwiGLU.apply(gate, up)
+
+
+@_Kernel
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (first, second), (cos1, cos2), (sin1, sin2) = x.float().chunk(2, -1), cos.float().chunk(2, -1), sin.float().chunk(2, -1)
+    return torch.cat([first * cos1 - second * sin1, second * cos2 + first * sin2], -1).to(x.dtype)
+
+
+@_Kernel
+def _turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (first, second), (cos1, cos2), (sin1, sin2) = x.float().chunk(2, -1), cos.float().chunk(2, -1), sin.float().chunk(2, -1)
+    return torch.cat([first * cos1 + second * sin2, second * cos2 - first * sin1], -1).to(x.dtype)
+
+
+@_op("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", lambda x, *_: _like(x))
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    cos, sin = (table.expand(*x.shape[:2], -1).reshape(-1, 1, x.shape[-1]) for table in (cos, sin))
+    return (_turned_back if back else _turned)(x.flatten(0, 1), cos, sin).view(x.shape)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x.transpose(1, 2), cos, sin, False).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rotate(grad.transpose(1, 2), *ctx.saved_tensors, True).transpose(1, 2), None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [B, H, T, D], each vector turned by its position's angles, given by ``cos`` and ``sin`` [B or 1, T, D].
+
+    In memory the result is [B, T, H, D], as the product that x came from is. Su et al. 2021, arXiv:2104.09864, equation 34; the
+    halves of a vector are its pairs, as in transformers.
+    """
+    return _Rotary.apply(x, cos, sin)

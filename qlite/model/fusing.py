@@ -1,0 +1,72 @@
+"""Where a family computes just what an op of ``elementwise`` does, let that op do it; all else stays transformers' code.
+
+A family's code counts as the same if it is the same: transformers writes Llama's lines into most of its families, and compiled Python
+can be compared. So a family that nobody here has heard of is fused where it may be, and one that differs in a sign is left alone.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from types import CodeType, FunctionType, MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama as llama
+
+from qlite.model.elementwise import rms_norm, rotary, swiglu
+
+TURNING = "apply_rotary_pos_emb"
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Let the norms, gated MLPs and rotary positions of ``model`` run as one op each."""
+    for module in model.modules():
+        forward = type(module).forward
+        if _same(forward, llama.LlamaRMSNorm.forward):
+            module.forward = MethodType(_norm, module)
+        elif _same(forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+            module.forward = MethodType(_mlp, module)
+        elif (turning := _with_rotary(forward)) is not None:
+            module.forward = MethodType(turning, module)
+
+
+def _norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    if self.weight.requires_grad or self.weight.dtype != hidden_states.dtype:
+        return type(self).forward(self, hidden_states)
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _mlp(self: nn.Module, x: Tensor) -> Tensor:
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _rotary_of_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    if unsqueeze_dim != 1 or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
+        return llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    return rotary(q, cos, sin), rotary(k, cos, sin)
+
+
+@cache
+def _with_rotary(forward: Callable) -> FunctionType | None:
+    """Return ``forward`` with ``rotary`` in place of the function of its own file that turns queries and keys, if that is Llama's."""
+    if not isinstance(forward, FunctionType) or TURNING not in forward.__code__.co_names:
+        return None
+    own = forward.__globals__.get(TURNING)
+    if not _same(own, llama.apply_rotary_pos_emb) or not _same(own.__globals__["rotate_half"], llama.rotate_half):
+        return None
+    names = {**forward.__globals__, TURNING: _rotary_of_both}
+    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def _same(function: object, other: FunctionType) -> bool:
+    """Return whether two functions are the same code, whatever they and their classes are called."""
+    return isinstance(function, FunctionType) and _essence(function) == _essence(other)
+
+
+def _essence(function: FunctionType) -> tuple:
+    code: CodeType = function.__code__
+    constants = tuple(constant for constant in code.co_consts if not isinstance(constant, str))
+    return code.co_code, constants, code.co_names, code.co_varnames, function.__defaults__

@@ -1,0 +1,163 @@
+"""One op for each elementwise piece: transformers' values and gradients, in fewer roundings, and only where its code is Llama's."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama as llama
+
+from qlite.model import elementwise, fusing
+from qlite.model.elementwise import rms_norm, rotary, swiglu
+from qlite.model.fusing import fuse
+from tests.families import FAMILIES, new_model
+from tests.tiny import tiny_llama
+
+CPU = torch.device("cpu")
+# What of each family is Llama's: norms, MLPs, attentions with rotary positions.
+FUSED = {
+    "llama": {"norm", "mlp", "rotary"},
+    "llama_biased": {"norm", "mlp", "rotary"},
+    "mistral": {"norm", "mlp", "rotary"},
+    "qwen2": {"norm", "mlp", "rotary"},
+    "qwen3": {"norm", "mlp", "rotary"},
+    "granite": {"norm", "mlp", "rotary"},
+    "smollm3": {"norm", "mlp", "rotary"},
+    "qwen3_5": {"mlp"},
+    "gemma": {"rotary"},
+    "opt": set(),
+    "gpt_neox": set(),
+}
+
+
+def norm_of_llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    module = llama.LlamaRMSNorm(x.shape[-1], eps)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module(x)
+
+
+def rotary_of_llama(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return llama.apply_rotary_pos_emb(x, x, cos, sin)[0]
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+# Ours, transformers', and arguments: the first ``wants`` of them get a gradient.
+PIECES = {
+    "norm": (rms_norm, norm_of_llama, lambda: (drawn(2, 5, 48), drawn(48), 1e-5), 1),
+    "one token's norm": (rms_norm, norm_of_llama, lambda: (drawn(1, 1, 48), drawn(48), 1e-5), 1),
+    "swiglu": (swiglu, lambda gate, up: nn.functional.silu(gate) * up, lambda: (3 * drawn(2, 5, 48), drawn(2, 5, 48)), 2),
+    "rotary": (rotary, rotary_of_llama, lambda: (drawn(2, 5, 3, 16).transpose(1, 2), drawn(2, 5, 16), drawn(2, 5, 16)), 1),
+    "rotary, one table": (rotary, rotary_of_llama, lambda: (drawn(2, 5, 3, 16).transpose(1, 2), drawn(1, 5, 16), drawn(1, 5, 16)), 1),
+}
+
+
+def value_and_grads(piece: Callable, args: tuple, wants: int, dtype: torch.dtype) -> list[Tensor]:
+    args = [arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args]
+    for arg in args[:wants]:
+        arg.requires_grad_()
+    # Products, as a model has them: the gradient of SwiGLU takes its inputs' memory.
+    y = piece(*(arg * 1 if index < wants else arg for index, arg in enumerate(args)))
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return [t.double() for t in (y.detach(), *torch.autograd.grad(y, args[:wants], grad))]
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_piece_is_transformers_piece_and_rounds_less(name):
+    ours, theirs, make, wants = PIECES[name]
+    torch.manual_seed(0)
+    args = make()
+    # What is rounded for bfloat16 is the same for all.
+    args = tuple(arg.to(torch.bfloat16).float() if isinstance(arg, Tensor) else arg for arg in args)
+    exact = value_and_grads(theirs, args, wants, torch.float64 if name != "norm" else torch.float32)
+    for found, right in zip(value_and_grads(ours, args, wants, torch.float32), exact, strict=True):
+        torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-5)
+    rounded = [value_and_grads(piece, args, wants, torch.bfloat16) for piece in (ours, theirs)]
+    for found, other, right in zip(*rounded, exact, strict=True):
+        assert (found - right).norm() <= 1.02 * (other - right).norm()
+
+
+def test_compiled_a_piece_is_the_same():
+    torch.manual_seed(0)
+    pieces = [(ours, make(), wants) for ours, _, make, wants in PIECES.values()]
+    plain = [value_and_grads(ours, args, wants, torch.float32) for ours, args, wants in pieces]
+    assert elementwise.compile_kernels(CPU, torch.float32) is None
+    try:
+        compiled = [value_and_grads(ours, args, wants, torch.float32) for ours, args, wants in pieces]
+    finally:
+        elementwise.run_plainly()
+    torch.testing.assert_close(compiled, plain, rtol=2e-6, atol=2e-6)
+
+
+def test_without_a_compiler_the_pieces_run_as_they_stand(monkeypatch):
+    def none(*_: object) -> None:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: none)
+    assert elementwise.compile_kernels(CPU, torch.float32) == "no C++ compiler"
+    assert torch.equal(rms_norm(torch.ones(2, 8), torch.ones(8), 0.0), torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused_of_a_family(name):
+    model = new_model(FAMILIES[name])
+    fuse(model)
+    kinds = {fusing._norm: "norm", fusing._mlp: "mlp"}
+    found = {kinds.get(m.forward.__func__, "rotary") for m in model.modules() if "forward" in vars(m)}
+    assert found == FUSED[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fused_family_answers_and_learns_the_same(name):
+    tokens = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
+    results = []
+    for is_fused in (False, True):
+        model = new_model(FAMILIES[name]).requires_grad_(False)
+        model.get_input_embeddings().weight.requires_grad_()
+        if is_fused:
+            fuse(model)
+        logits = model(input_ids=tokens).logits
+        logits.float().pow(2).mean().backward()
+        results.append((logits.detach(), model.get_input_embeddings().weight.grad))
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+def test_code_that_differs_in_a_sign_is_left_alone():
+    class Other(llama.LlamaMLP):
+        def forward(self, x):
+            down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+            return down_proj
+
+    class Renamed(llama.LlamaMLP):
+        def forward(self, x):
+            # Another name, another class, the same lines.
+            down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return down_proj
+
+    assert not fusing._same(Other.forward, llama.LlamaMLP.forward)
+    assert fusing._same(Renamed.forward, llama.LlamaMLP.forward)
+
+
+def test_another_activation_is_left_alone():
+    model = tiny_llama(hidden_act="gelu")
+    fuse(model)
+    assert not [m for m in model.modules() if isinstance(m, llama.LlamaMLP) and "forward" in vars(m)]
+
+
+def test_a_norm_that_is_trained_gets_its_gradient():
+    model = tiny_llama()
+    fuse(model)
+    model.model.norm.weight.requires_grad_()
+    model(input_ids=torch.arange(8).unsqueeze(0)).logits.sum().backward()
+    assert model.model.norm.weight.grad.abs().sum() > 0
+
+
+def test_the_memory_of_swiglu_is_used_once():
+    gate, up = (torch.randn(4, 8).requires_grad_() for _ in range(2))
+    y = swiglu(gate * 1, up * 1).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
