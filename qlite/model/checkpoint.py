@@ -113,6 +113,10 @@ class SafetensorsCheckpoint:
         with safe_open(shard, "pt") as handle:
             return window(lambda: handle.get_tensor(name))
 
+    def weight_files(self) -> list[Path]:
+        """Return the files that the tensors are read from, and the config that says what they are."""
+        return [self.files.folder / "config.json", *self._shards]
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the folder's tokenizer. Raises ModelError if there is none, or only one that needs its own Python code."""
         return _folder_tokenizer(self.files)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -86,6 +87,10 @@ class GgufCheckpoint:
             rounded = (values - offset).to(torch.bfloat16)
             rows[span if places is None else places[span]] = rounded.view(torch.int16).numpy()
         return result
+
+    def weight_files(self) -> list[Path]:
+        """Return the file that the tensors are read from."""
+        return [self._path]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer in the metadata, with its chat template and special tokens.

@@ -20,7 +20,10 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_
 from qlite.device import give_back_freed
 from qlite.errors import ModelError
 from qlite.model.attention import Attention, meta_model
+from qlite.model.base_cache import BaseCache
 from qlite.model.checkpoint import open_checkpoint, read_tokenizer
+from qlite.model.elementwise import compile_kernels
+from qlite.model.fusing import fuse
 from qlite.model.lowering import MemoryKeys, modules_on_host
 from qlite.model.source import locate
 from qlite.model.vocabulary import refuse_unfit, tie_packed, token_embeddings
@@ -78,6 +81,11 @@ class Base(Table):
     """How attention is computed. "auto": by torch's SDPA, and in a packed line over each document alone; written out where a family has
     soft-capping. The others are transformers' own: "eager" (written out), "sdpa", and on CUDA cards "flex" or "flash" (flash-attn)."""
 
+    cache: bool = True
+    """Keep the quantised base in the cache folder ($QLITE_CACHE), so that the next run need not quantise it."""
+    fused: bool = True
+    """Norms, rotary positions and SwiGLU as one compiled kernel each, where the family computes them as Llama does; false: as written."""
+
     def load(self, device: torch.device, progress: Progress, memory: MemoryKeys | None = None) -> LoadedBase:
         """Fetch, quantise and freeze the model on ``device``; what ``memory`` wants in host memory goes there at once.
 
@@ -86,17 +94,41 @@ class Base(Table):
         """
         files = locate(self.model, self.revision, self.sha256, progress)
         checkpoint = open_checkpoint(files)
-        model = self.empty(checkpoint.config(), device)
-        fill(model, checkpoint, device, progress, memory)
+        model, kept = self.empty(checkpoint.config(), device), self._kept(checkpoint, device)
+        if kept is not None and kept.fill(model, device, progress, memory):
+            _compute_buffers(model, device)
+        else:
+            fill(model, checkpoint, device, progress, memory)
+            if kept is not None:
+                kept.write(model)
         give_back_freed(device)
         model.requires_grad_(False)
         model.eval()
         return LoadedBase(model, checkpoint.tokenizer(), checkpoint.generation_config(), files.name)
 
+    def _kept(self, checkpoint, device: torch.device) -> BaseCache | None:
+        """Return this base's place in the cache; None where it shall have none, or is as quickly made."""
+        bits = (self.bits, self.embedding_bits, self.head_bits)
+        if not self.cache or min(bits) == 16:
+            return None
+        return BaseCache(checkpoint.weight_files(), [*bits, self.quant_type, self.double_quant, self.block_size, self.dtype], device)
+
     def empty(self, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
         """Return ``empty_model`` of ``config`` in the storages that the recipe says, to be loaded on ``device``."""
         embedding, head = replace(self.storage, bits=self.embedding_bits), replace(self.storage, bits=self.head_bits)
-        return empty_model(config, self.storage, DTYPES[self.dtype], device, self.attention, embedding, head)
+        model = empty_model(config, self.storage, DTYPES[self.dtype], device, self.attention, embedding, head)
+        if self.fused:
+            fuse(model)
+        return model
+
+    def compile(self, device: torch.device, progress: Progress) -> str:
+        """Compile what is fused, if anything is; return how it runs, in words."""
+        if not self.fused:
+            return "as written"
+        progress("compile kernels", 0, 1)
+        obstacle = compile_kernels(device, DTYPES[self.dtype])
+        progress("compile kernels", 1, 1)
+        return f"fused, not compiled: {obstacle}" if obstacle else "compiled"
 
     def tokenizer(self, progress: Progress) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer, without its weights: data can be checked before they are fetched.
