@@ -1,4 +1,4 @@
-"""Train an adapter: recipe -> base (quantised, frozen) -> method -> data -> steps -> adapter. Read this file first.
+"""Train an adapter on a quantised base, as a recipe says. What happens then is in qlite/training/run.py.
 
 python -m qlite.train recipes/quickstart.toml
 python -m qlite.train recipes/quickstart.toml train.steps=20 output.dir=runs/short
@@ -6,34 +6,9 @@ python -m qlite.train --keys
 """
 
 import argparse
-import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
-from qlite import device
-from qlite.data.batches import TokenBatches
-from qlite.data.dataset import DataSet
 from qlite.errors import RecipeError
-from qlite.methods.base import trainable_count
-from qlite.model.lowering import lower_memory
-from qlite.model.packing import check_packing
-from qlite.optim.build import FlatOptimizer
-from qlite.recipe.keys import print_keys
-from qlite.recipe.read import read_recipe
-from qlite.recipe.schema import Recipe
-from qlite.training.budget import within_budget
-from qlite.training.console import open_console
-from qlite.training.evaluate import compare_answers, evaluate, require_answers, sample
-from qlite.training.limits import Limits
-from qlite.training.meter import Meter
-from qlite.training.planning import Planner
-from qlite.training.report import Broadcast, Observer, SpillWatch, StepReport, is_due
-from qlite.training.run_folder import RunFolder, TrainState
-from qlite.training.step import Stepper
-from qlite.training.summary import print_summary, summarise
-from qlite.units import format_count
 from qlite.verb import run_verb
 
 
@@ -47,153 +22,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fresh", action="store_true", help="delete the run of that folder first, instead of going on with it")
     parser.add_argument("--keys", action="store_true", help="print every key a recipe can have")
     args = parser.parse_intermixed_args(argv)
+    # Imported only now: torch and transformers take seconds, and neither --help nor a mistyped option needs them.
     if args.keys:
+        from qlite.recipe.keys import print_keys
+
         print_keys()
         return
     if args.recipe is None:
         raise RecipeError("no recipe given; try: python -m qlite.train recipes/quickstart.toml")
-    recipe = read_recipe(args.recipe, args.overrides).with_absolute_paths()
-    run = RunFolder(Path(recipe.output.dir))
-    with open_console(f"qlite  {args.recipe.stem}  {Path(recipe.base.model).name}") as console:
-        recipe = within_budget(recipe, run, args.fresh, console)
-        if not args.fresh:
-            run.check(recipe)
-        if run.is_finished and not args.fresh:
-            console.note(f"{run.path} is finished already. To train it anew: --fresh")
-        else:
-            train(recipe, run, console, args.fresh)
-    print_summary(run)
+    from qlite.training.run import begin
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of."""
-
-    model: PreTrainedModel
-    data: DataSet
-    batches: TokenBatches
-    steps: int
-    stepper: Stepper
-    optimizer: FlatOptimizer
-    meter: Meter
-    machine: dict[str, str | int]
-    notes: list[str]
-
-
-def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False) -> None:
-    """Train what ``recipe`` says into ``run``, going on from its newest checkpoint if it has one and not ``fresh``.
-
-    Raises:
-        QliteError: the recipe, the data, the model's files or the machine do not allow it.
-    """
-    parts = prepare(recipe, console)
-    # Only now is anything written or deleted: a mistyped path or target has shown itself by here.
-    if fresh:
-        run.discard()
-    else:
-        run.check(recipe)
-        run.check_data(parts.data.identity)
-    changed = run.begin(recipe, parts.data, parts.machine)
-    observer = Broadcast(console, run, SpillWatch(console, run))
-    state = run.resume(parts.model, parts.optimizer)
-    for note in parts.notes:
-        observer.note(note)
-    parts.stepper.tell = observer.note
-    if state.step:
-        parts.stepper.limits = Limits(state.loss_chunk or recipe.memory.loss_chunk, state.most_tokens)
-        observer.note(f"going on after step {state.step}")
-        if changed:
-            observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")
-    else:
-        answer(recipe, parts, observer, 0)
-
-    state = take_steps(recipe, parts, run, observer, state)
-    if recipe.output.adapter == "best" and state.best_step:
-        run.load_best(state, parts.model)
-        observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
-    run.write_adapter(recipe, parts.model)
-    answer(recipe, parts, observer, state.step)
-    run.write_memory(parts.meter.compared())
-    run.finish(summarise(run.records(), parts.meter.read(), parts.data.system, state))
-
-
-def prepare(recipe: Recipe, console: Observer) -> Parts:
-    """Read, check and build all that ``recipe`` names. Nothing is written but caches."""
-    where = device.pick_device(recipe.parallel.device)
-    threads = device.set_threads(recipe.parallel.threads)
-    device.keep_freed_memory()
-    meter = Meter(where)
-    plan, notes = recipe.train, []
-    # The data first: what is wrong with it is known before a weight is read.
-    data = recipe.data.load(recipe.base.tokenizer(console.phase), plan.tokens, notes.append, console.phase)
-    data.require_sound()
-    require_answers(data, plan)
-    batches = plan.batches(data)
-    steps = plan.steps or plan.epochs * batches.steps_per_epoch
-    recipe.schedule.check(steps)
-    planner = Planner(recipe, where, console.phase)
-    meter.plan = planner.plan_run(data, batches, notes.append)
-    with meter.loading():
-        model = recipe.base.load(where, console.phase, recipe.memory).model
-    device.seed_all(plan.seed)
-    with meter.attaching():
-        recipe.method.attach(model)
-    notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(model))} trained parameters")
-    lower_memory(model, recipe.memory, where)
-    if plan.packing:
-        check_packing(model)
-    stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where, planner.advice)
-    optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
-    meter.follow(stepper, optimizer)
-    return Parts(model, data, batches, steps, stepper, optimizer, meter, {"device": device.describe(where), "threads": threads}, notes)
-
-
-def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
-    """Train on from ``state`` to the last step, or until the held-out loss has stopped falling; return the state then."""
-    plan = recipe.train
-    for step in range(state.step + 1, parts.steps + 1):
-        if plan.patience and state.stale >= plan.patience:
-            observer.note(f"stopped after step {state.step}: {state.stale} evaluations without a lower held-out loss (train.patience)")
-            break
-        started = time.perf_counter()
-        lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps))
-        with parts.meter.step():
-            result = parts.stepper.step(parts.batches.step(step), parts.optimizer, plan.clip_norm, seed=(plan.seed, step))
-        recipe.method.after_step(parts.model, parts.optimizer, step)
-        seconds, epoch = time.perf_counter() - started, step / parts.batches.steps_per_epoch
-        report = StepReport(**vars(result), step=step, steps=parts.steps, epoch=epoch, lr=lr, seconds=seconds, memory=parts.meter.read())
-        observer.step(report)
-        state = replace(state, step=step, tokens=state.tokens + report.tokens, **vars(parts.stepper.limits))
-        if is_due(plan.eval_every, step, parts.steps):
-            state = measure(recipe, parts, run, observer, state)
-        is_last = plan.patience and state.stale >= plan.patience
-        # What was learned of the machine is kept at once: it decides how the next steps are cut, and so their bits.
-        if result.oom_retries or is_last or is_due(recipe.output.save_every, step, parts.steps):
-            run.save(state, parts.model, parts.optimizer, recipe.output.keep)
-    return state
-
-
-def measure(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
-    """Evaluate on the held-out rows and let the model answer the recipe's samples; return the state with what was found."""
-    if recipe.train.samples:
-        with parts.meter.answering():
-            observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
-    if not len(parts.data.test):
-        return state
-    with parts.meter.evaluating():
-        evaluation = evaluate(parts.stepper, parts.data, recipe.train, state.step, observer)
-    observer.evaluated(evaluation)
-    state = state.after(evaluation.loss)
-    if recipe.output.adapter == "best" and state.best_step == state.step:
-        run.save_best(state, parts.model)
-    return state
-
-
-def answer(recipe: Recipe, parts: Parts, observer: Observer, step: int) -> None:
-    """Let the model answer held-out prompts, if the recipe asks for it."""
-    if recipe.train.exact_match_rows:
-        with parts.meter.answering():
-            observer.answered(compare_answers(parts.model, parts.data, recipe.train, step, observer))
+    begin(args.recipe, args.overrides, args.fresh)
 
 
 if __name__ == "__main__":

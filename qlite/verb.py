@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 
-from qlite.device import is_out_of_memory
 from qlite.errors import MachineError, QliteError
 
 
@@ -21,6 +20,8 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except (RuntimeError, MemoryError) as error:
+        from qlite.device import is_out_of_memory  # here: it imports torch, which a verb's --help does without
+
         if not is_out_of_memory(error):
             raise
         first = (str(error) or "no more to be had").splitlines()[0]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
-from qlite.train import train
 from qlite.training.report import EvalReport, StepReport
+from qlite.training.run import train
 from qlite.training.run_folder import RunFolder
 from tests.tiny import tiny_llama
 from tests.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer

@@ -7,7 +7,7 @@
 The work: SmolLM2-135M (recipes/quickstart.toml's) in NF4 with double quantisation, LoRA r 8 on all linears, micro-batches of
 4 x 512 random tokens, all of them trained, per-block checkpointing, AdamW. Both sides load the same bfloat16 folder and see the
 same ids, and each case has a process of its own. ``qlite`` goes the way of ``python -m qlite.train``, plan and data cache and all:
-the steps are ``qlite.train``'s own.
+the steps are ``qlite.training.run``'s own.
 
 One ledger (qlite/memory/ledger.py) follows the tensors of both while they train. "over the model" is its peak less the frozen
 weights: adapter, gradients, optimizer, activations, and whatever else lives then. What a kernel allocates inside itself no ledger
@@ -189,8 +189,8 @@ def _write_base(folder: Path) -> None:
 def run_qlite(case: Case, out: Path) -> dict:
     """Train as ``python -m qlite.train`` does and return what it took."""
     from qlite.recipe.read import build_recipe
-    from qlite.train import TrainState, prepare, take_steps
     from qlite.training.forecast import adopt_all
+    from qlite.training.run import TrainState, prepare, take_steps
     from qlite.training.run_folder import RunFolder
 
     tables = {

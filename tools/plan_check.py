@@ -34,7 +34,7 @@ LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22
 LIMIT = 0.01
 MODELS = {"135M": (2, 256), "1.1B": (1, 192)}
 """Lines of a micro-batch, and their tokens."""
-IMPORTS = "import qlite.train, bitsandbytes, transformers.models.llama.modeling_llama"
+IMPORTS = "import qlite.training.run, bitsandbytes, transformers.models.llama.modeling_llama"
 
 
 def main() -> None:

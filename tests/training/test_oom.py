@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlite import device, train
+from qlite import device
 from qlite.data.batches import Batch
 from qlite.data.encode import Encoded
 from qlite.errors import MachineError, OutOfMemory
@@ -19,6 +19,7 @@ from qlite.files import sha256
 from qlite.methods.base import trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.optim.build import FlatOptimizer, Optimizer
+from qlite.training import run as train
 from qlite.training.limits import Limits
 from qlite.training.run_folder import RunFolder
 from qlite.training.step import Stepper, StepResult
@@ -366,7 +367,7 @@ REAL = """
 import resource, sys
 from pathlib import Path
 import psutil
-from qlite import train
+from qlite.training import run as train
 from tests.training.test_oom import recipe_of, large_rows
 from tests.tiny_run import run
 

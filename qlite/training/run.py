@@ -1,0 +1,186 @@
+"""The main path: recipe -> base (quantised, frozen) -> method -> data -> steps -> adapter. Read this file first."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from qlite import device
+from qlite.data.batches import TokenBatches
+from qlite.data.dataset import DataSet
+from qlite.methods.base import trainable_count
+from qlite.model.lowering import lower_memory
+from qlite.model.packing import check_packing
+from qlite.optim.build import FlatOptimizer
+from qlite.recipe.read import read_recipe
+from qlite.recipe.schema import Recipe
+from qlite.training.budget import within_budget
+from qlite.training.console import open_console
+from qlite.training.evaluate import compare_answers, evaluate, require_answers, sample
+from qlite.training.limits import Limits
+from qlite.training.meter import Meter
+from qlite.training.planning import Planner
+from qlite.training.report import Broadcast, Observer, SpillWatch, StepReport, is_due
+from qlite.training.run_folder import RunFolder, TrainState
+from qlite.training.step import Stepper
+from qlite.training.summary import print_summary, summarise
+from qlite.units import format_count
+
+
+def begin(path: Path, overrides: list[str], fresh: bool) -> None:
+    """Train the recipe in the file ``path``, with ``overrides`` over it, and show it on the terminal; go on with a run that is there.
+
+    Raises:
+        QliteError: the recipe, the data, the model's files or the machine do not allow it.
+    """
+    recipe = read_recipe(path, overrides).with_absolute_paths()
+    run = RunFolder(Path(recipe.output.dir))
+    with open_console(f"qlite  {path.stem}  {Path(recipe.base.model).name}") as console:
+        recipe = within_budget(recipe, run, fresh, console)
+        if not fresh:
+            run.check(recipe)
+        if run.is_finished and not fresh:
+            console.note(f"{run.path} is finished already. To train it anew: --fresh")
+        else:
+            train(recipe, run, console, fresh)
+    print_summary(run)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    model: PreTrainedModel
+    data: DataSet
+    batches: TokenBatches
+    steps: int
+    stepper: Stepper
+    optimizer: FlatOptimizer
+    meter: Meter
+    machine: dict[str, str | int]
+    notes: list[str]
+
+
+def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False) -> None:
+    """Train what ``recipe`` says into ``run``, going on from its newest checkpoint if it has one and not ``fresh``.
+
+    Raises:
+        QliteError: the recipe, the data, the model's files or the machine do not allow it.
+    """
+    parts = prepare(recipe, console)
+    # Only now is anything written or deleted: a mistyped path or target has shown itself by here.
+    if fresh:
+        run.discard()
+    else:
+        run.check(recipe)
+        run.check_data(parts.data.identity)
+    differences = run.changes(recipe)
+    changed = run.begin(recipe, parts.data, parts.machine)
+    observer = Broadcast(console, run, SpillWatch(console, run))
+    state = run.resume(parts.model, parts.optimizer)
+    for note in parts.notes:
+        observer.note(note)
+    parts.stepper.tell = observer.note
+    for difference in differences:
+        observer.note(f"since the run began the recipe has changed: {difference}")
+    if state.step:
+        parts.stepper.limits = Limits(min(state.loss_chunk or recipe.memory.loss_chunk, recipe.memory.loss_chunk), state.most_tokens)
+        observer.note(f"going on after step {state.step}")
+        if changed:
+            observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")
+    else:
+        answer(recipe, parts, observer, 0)
+
+    state = take_steps(recipe, parts, run, observer, state)
+    if recipe.output.adapter == "best" and state.best_step:
+        run.load_best(state, parts.model)
+        observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
+    run.write_adapter(recipe, parts.model)
+    answer(recipe, parts, observer, state.step)
+    compared = run.write_memory(parts.meter.compared())
+    run.finish(summarise(run.records(), parts.meter.read(), compared, parts.data.system, state))
+
+
+def prepare(recipe: Recipe, console: Observer) -> Parts:
+    """Read, check and build all that ``recipe`` names. Nothing is written but caches."""
+    where = device.pick_device(recipe.parallel.device)
+    threads = device.set_threads(recipe.parallel.threads)
+    device.keep_freed_memory()
+    meter = Meter(where)
+    plan, notes = recipe.train, []
+    # The data first: what is wrong with it is known before a weight is read.
+    data = recipe.data.load(recipe.base.tokenizer(console.phase), plan.tokens, notes.append, console.phase)
+    data.require_sound()
+    require_answers(data, plan)
+    batches = plan.batches(data)
+    steps = plan.steps or plan.epochs * batches.steps_per_epoch
+    recipe.schedule.check(steps)
+    planner = Planner(recipe, where, console.phase)
+    meter.plan = planner.plan_run(data, batches, notes.append)
+    with meter.loading():
+        model = recipe.base.load(where, console.phase, recipe.memory).model
+    kernels = recipe.base.compile(where, console.phase)
+    device.seed_all(plan.seed)
+    with meter.attaching():
+        recipe.method.attach(model)
+    if "not compiled" in kernels:
+        notes.append(f"norms, rotary positions and SwiGLU are {kernels}")
+    notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(model))} trained parameters")
+    lower_memory(model, recipe.memory, where)
+    if plan.packing:
+        check_packing(model)
+    stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where, planner.advice)
+    optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
+    meter.follow(stepper, optimizer)
+    machine = {"device": device.describe(where), "threads": threads, "kernels": kernels}
+    return Parts(model, data, batches, steps, stepper, optimizer, meter, machine, notes)
+
+
+def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
+    """Train on from ``state`` to the last step, or until the held-out loss has stopped falling; return the state then."""
+    plan = recipe.train
+    for step in range(state.step + 1, parts.steps + 1):
+        if plan.patience and state.stale >= plan.patience:
+            observer.note(f"stopped after step {state.step}: {state.stale} evaluations without a lower held-out loss (train.patience)")
+            break
+        started = time.perf_counter()
+        lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps))
+        with parts.meter.step():
+            result = parts.stepper.step(parts.batches.step(step), parts.optimizer, plan.clip_norm, seed=(plan.seed, step))
+        recipe.method.after_step(parts.model, parts.optimizer, step)
+        seconds, epoch = time.perf_counter() - started, step / parts.batches.steps_per_epoch
+        report = StepReport(**vars(result), step=step, steps=parts.steps, epoch=epoch, lr=lr, seconds=seconds, memory=parts.meter.read())
+        observer.step(report)
+        state = replace(state, step=step, tokens=state.tokens + report.tokens, **vars(parts.stepper.limits))
+        if is_due(plan.eval_every, step, parts.steps):
+            state = measure(recipe, parts, run, observer, state)
+        is_last = plan.patience and state.stale >= plan.patience
+        # What was learned of the machine is kept at once: it decides how the next steps are cut, and so their bits.
+        if result.oom_retries or is_last or is_due(recipe.output.save_every, step, parts.steps):
+            run.save(state, parts.model, parts.optimizer, recipe.output.keep)
+            run.write_memory(parts.meter.compared())
+    return state
+
+
+def measure(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
+    """Evaluate on the held-out rows and let the model answer the recipe's samples; return the state with what was found."""
+    if recipe.train.samples:
+        with parts.meter.answering():
+            observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
+    if not len(parts.data.test):
+        return state
+    with parts.meter.evaluating():
+        evaluation = evaluate(parts.stepper, parts.data, recipe.train, state.step, observer)
+    observer.evaluated(evaluation)
+    state = state.after(evaluation.loss)
+    if recipe.output.adapter == "best" and state.best_step == state.step:
+        run.save_best(state, parts.model)
+    return state
+
+
+def answer(recipe: Recipe, parts: Parts, observer: Observer, step: int) -> None:
+    """Let the model answer held-out prompts, if the recipe asks for it."""
+    if recipe.train.exact_match_rows:
+        with parts.meter.answering():
+            observer.answered(compare_answers(parts.model, parts.data, recipe.train, step, observer))
