@@ -37,6 +37,8 @@ USUAL_CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
 """GiB."""
 REFERENCE_CARDS = ("RTX 3060", "RTX 4070", "RTX 4090")
 """Whose time is estimated where no card is named."""
+COMFORT = 0.05
+"""Share of a card that a plan should leave free."""
 BAR = 44
 SMALL_SHARE = 0.001
 """Of the peak: smaller terms are not shown."""
@@ -65,7 +67,8 @@ def main(argv: list[str]) -> None:
     where.add_argument("--gpu", help='the card to plan for, for example "RTX 3060"')
     parser.add_argument("--fit", action="store_true", help="choose micro-batch and memory keys for that much memory: the fastest that fit")
     args = parser.parse_intermixed_args(argv)
-    recipe, target = read_recipe(args.recipe, args.overrides), target_of(args.vram, args.gpu)
+    recipe = read_recipe(args.recipe, args.overrides)
+    target = target_of(args.vram, args.gpu, recipe.memory.budget)
     if args.fit and target.capacity is None:
         raise RecipeError('--fit: for how much memory? Give --vram 8GiB or --gpu "RTX 3060"')
     console, fitted = Console(highlight=False, markup=False), None
@@ -80,25 +83,31 @@ def main(argv: list[str]) -> None:
         ways = [] if plan.fits else ways_out(chosen, shapes, plan.peak.bytes, worst_workload, told=told)
     show(chosen, shapes, found, target, console)
     if fitted:
-        console.print(Text("\n" + "\n".join(fit_words(recipe, fitted))))
+        console.print(Text("\n" + "\n".join(fit_words(recipe, fitted))), soft_wrap=True)
     if ways:
         show_ways_out(ways, plan, console)
     if not plan.fits:
         raise MachineError(f"does not fit: {plan}")
 
 
-def target_of(vram: str | None, gpu: str | None) -> Target:
-    """Return what is planned for: the memory or the card that is named, else the card that is here, else none.
+def target_of(vram: str | None, gpu: str | None, budget: str | None) -> Target:
+    """Return what is planned for: the memory or the card that is named, else the recipe's budget, else the card that is here, else none.
 
     Raises:
         RecipeError: ``vram`` is no amount of memory, or ``gpu`` no known card.
     """
-    if vram:
-        size = parse_bytes(vram)
+    if vram is not None:
+        try:
+            size = parse_bytes(vram)
+        except RecipeError as error:
+            raise RecipeError(f"--vram: {error}") from None
         return Target(f"a card of {format_bytes(size)}", size, None)
-    if gpu:
+    if gpu is not None:
         card = find_card(gpu)
-        return Target(f"{card.name} ({format_bytes(card.vram_bytes)})", int(VISIBLE_SHARE * card.vram_bytes), card)
+        visible = int(VISIBLE_SHARE * card.vram_bytes)
+        return Target(f"{card.name} ({format_bytes(visible)} of its {format_bytes(card.vram_bytes)} for programs)", visible, card)
+    if budget is not None:
+        return Target(f"memory.budget = {budget}", parse_bytes(budget), None)
     here = device.pick_device("auto")
     if here.type == "cuda":
         return Target(device.describe(here), device.total_memory(here), None)
@@ -121,7 +130,7 @@ def show(recipe: Recipe, shapes: BaseShapes, found: Forecast, target: Target, co
     console.print(Text(f"peak       {_peak_words(plan)}"))
     console.print(Text(f"on a card  {format_bytes(plan.needed)}, with {format_bytes(plan.outside)} for CUDA itself (assumed)"))
     if plan.host:
-        console.print(Text(f"on the host {format_bytes(plan.host)} of offloaded tensors"))
+        console.print(Text(f"on host    {format_bytes(plan.host)} of offloaded tensors"))
     console.print(_verdict(plan))
     if target.card and not target.card.has_bf16:
         console.print(Text(f"but        {target.card.name} has no bfloat16: attention's T x T scores come on top"))
@@ -178,12 +187,14 @@ def _peak_words(plan: MemoryPlan) -> str:
 
 def _verdict(plan: MemoryPlan) -> Text:
     if plan.capacity is None:
-        smallest = next((size for size in USUAL_CARDS if plan.needed <= 0.95 * size * GIB), None)
+        smallest = next((size for size in USUAL_CARDS if plan.needed <= (1 - COMFORT) * size * GIB), None)
         words = f"the smallest usual card with 5 % to spare: {smallest} GB" if smallest else "no usual card holds it"
         return Text(f"verdict    {words}", "bold")
     share = abs(plan.headroom) / plan.capacity
     if plan.fits:
-        return Text(f"verdict    fits {plan.device}: {format_bytes(plan.headroom)} ({share:.0%}) to spare", "bold green")
+        words = f"verdict    fits {plan.device}: {format_bytes(plan.headroom)} ({share:.0%}) to spare"
+        # What other programs take of a card, and what its allocator cannot use, is in no plan.
+        return Text(words, "bold green") if share >= COMFORT else Text(f"{words}, which is little", "bold yellow")
     return Text(f"verdict    does not fit {plan.device}: {format_bytes(-plan.headroom)} ({share:.0%}) too much", "bold red")
 
 

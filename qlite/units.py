@@ -41,7 +41,9 @@ def format_count(number: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as "42s", "3m 05s" or "2h 07m"."""
+    """Return a duration as "350ms", "4.2s", "42s", "3m 05s" or "2h 07m"."""
+    if 0 < seconds < 9.95:
+        return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

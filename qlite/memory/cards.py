@@ -8,7 +8,6 @@ rates are for float16 sums or sparse matrices, up to four times as much. Sources
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from qlite.errors import RecipeError
 from qlite.units import GIB
@@ -125,7 +124,7 @@ def find_card(name: str) -> Card:
             # The size may be said, too, where the name alone is enough.
             if wanted in (_words(card.name), _words(card.name) | {f"{card.vram_bytes // GIB}gb"}):
                 return card
-    raise RecipeError(f'no card is known as "{name}"; {_near(name)}or give its memory in figures, for example "12GiB"')
+    raise RecipeError(f'no card is known as "{name}"; {_near(name)}')
 
 
 def _words(name: str) -> frozenset[str]:
@@ -137,8 +136,9 @@ def _words(name: str) -> frozenset[str]:
 
 
 def _near(name: str) -> str:
-    number = re.search(r"\d{2,4}", name)
-    near = [known for known in CARDS if number and number[0] in known]
-    plain = {" ".join(sorted(_words(known))): known for known in CARDS}
-    near = near or [plain[each] for each in get_close_matches(" ".join(sorted(_words(name))), plain, n=4, cutoff=0.5)]
-    return f"did you mean {', '.join(near)}? Choose one of them " if near else f"known are {', '.join(CARDS)}; choose one of them "
+    number, by_memory = re.search(r"\d{3,4}", name), "give its memory instead: --vram 12GiB"
+    near = [known for known in CARDS if number and any(each.startswith(number[0][:3]) for each in re.findall(r"\d{3,4}", known))]
+    if near:
+        return f"did you mean {', '.join(near)}? If not, {by_memory}"
+    # A number that no card has is another maker's or another decade's: any guess would be wrong.
+    return by_memory if number else f"known are {', '.join(CARDS)}; or {by_memory}"

@@ -183,7 +183,8 @@ def _likely_fix(value: object, entry: dict) -> str:
         return "; inf and nan are no numbers to compute with"
     if isinstance(value, float) and "integer" in kinds and value.is_integer():
         return f"; write {int(value)}"
-    if kinds - {"null", "array"} == {"string"} and not entry.keys() & {"pattern", "enum"} and not isinstance(value, list | dict | None):
+    is_free = not any(part.keys() & {"pattern", "enum"} for part in [entry, *entry.get("anyOf", ())])
+    if kinds - {"null", "array"} == {"string"} and is_free and not isinstance(value, str | list | dict | None):
         return f'; if that is meant, put it in quotes: "{toml_value(value)}"'
     return ""
 

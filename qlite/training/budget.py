@@ -7,6 +7,7 @@ from qlite.errors import RecipeError
 from qlite.memory.cards import USUAL_CARD, Card, find_card
 from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, MemoryPlan
 from qlite.model.shapes import base_shapes
+from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_differences
 from qlite.training.fit import FITTED, Fitted, fit
@@ -27,9 +28,18 @@ def within_budget(recipe: Recipe, run: RunFolder, fresh: bool, console: Observer
         return recipe
     if run.is_begun and not fresh:
         begun = run.recipe()
-        return recipe.having({key: begun.get(key) for key in FITTED}) if begun.memory.budget == budget else recipe
+        if begun.memory.budget != budget:
+            return recipe
+        chosen = recipe.having({key: begun.get(key) for key in FITTED})
+        if differences := recipe_differences(recipe, chosen):
+            console.note(f"memory.budget = {budget}: going on with what it chose when the run began ({'; '.join(differences)})")
+        return chosen
     where = device.pick_device(recipe.parallel.device)
-    plan_of = partial(_plan, parse_bytes(budget), CONTEXT_BYTES + SLACK_BYTES if where.type == "cuda" else 0)
+    outside = CONTEXT_BYTES + SLACK_BYTES if where.type == "cuda" else 0
+    free = device.free_memory(where) + (CONTEXT_BYTES if outside else 0)  # the context of a card is there by now
+    if free < parse_bytes(budget):
+        console.note(f"memory.budget = {budget}, and only {format_bytes(free)} are free: fitted to that")
+    plan_of = partial(_plan, min(parse_bytes(budget), free), outside)
     told = partial(console.phase, "try what fits memory.budget")
     found = fit(recipe, base_shapes(recipe.base, console.phase), plan_of, _card(device.describe(where)), told)
     for line in fit_words(recipe, found):
@@ -42,7 +52,9 @@ def fit_words(recipe: Recipe, found: Fitted) -> list[str]:
     changed = "; ".join(recipe_differences(recipe, found.recipe)) or "the recipe as it is"
     needs = f"{format_bytes(found.plan.needed)} of {format_bytes(found.plan.capacity)}"
     chosen = f"chosen     {changed}: {needs}; estimated {format_seconds(found.seconds)} a step on {found.card}"
-    return [chosen, *(f"too large  {reason}" for reason in found.reasons), *(f"slower     {reason}" for reason in found.slower)]
+    keys = [f"{key}={toml_value(found.recipe.get(key))}" for key in FITTED if found.recipe.get(key) != recipe.get(key)]
+    typed = [f"to type    {' '.join(keys)}"] if keys else []
+    return [chosen, *typed, *(f"too large  {reason}" for reason in found.reasons), *(f"slower     {reason}" for reason in found.slower)]
 
 
 def _plan(capacity: int, outside: int, found: Forecast) -> MemoryPlan:

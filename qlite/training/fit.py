@@ -97,7 +97,8 @@ def fit(
             continue
         if best is not None:
             first, second = sorted((best, found), key=lambda each: each.seconds)
-            slower, best = [_words(_differing(second.recipe, first.recipe)) + f": {format_seconds(second.seconds)} a step"], first
+            line = f"{_words(_differing(second.recipe, first.recipe))}: {format_seconds(second.seconds)} a step"
+            slower, best = [line] if format_seconds(second.seconds) != format_seconds(first.seconds) else [], first
             break  # what comes after is slower than both
         best = found
     told(len(tried), len(tried))
@@ -105,7 +106,7 @@ def fit(
         raise problem
     if best is None:
         raise MachineError(
-            f"memory.budget: nothing fits; the least that this recipe needs is {format_bytes(least)}, with everything lowered. "
+            f"nothing fits; the least that this recipe needs is {format_bytes(least)}, with everything lowered. "
             "Lower train.tokens, method.rank or train.exact_match_rows, or take a smaller base.model"
         )
     return replace(best, card=card.name, reasons=tuple(reasons), slower=tuple(slower))
@@ -116,7 +117,10 @@ def _largest_that_fits(
 ) -> tuple[Fitted | None, int]:
     """Return the largest micro-batch of ``recipe`` that fits, or None, and the bytes that one row needs."""
     rows = recipe.train.micro_batch * recipe.train.accumulation
-    first, second = (plan_of(_of_rows(recipe, shapes, count, rows)) for count in (1, 2))
+    first = plan_of(_of_rows(recipe, shapes, 1, rows))
+    if not first.fits:
+        return None, first.needed
+    second = plan_of(_of_rows(recipe, shapes, 2, rows))
     slope = second.needed - first.needed
     counts = [count for count in range(rows, 0, -1) if rows % count == 0 and (count == 1 or count * recipe.train.tokens <= MOST_TOKENS)]
     for count in counts:

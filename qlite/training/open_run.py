@@ -39,6 +39,7 @@ def open_run(run: RunFolder, device_name: str, progress: Progress) -> OpenRun:
     device.keep_freed_memory()
     # "flash" and "flex" are for training on a card; what was trained with them may be opened without one.
     base = replace(recipe.base, attention="auto").load(where, progress, recipe.memory)
+    recipe.base.compile(where, progress)
     encoder = Encoder(base.tokenizer, run.template, recipe.data.loss_on)
     if encoder.template is not None:
         base.tokenizer.chat_template = encoder.template  # what an export writes beside the weights

@@ -103,13 +103,17 @@ class RunFolder:
             if others or self.path.is_file():
                 raise RunError(f'output.dir = "{self.path}": exists and holds something else ({", ".join(others[:3])}); choose another')
             return
-        # Where and how often it is written, and whether it has to fit by plan, is no part of what a run computes.
-        differences = [text for text in recipe_differences(self.recipe(), recipe) if not text.startswith(("output.", "memory.plan:"))]
+        differences = [text for text in recipe_differences(self.recipe(), recipe) if not _may_change(text)]
         if differences:
             raise RunError(
                 f'"{self.path}" holds a run of another recipe ({"; ".join(differences)}). '
                 "Go on with the old recipe, choose another output.dir, or start afresh with --fresh"
             )
+
+    def changes(self, recipe: Recipe) -> list[str]:
+        """Return in what ``recipe`` differs from the one that the run goes by, but for where and how often it is written."""
+        found = recipe_differences(self.recipe(), recipe) if self.is_begun else []
+        return [text for text in found if not text.startswith("output.")]
 
     def check_data(self, identity: dict[str, str]) -> None:
         """Raise RunError if the run was begun with rows or a template other than those of ``identity``."""
@@ -143,6 +147,8 @@ class RunFolder:
             if data.encoder.template is not None:
                 write_text(self.path / "template.jinja", data.encoder.template)
             write_text(self.path / "recipe.toml", recipe_toml(recipe))  # last: with it the folder is this run's
+        elif recipe_differences(self.recipe(), recipe):  # in what may change
+            write_text(self.path / "recipe.toml", recipe_toml(recipe))
         then = self._read("run.json")
         return [f"{key}: {then.get(key)} -> {facts.get(key)}" for key in {**then, **facts} if then.get(key) != facts.get(key)]
 
@@ -221,9 +227,16 @@ class RunFolder:
         with new_folder(self.adapter) as folder:
             write_adapter(folder, model, recipe.method, recipe.base.model)
 
-    def write_memory(self, record: dict) -> None:
-        """Write plan against measured memory, by phase and term, in bytes."""
-        write_json(self.path / "memory.json", record)
+    def write_memory(self, record: dict) -> dict:
+        """Write plan against measured memory, by phase and term, in bytes; return it with what was measured before a stop."""
+        path = self.path / "memory.json"
+        if path.is_file():
+            before = self._read("memory.json")
+            measured, earlier = record["measured"], before["measured"]
+            larger = {phase: max((measured.get(phase), earlier.get(phase)), key=_bytes) for phase in {**earlier, **measured}}
+            record = {**record, "measured": larger, "process_peak": max(record["process_peak"], before["process_peak"])}
+        write_json(path, record)
+        return record
 
     def finish(self, result: dict) -> None:
         """Write the result; with it the run counts as finished."""
@@ -254,6 +267,24 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         """Return the checkpoints, newest first, by step and never by clock."""
         return sorted((self.path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+MAY_CHANGE = (
+    "memory.plan", "memory.budget", "memory.checkpointing", "memory.loss_chunk", "memory.mlp_chunk", "memory.embedding", "memory.base",
+    "memory.saved_inputs", "base.cache", "base.fused",
+)  # fmt: skip
+"""The keys that decide where a run computes and in which order it sums, and not what it computes."""
+
+
+def _may_change(difference: str) -> bool:
+    """Return whether a run may go on with this difference between its recipe and the one that is given."""
+    key = difference.partition(":")[0]
+    # 8-bit inputs are another gradient; and where and how often a run is written is no part of what it computes.
+    return key.startswith("output.") or (key in MAY_CHANGE and "8bit" not in difference)
+
+
+def _bytes(peak: dict | None) -> int:
+    return peak["bytes"] if peak else -1
 
 
 def find_run(path: str | None, runs: Path = Path("runs")) -> RunFolder:

@@ -24,10 +24,7 @@ Advice = Callable[[int, int, bool], list[str]]
 
 def general_advice(rows: int, tokens: int, is_training: bool = True) -> list[str]:
     """Return the ways out that there are on every machine."""
-    return [
-        f'Lower train.tokens below {tokens}, method.rank or base.bits, set memory.checkpointing = "block", '
-        "or free memory that other programs hold"
-    ]
+    return [f"Lower train.tokens below {tokens} or method.rank, see memory.* in --keys, or free memory that other programs hold"]
 
 
 @dataclass(frozen=True)

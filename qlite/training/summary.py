@@ -9,19 +9,20 @@ from rich.text import Text
 
 from qlite.device import MemoryUse, peak_process_bytes
 from qlite.training.console import clean
+from qlite.training.planning import planned_and_measured
 from qlite.training.run_folder import RunFolder, TrainState
 from qlite.units import format_bytes, format_seconds
 
 
-def summarise(records: list[dict], memory: MemoryUse, system: str, state: TrainState) -> dict:
+def summarise(records: list[dict], memory: MemoryUse, compared: dict, system: str, state: TrainState) -> dict:
     """Return the run's figures: losses in nats, seconds of training alone, tokens/s as the median over steps.
 
-    The peak of the tensors is that over the steps that were followed tensor by tensor; None if none was.
+    The peak of the tensors, and what was planned for it, is that over all phases of ``compared``, memory.json's record.
     """
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "eval"]
     answers = [record for record in records if record["kind"] == "answers"]
-    terms = [found for found in (*(record.get("memory_terms") for record in steps), memory.terms) if found]
+    measured, phases = compared["measured"], list(planned_and_measured(compared))
     on_gpu = memory.reserved is not None
     return {
         "steps": len(steps),
@@ -36,8 +37,8 @@ def summarise(records: list[dict], memory: MemoryUse, system: str, state: TrainS
         "best_step": state.best_step if evaluations else None,
         "peak_memory_bytes": memory.peak if on_gpu else peak_process_bytes(),
         "peak_memory_kind": "allocated on the GPU" if on_gpu else "process",
-        "peak_tensor_bytes": max((sum(found.values()) for found in terms), default=None),
-        "planned_tensor_bytes": memory.planned,
+        "peak_tensor_bytes": max((peak["bytes"] for peak in measured.values()), default=None),
+        "planned_tensor_bytes": max((planned for _, planned, _ in phases), default=None),
         "system": system,
         "answers": answers,
     }

@@ -10,7 +10,7 @@ from qlite.recipe.keys import all_keys, describe, print_keys, toml_value
 # fmt: off
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",
-    "base.double_quant", "base.block_size", "base.dtype", "base.attention",
+    "base.double_quant", "base.block_size", "base.dtype", "base.attention", "base.cache", "base.fused",
     "method.name", "method.rank", "method.alpha", "method.dropout", "method.targets", "method.rank_per_target",
     "method.rslora", "method.dora",
     "optimizer.name", "optimizer.lr", "optimizer.weight_decay", "optimizer.betas", "optimizer.eps",
@@ -41,7 +41,7 @@ def printed(monkeypatch, columns: int) -> str:
 
 def test_these_are_all_the_keys():
     assert [key.name for key in all_keys()] == ALL_KEYS
-    assert len(ALL_KEYS) == 81
+    assert len(ALL_KEYS) == 83
 
 
 @pytest.mark.parametrize("key", list(all_keys()), ids=lambda key: key.name)

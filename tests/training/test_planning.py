@@ -119,7 +119,7 @@ def test_fit_takes_the_fastest_that_fits_and_says_why(folder):
     recipe = recipe_of(folder, train={"micro_batch": 2, "accumulation": 4, "tokens": 128})
     shapes = base_shapes(recipe.base, lambda *_: None)
     needs = {}
-    for capacity in (1 << 40, 3 * MIB, 1200 * 1024):
+    for capacity in (1 << 40, 3 * MIB, 820 * 1024):
         found = fit(recipe, shapes, lambda forecast, capacity=capacity: MemoryPlan(forecast.peaks(), capacity, "it"))
         assert found.plan.needed <= capacity
         assert found.recipe.train.micro_batch * found.recipe.train.accumulation == 8
@@ -143,17 +143,27 @@ def test_levels_never_undo_what_the_recipe_has_lowered(folder):
 
 
 def test_a_budget_chooses_once_and_a_run_that_goes_on_keeps_the_choice(folder, monkeypatch):
-    recipe = recipe_of(folder, memory={"plan": "tell", "budget": "2MiB"}, train={"micro_batch": 6, "accumulation": 1, "tokens": 96})
+    recipe = recipe_of(folder, memory={"plan": "tell", "budget": "1200KiB"}, train={"micro_batch": 6, "accumulation": 1, "tokens": 96})
     watcher, place = Watcher(), RunFolder(folder / "budget")
     chosen = budget.within_budget(recipe, place, False, watcher)
-    assert plan_of(chosen).needed <= 2 * MIB
+    assert plan_of(chosen).needed <= 1200 * 1024
     assert any(note.startswith("chosen ") for note in watcher.notes)
     place.path.mkdir()
     (place.path / "recipe.toml").write_text(recipe_toml(chosen))
     (place.path / "run.json").write_text("{}")
     monkeypatch.setattr(budget, "fit", None)  # nothing is tried again
     assert budget.within_budget(recipe, place, False, watcher) == chosen
+    assert watcher.notes[-1].startswith("memory.budget = 1200KiB: going on with what it chose when the run began (train.micro_batch: 6 -> ")
     assert {key for key in FITTED if recipe.get(key) != chosen.get(key)}
+
+
+def test_a_budget_that_is_not_free_is_fitted_to_what_is(folder, monkeypatch):
+    recipe = recipe_of(folder, memory={"plan": "tell", "budget": "1GiB"}, train={"micro_batch": 6, "accumulation": 1, "tokens": 96})
+    monkeypatch.setattr(budget.device, "free_memory", lambda _: 1200 * 1024)
+    watcher = Watcher()
+    chosen = budget.within_budget(recipe, RunFolder(folder / "not begun"), False, watcher)
+    assert plan_of(chosen).needed <= 1200 * 1024
+    assert watcher.notes[0] == "memory.budget = 1GiB, and only 1.17 MiB are free: fitted to that"
 
 
 # The verb
@@ -175,15 +185,27 @@ def test_the_verb_prints_terms_phases_verdict_and_time(folder, capsys):
 
 
 def test_the_verb_knows_cards_by_name_and_says_what_a_wrong_one_could_be(folder, capsys):
-    assert "fits RTX 4060 (8.00 GiB)" in planned(folder, capsys, "--gpu", "rtx 4060")
+    assert "fits RTX 4060 (7.84 GiB of its 8.00 GiB for programs)" in planned(folder, capsys, "--gpu", "rtx 4060")
     with pytest.raises(RecipeError, match="did you mean"):
         planned(folder, capsys, "--gpu", "RTX 4065")
     assert CARDS["RTX 4060"].vram_bytes == 8 << 30
 
 
+def test_the_verb_plans_for_the_recipes_budget_where_nothing_else_is_named(folder, capsys):
+    with pytest.raises(MachineError, match="does not fit"):
+        planned(folder, capsys, "memory.budget=580MiB", "train.tokens=2000", "train.micro_batch=4", "train.exact_match_rows=0")
+    assert "does not fit memory.budget = 580MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flag", "problem"), [("--vram", '--vram: "" is no amount'), ("--gpu", 'no card is known as ""')])
+def test_an_empty_name_or_amount_is_no_leave_to_plan_for_anything(flag, problem, folder, capsys):
+    with pytest.raises(RecipeError, match=problem):
+        planned(folder, capsys, flag, "")
+
+
 def test_the_verb_ends_with_3_where_it_does_not_fit_and_says_what_to_change(folder, capsys):
     with pytest.raises(MachineError, match="does not fit") as caught:
-        planned(folder, capsys, "--vram", "600MiB", "train.tokens=2000", "train.micro_batch=4", "train.exact_match_rows=0")
+        planned(folder, capsys, "--vram", "590MiB", "train.tokens=2000", "train.micro_batch=4", "train.exact_match_rows=0")
     assert caught.value.exit_code == 3
     out = capsys.readouterr().out
     assert "verdict    does not fit" in out

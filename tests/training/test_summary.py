@@ -1,24 +1,23 @@
 """The closing words of a run: its peaks of memory, in tensors and in all, beside the plan."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qlite.device import MemoryUse
-from qlite.memory import terms
 from qlite.training.run_folder import RunFolder, TrainState
 from qlite.training.summary import print_summary, summarise
 from qlite.units import GIB, MIB
 from tests.training.test_console import CPU, GPU, step_report
 
-TOLD = {terms.BASE: GIB, terms.SAVED: 225 * MIB}
 
-
-def result_of(*memories: MemoryUse) -> dict:
-    records = [json.loads(json.dumps(step_report(step, memory=memory).as_record())) for step, memory in enumerate(memories, start=1)]
-    return summarise(records, memories[-1], "", TrainState(step=len(memories)))
+def result_of(memory: MemoryUse, measured: dict[str, int] | None = None, planned: dict[str, int] | None = None) -> dict:
+    """Return the result of a run of one step, whose phases took ``measured`` bytes, and ``planned``."""
+    record = json.loads(json.dumps(step_report(1, memory=memory).as_record()))
+    told, plan = ({phase: {"bytes": size} for phase, size in (sizes or {}).items()} for sizes in (measured, planned))
+    compared = {"planned": {"phases": plan} if planned else None, "measured": told}
+    return summarise([record], memory, compared, "", TrainState(step=1))
 
 
 def peak_row(result: dict, folder: Path, capsys) -> str:
@@ -27,28 +26,32 @@ def peak_row(result: dict, folder: Path, capsys) -> str:
     return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("peak memory"))[len("peak memory") :].strip()
 
 
-def test_the_peak_of_tensors_is_that_of_all_steps_that_were_followed():
-    low, high = (replace(CPU, terms={terms.BASE: size, terms.SAVED: 3}, planned=100) for size in (50, 90))
-    result = result_of(low, high, CPU, low)
-    assert result["peak_tensor_bytes"] == 93
-    assert result["planned_tensor_bytes"] == 100
-    result = result_of(CPU, CPU)
-    assert result["peak_tensor_bytes"] is None
-    assert result["planned_tensor_bytes"] is None
+def test_the_peak_of_tensors_is_that_of_all_phases_and_the_plan_that_of_the_same():
+    result = result_of(CPU, {"training": 93, "optimizer": 95}, {"training": 100, "optimizer": 94, "answers": 300})
+    assert (result["peak_tensor_bytes"], result["planned_tensor_bytes"]) == (95, 100)
+    result = result_of(CPU, {"training": 93})
+    assert (result["peak_tensor_bytes"], result["planned_tensor_bytes"]) == (93, None)
+    result = result_of(CPU)
+    assert (result["peak_tensor_bytes"], result["planned_tensor_bytes"]) == (None, None)
 
 
 @pytest.mark.parametrize(
-    ("memory", "row"),
+    ("memory", "planned", "row"),
     [
-        (replace(CPU, terms=TOLD, planned=GIB + 226 * MIB), "1.22 GiB of tensors (planned 1.22), 2.10 GiB of process memory"),
-        (replace(CPU, terms=TOLD, planned=900 * MIB), "1.22 GiB of tensors (planned 900 MiB), 2.10 GiB of process memory"),
-        (replace(CPU, terms=TOLD), "1.22 GiB of tensors, 2.10 GiB of process memory"),
-        (CPU, "2.10 GiB (process)"),
-        (replace(GPU, terms=TOLD, planned=GIB), "1.22 GiB of tensors (planned 1.00), 12.0 GiB allocated on the GPU"),
-        (GPU, "12.0 GiB (allocated on the GPU)"),
+        (CPU, GIB + 226 * MIB, "1.22 GiB of tensors (planned 1.22), 2.10 GiB of process memory"),
+        (CPU, 900 * MIB, "1.22 GiB of tensors (planned 900 MiB), 2.10 GiB of process memory"),
+        (CPU, None, "1.22 GiB of tensors, 2.10 GiB of process memory"),
+        (GPU, GIB, "1.22 GiB of tensors (planned 1.00), 12.0 GiB allocated on the GPU"),
     ],
 )
-def test_the_row_tells_tensors_plan_and_all(memory, row, tmp_path, capsys, monkeypatch):
+def test_the_row_tells_tensors_plan_and_all(memory, planned, row, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("qlite.training.summary.peak_process_bytes", lambda: int(2.1 * GIB))
+    result = result_of(memory, {"training": GIB + 225 * MIB}, {"training": planned} if planned else None)
+    assert peak_row(result, tmp_path, capsys) == row
+
+
+@pytest.mark.parametrize(("memory", "row"), [(CPU, "2.10 GiB (process)"), (GPU, "12.0 GiB (allocated on the GPU)")])
+def test_a_run_that_was_not_followed_tells_the_device_figure(memory, row, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("qlite.training.summary.peak_process_bytes", lambda: int(2.1 * GIB))
     assert peak_row(result_of(memory), tmp_path, capsys) == row
 
