@@ -30,7 +30,7 @@ from qlite.training.fit import fit
 from qlite.training.forecast import Forecast, forecast, worst_workload
 from qlite.training.gauges import COLOURS, LETTERS
 from qlite.training.ways_out import WayOut, ways_out
-from qlite.units import GIB, KIB, MIB, format_bytes, format_seconds, parse_bytes
+from qlite.units import GIB, KIB, MIB, format_bytes, format_step_seconds, parse_bytes
 from qlite.verb import run_verb
 
 USUAL_CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
@@ -204,7 +204,7 @@ def _time(found: Forecast, recipe: Recipe, cards: list[Card]) -> str:
     told = []
     for card in cards:
         seconds = found.work.seconds(card)
-        told.append(f"{card.name} {format_seconds(seconds * train.accumulation)} a step, {tokens / seconds:,.0f} tokens/s")
+        told.append(f"{card.name} {format_step_seconds(seconds * train.accumulation)} a step, {tokens / seconds:,.0f} tokens/s")
     counted = f"{found.work.flops / 1e12:,.1f} TFLOP and {format_bytes(found.work.bytes)} moved a micro-batch"
     return "\n".join([f"time       estimated from peak rates, not measured ({counted}):", *(f"           {line}" for line in told)])
 

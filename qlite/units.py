@@ -41,12 +41,17 @@ def format_count(number: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as "350ms", "4.2s", "42s", "3m 05s" or "2h 07m"."""
-    if 0 < seconds < 9.95:
-        return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"
+    """Return a duration as "42s", "3m 05s" or "2h 07m"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def format_step_seconds(seconds: float) -> str:
+    """Return the time of one step, which may be short: "350ms", "4.2s", then as ``format_seconds``."""
+    if seconds < 9.95:
+        return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"
+    return format_seconds(seconds)

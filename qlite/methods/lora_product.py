@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlite.quant.linear import grad_of_input, product
+from qlite.quant.linear import grad_of_input, kept_dense, product
 
 
 class Adapted(NamedTuple):
@@ -47,34 +47,38 @@ def lora_products(x: Tensor, linears: Sequence[Adapted], dropout: float = 0.0) -
     """
     factors = [factor for linear in linears for factor in (linear.A, linear.B)]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
-        return _sums(x, _low(x, linears, dropout)[0], linears)
+        return _sums(x, _low(x, linears, dropout)[0], linears, [None] * len(linears))
     # Kept before the products by W: where a block is computed again, torch stops as soon as it has all that was kept the first time,
     # so the last linear's W is not multiplied again.
-    low = _Kept.apply(x, linears, dropout, *factors)
-    return _Products.apply(x, low.detach(), low.grad_fn, linears, *factors)
+    dense = [kept_dense(linear.base, x.dtype) for linear in linears]
+    low = _Kept.apply(x, linears, dropout, dense, *factors)
+    return _Products.apply(x, low.detach(), low.grad_fn, linears, dense, *factors)
 
 
 class _Kept(torch.autograd.Function):
     """A x of all linears. Its node keeps what the gradient needs, and no gradient flows through it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, linears: Sequence[Adapted], dropout: float, *_factors: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, linears: Sequence[Adapted], dropout: float, dense: list[Tensor | None], *_factors: Tensor) -> Tensor:
         low, masks = _low(x, linears, dropout)
-        ctx.save_for_backward(x, low, *masks)
+        ctx.save_for_backward(x, low, *dense, *masks)
         ctx.kept_share = 1 - dropout
         return low
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, low: Tensor, kept, linears: Sequence[Adapted], *_factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, x: Tensor, low: Tensor, kept, linears: Sequence[Adapted], dense: list[Tensor | None], *_factors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.kept, ctx.linears = kept, linears
-        return _sums(x, low, linears)
+        return _sums(x, low, linears, dense)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        x, low, *masks = ctx.kept.saved_tensors
+        x, low, *others = ctx.kept.saved_tensors
+        dense, masks = others[: len(ctx.linears)], others[len(ctx.linears) :]
         masks = [_Mask(mask, 1 / ctx.kept.kept_share) for mask in masks]
         ctx.kept = None
         shape, rows, linears = x.shape, x.reshape(-1, x.shape[-1]), ctx.linears
@@ -87,8 +91,8 @@ class _Products(torch.autograd.Function):
         grads_A = _grads_of_A(rows, grads_low, masks, linears)
         # x is needed no more, and the largest tensor yet to come is as large.
         del x, rows, low, low_of_it
-        grad_x = _grad_of_x(grads, grads_low, masks, linears).view(shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None, *(each for pair in zip(grads_A, grads_B, strict=True) for each in pair)
+        grad_x = _grad_of_x(grads, grads_low, masks, linears, dense).view(shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, None, *(each for pair in zip(grads_A, grads_B, strict=True) for each in pair)
 
 
 def _low(x: Tensor, linears: Sequence[Adapted], dropout: float) -> tuple[Tensor, list[Tensor]]:
@@ -104,11 +108,11 @@ def _low(x: Tensor, linears: Sequence[Adapted], dropout: float) -> tuple[Tensor,
     return _joined(low), masks
 
 
-def _sums(x: Tensor, low: Tensor, linears: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    """Return y of each linear, given A x of all."""
+def _sums(x: Tensor, low: Tensor, linears: Sequence[Adapted], dense: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return y of each linear, given A x of all, and the weights that are dense already."""
     outputs = []
-    for linear, low_of_it in zip(linears, low.split([len(linear.A) for linear in linears], dim=1), strict=True):
-        y = product(linear.base, x)
+    for linear, weight, low_of_it in zip(linears, dense, low.split([len(linear.A) for linear in linears], dim=1), strict=True):
+        y = product(linear.base, x, weight)
         y.view(-1, y.shape[-1]).addmm_(low_of_it, linear.B.T, alpha=linear.scaling)
         outputs.append(y)
     return tuple(outputs)
@@ -121,11 +125,13 @@ def _grads_of_A(rows: Tensor, grads_low: list[Tensor], masks: list[_Mask], linea
     return [grad.T @ mask.applied(rows) for grad, mask in zip(grads_low, masks, strict=True)]
 
 
-def _grad_of_x(grads: list[Tensor], grads_low: list[Tensor], masks: list[_Mask], linears: Sequence[Adapted]) -> Tensor:
+def _grad_of_x(
+    grads: list[Tensor], grads_low: list[Tensor], masks: list[_Mask], linears: Sequence[Adapted], dense: list[Tensor | None]
+) -> Tensor:
     """Return the gradient [N, in] of x, summed over all linears."""
     total = None
-    for linear, grad in zip(linears, grads, strict=True):
-        total = grad_of_input(linear.base, grad, total)
+    for linear, grad, weight in zip(linears, grads, dense, strict=True):
+        total = grad_of_input(linear.base, grad, total, weight)
     if not masks:
         return total.addmm_(_joined(grads_low), _all_A(linears))
     for linear, grad, mask in zip(linears, grads_low, masks, strict=True):

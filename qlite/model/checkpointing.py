@@ -14,7 +14,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qlite.errors import ModelError
 from qlite.model.blocks import decoder_blocks
+from qlite.model.documents import DOCUMENTS
+from qlite.model.kept_attention import attention_kept
 from qlite.offload import Lane
 from qlite.quant.blocks8 import Blocks8, to_blocks8
 
@@ -28,30 +31,47 @@ class Kept(Protocol):
         """Return it on the device, in its own dtype."""
 
 
-def checkpoint_blocks(model: PreTrainedModel, saved_inputs: SavedInputs = "device", device: torch.device | None = None) -> None:
+def checkpoint_blocks(
+    model: PreTrainedModel, saved_inputs: SavedInputs = "device", device: torch.device | None = None, keep_attention: bool = False
+) -> None:
     """Switch per-block checkpointing on (Chen et al. 2016, arXiv:1604.06174); it acts in training mode only.
 
     Non-reentrant: inputs need no gradient of their own, and random numbers (dropout) are drawn again alike. ``saved_inputs`` says
     where the inputs lie between the passes: on ``device``, where the model computes (default: its first weight's), as they are or in 8 bit,
-    or in host memory.
+    or in host memory. With ``keep_attention`` a block keeps what its attention gave, too, and does not compute it again.
+
+    Raises:
+        ModelError: ``keep_attention``, and the model does not compute its attention here.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    options = {"use_reentrant": False}
+    if keep_attention:
+        _require_own_attention(model)
+        options["context_fn"] = attention_kept
+    model.activation_checkpointing_enable(options)
     # transformers lets the embedding's output require a gradient, which reentrant checkpointing would need: it would be computed,
     # stored as .grad, and keep that output alive through the whole step.
     model.disable_input_require_grads()
     if saved_inputs == "device":
         return
     keep = to_blocks8 if saved_inputs == "8bit" else HostInputs(device or model.device).keep
-    run = _Checkpointed(keep)
+    run = _Checkpointed(keep, options)
     for block in decoder_blocks(model).values():
         block._gradient_checkpointing_func = run
+
+
+def _require_own_attention(model: PreTrainedModel) -> None:
+    if model.config._attn_implementation != DOCUMENTS:
+        raise ModelError(
+            f'memory.checkpointing = "attention": it is known for base.attention = "auto" alone, and not for every family; this '
+            f'"{model.config.model_type}" computes "{model.config._attn_implementation}" attention: set it to "block"'
+        )
 
 
 class _Checkpointed:
     """Runs a block checkpointed, its input put away by ``keep`` meanwhile."""
 
-    def __init__(self, keep: Callable[[Tensor], Kept]):
-        self.keep = keep
+    def __init__(self, keep: Callable[[Tensor], Kept], options: dict):
+        self.keep, self.options = keep, options
 
     def __call__(self, block: Callable, states: Tensor, *others: object) -> object:
         """Return ``block(states, *others)``. ``others`` (masks, tables) are shared by all blocks and stay as they are."""
@@ -64,7 +84,7 @@ class _Checkpointed:
             return tensor
 
         with saved_tensors_hooks(pack, _unpack):
-            return checkpoint(block, states, *others, use_reentrant=False)
+            return checkpoint(block, states, *others, **self.options)
 
 
 def _unpack(kept: Tensor | Kept) -> Tensor:

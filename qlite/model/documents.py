@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
+from qlite.model.kept_attention import attending
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch
@@ -139,10 +141,23 @@ def documents_attention(
     Without ``documents``, or with a term that is added to the scores, this is SDPA under the whole mask. A mask that is a
     tensor (a sliding window) holds inside documents, too.
     """
+    with attending(draws=bool(options.get("dropout", 0.0))):
+        return _attention(module, query, key, value, attention_mask, documents, options), None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | DeferredMask | None,
+    documents: Documents | None,
+    options: dict,
+) -> Tensor:
     is_plain = attention_mask is None or isinstance(attention_mask, DeferredMask)
     if documents is None or any(options.get(name) is not None for name in ("position_bias", "softcap")):
         mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     batch, _, width, _ = query.shape
     # Views of [B * T, heads, head size], where a document is a stretch whatever line it lies in.
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
@@ -155,7 +170,7 @@ def documents_attention(
         # Cut by one call, not by slices: a slice's gradient is as large as what it was cut from.
         parts = zip(*(x.split(documents.lengths) for x in flat), masks, strict=True)
         out = torch.cat([_one_document(module, *qkv, mask, options) for *qkv, mask in parts])
-    return out.view(batch, width, *out.shape[1:]), None
+    return out.view(batch, width, *out.shape[1:])
 
 
 def _one_document(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> Tensor:

@@ -37,8 +37,8 @@ def lower_memory(model: PreTrainedModel, memory: MemoryKeys, device: torch.devic
         keep_embedding_on_host(model, device)
     if memory.mlp_chunk:
         tile_mlps(model, memory.mlp_chunk)
-    if memory.checkpointing == "block":
-        checkpoint_blocks(model, memory.saved_inputs, device)
+    if memory.checkpointing != "none":
+        checkpoint_blocks(model, memory.saved_inputs, device, keep_attention=memory.checkpointing == "attention")
     if memory.base == "host":
         stream_blocks(model, device)
     if "host" in (memory.embedding, memory.base):

@@ -7,6 +7,9 @@ bitsandbytes' modules move and repack their weights during use and its autograd 
 """
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -260,13 +263,42 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
+        dense, ctx.layer = kept_dense(layer, x.dtype), layer
+        if dense is not None:
+            ctx.save_for_backward(dense)
+        return product(layer, x, dense)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.product_with_grad(grad), None
+        dense = ctx.saved_tensors
+        return grad @ dense[0] if dense else ctx.layer.product_with_grad(grad), None
+
+
+class _Keeping(threading.local):
+    dense = False
+
+
+_keeping = _Keeping()
+
+
+@contextmanager
+def dense_weights_kept() -> Iterator[None]:
+    """Enter either pass of a checkpointed block: weights that the second makes dense are kept for the gradient, right after it.
+
+    They are saved as activations are: what the first pass saves is let go of at once, and what the second saves is used.
+    """
+    before, _keeping.dense = _keeping.dense, True
+    try:
+        yield
+    finally:
+        _keeping.dense = before
+
+
+def kept_dense(linear: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """Return the dense weight of ``linear`` where it shall be kept for the gradient: packed, and not so large that it is cut."""
+    is_kept = _keeping.dense and isinstance(linear, QuantLinear) and linear.slices(dtype) == [ALL]
+    return linear.dense(dtype) if is_kept else None
 
 
 class Linear4bit(QuantLinear, Packed4bit):
@@ -326,18 +358,25 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | QuantLinear)
 
 
-def product(linear: nn.Module, x: Tensor) -> Tensor:
-    """Return what ``linear`` of any storage makes of x [..., in], unknown to autograd: [..., out], new memory."""
+def product(linear: nn.Module, x: Tensor, dense: Tensor | None = None) -> Tensor:
+    """Return what ``linear`` of any storage makes of x [..., in], unknown to autograd: [..., out], new memory.
+
+    ``dense``: its weight, where that is at hand.
+    """
+    if dense is not None:
+        return _shaped(nn.functional.linear(x.reshape(-1, x.shape[-1]), dense, linear.bias), x)
     return linear.product(x) if isinstance(linear, QuantLinear) else nn.functional.linear(x, linear.weight, linear.bias)
 
 
-def grad_of_input(linear: nn.Module, grad: Tensor, total: Tensor | None = None) -> Tensor:
+def grad_of_input(linear: nn.Module, grad: Tensor, total: Tensor | None = None, dense: Tensor | None = None) -> Tensor:
     """Return grad W for grad [N, out], [N, in]: the gradient of the input of ``linear``; added to ``total`` where that is given."""
-    if total is None:
-        return linear.product_with_grad(grad) if isinstance(linear, QuantLinear) else grad @ linear.weight
-    if isinstance(linear, QuantLinear) and linear.slices(grad.dtype) != [ALL]:
-        return total.add_(linear.product_with_grad(grad))
-    return total.addmm_(grad, linear.dense(grad.dtype) if isinstance(linear, QuantLinear) else linear.weight)
+    if dense is None and isinstance(linear, QuantLinear):
+        if total is None or linear.slices(grad.dtype) != [ALL]:
+            found = linear.product_with_grad(grad)
+            return found if total is None else total.add_(found)
+        dense = linear.dense(grad.dtype)
+    weight = linear.weight if dense is None else dense
+    return grad @ weight if total is None else total.addmm_(grad, weight)
 
 
 def compute_dtype(linear: nn.Module) -> torch.dtype:

@@ -77,8 +77,9 @@ class Memory(Table):
     only told; "off": none is made."""
     budget: Annotated[str, Field(pattern=BYTES, json_schema_extra={"words": 'an amount like "8GiB"'})] | None = None
     """Memory that the run may take of the card, "8GiB": micro-batch and the keys below are then chosen, the fastest that fit."""
-    checkpointing: Literal["block", "none"] = "block"
-    """"block": keep only each block's input and compute the block again in the backward pass; "none": keep everything."""
+    checkpointing: Literal["block", "attention", "none"] = "block"
+    """"block": keep only each block's input and compute the block again in the backward pass; "attention": keep what its attention gave,
+    too; "none": keep everything."""
     loss_chunk: Count = 128
     """Tokens whose logits exist at the same time in the loss."""
     saved_inputs: Literal["device", "host", "8bit"] = "device"

@@ -14,7 +14,7 @@ from qlite.training.fit import FITTED, Fitted, fit
 from qlite.training.forecast import Forecast
 from qlite.training.report import Observer
 from qlite.training.run_folder import RunFolder
-from qlite.units import format_bytes, format_seconds, parse_bytes
+from qlite.units import format_bytes, format_step_seconds, parse_bytes
 
 
 def within_budget(recipe: Recipe, run: RunFolder, fresh: bool, console: Observer) -> Recipe:
@@ -51,7 +51,7 @@ def fit_words(recipe: Recipe, found: Fitted) -> list[str]:
     """Return what was chosen, and why nothing faster, a line each."""
     changed = "; ".join(recipe_differences(recipe, found.recipe)) or "the recipe as it is"
     needs = f"{format_bytes(found.plan.needed)} of {format_bytes(found.plan.capacity)}"
-    chosen = f"chosen     {changed}: {needs}; estimated {format_seconds(found.seconds)} a step on {found.card}"
+    chosen = f"chosen     {changed}: {needs}; estimated {format_step_seconds(found.seconds)} a step on {found.card}"
     keys = [f"{key}={toml_value(found.recipe.get(key))}" for key in FITTED if found.recipe.get(key) != recipe.get(key)]
     typed = [f"to type    {' '.join(keys)}"] if keys else []
     return [chosen, *typed, *(f"too large  {reason}" for reason in found.reasons), *(f"slower     {reason}" for reason in found.slower)]

@@ -15,7 +15,7 @@ from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
 from qlite.training.forecast import STEP, Forecast, forecast, worst_workload
 from qlite.training.ways_out import Keys, coarser_vocabulary
-from qlite.units import format_bytes, format_seconds
+from qlite.units import format_bytes, format_step_seconds
 
 BUS_BYTES_PER_SECOND = 10e9
 """Between host and card: assumed; PCIe 3 x16 carries 12 GB/s, 4 x8 as much."""
@@ -53,8 +53,9 @@ def levels(recipe: Recipe, is_tied: bool) -> Iterator[Keys]:
     keys: Keys = {"memory.checkpointing": "none"}
     if memory.saved_inputs == "device" and memory.base == "device":
         yield keys
-    keys = keys | {"memory.checkpointing": "block"}
-    yield keys
+    for checkpointing in ("attention", "block"):
+        keys = keys | {"memory.checkpointing": checkpointing}
+        yield keys
     steps: list[Keys] = [{"memory.loss_chunk": 64}] if memory.loss_chunk > 64 else []
     steps += [{"memory.embedding": "host"}] if memory.embedding == "device" and not is_tied else []
     steps += [{"memory.saved_inputs": "host"}] if memory.saved_inputs == "device" else []
@@ -97,8 +98,8 @@ def fit(
             continue
         if best is not None:
             first, second = sorted((best, found), key=lambda each: each.seconds)
-            line = f"{_words(_differing(second.recipe, first.recipe))}: {format_seconds(second.seconds)} a step"
-            slower, best = [line] if format_seconds(second.seconds) != format_seconds(first.seconds) else [], first
+            line = f"{_words(_differing(second.recipe, first.recipe))}: {format_step_seconds(second.seconds)} a step"
+            slower, best = [line] if format_step_seconds(second.seconds) != format_step_seconds(first.seconds) else [], first
             break  # what comes after is slower than both
         best = found
     told(len(tried), len(tried))

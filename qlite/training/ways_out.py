@@ -37,6 +37,8 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         half = {"train.micro_batch": train.micro_batch // 2, "train.accumulation": train.accumulation * 2}
         yield WayOut(half, "the same step, in more and smaller passes")
     if memory.checkpointing == "none":
+        yield WayOut({"memory.checkpointing": "attention"}, "each block but its attention is computed twice")
+    if memory.checkpointing != "block":
         yield WayOut({"memory.checkpointing": "block"}, "each block is computed twice")
     if memory.loss_chunk > 64:
         yield WayOut({"memory.loss_chunk": 64}, "the head runs on fewer tokens at a time")
@@ -44,7 +46,7 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         yield WayOut({"optimizer.name": "paged_adamw8bit"}, "the optimizer's state in 8 bit")
     if memory.embedding == "device" and not is_tied:
         yield WayOut({"memory.embedding": "host"}, "the rows looked up cross the bus")
-    blocks = {} if memory.checkpointing == "block" else {"memory.checkpointing": "block"}
+    blocks = {} if memory.checkpointing != "none" else {"memory.checkpointing": "block"}
     if memory.saved_inputs == "device":
         yield WayOut({**blocks, "memory.saved_inputs": "host"}, "blocks' inputs cross the bus twice")
     if not memory.mlp_chunk and train.tokens * train.micro_batch > 1024:

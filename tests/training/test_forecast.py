@@ -27,7 +27,7 @@ CASES = {
             "train": {"packing": packing},
         }
         for bits in (4, 8, 16)
-        for checkpointing in ("block", "none")
+        for checkpointing in ("block", "attention", "none")
         for packing in (False, True)
     },
     "vocabulary in 4 bit": {"base": {"embedding_bits": 4, "head_bits": 4}},

@@ -51,7 +51,7 @@ def test_any_split_of_a_step_gives_the_same_loss_and_gradient(seed, count, data)
     # Against what is summed, not against the sum: gradients of rows may cancel, their rounding errors do not.
     tokens = sum(Batch.of([row], 0).trained_tokens for row in rows)
     alone = sum(gradient([Batch.of([row], 0)])[1].norm() * Batch.of([row], 0).trained_tokens / tokens for row in rows)
-    assert (split[1] - whole[1]).norm() <= 1e-6 * alone
+    assert (split[1] - whole[1]).norm() <= 3e-6 * alone
 
 
 @settings(max_examples=25, deadline=None)
