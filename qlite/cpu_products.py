@@ -18,8 +18,9 @@ ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def has_bfloat16_products() -> bool:
-    """Return whether this CPU's matrix products in bfloat16 are at least as fast as those in float32."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Return whether this CPU's matrix products in bfloat16 are at least as fast as those in float32: oneDNN's, where it has them."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # a torch without oneDNN (macOS) has no such question
+    return supported is not None and supported()
 
 
 @cache

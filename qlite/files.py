@@ -73,6 +73,12 @@ def drop_oldest(folder: Path, budget_bytes: int, keep: Path) -> None:
         shutil.rmtree(sub, ignore_errors=True)
 
 
+def free_disk(path: Path) -> int:
+    """Return the bytes that can still be written where ``path`` is, or will be."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
 def mark_used(folder: Path) -> None:
     """Make ``folder`` the one that ``drop_oldest`` drops last; on a read-only disk nothing happens."""
     with suppress(OSError):

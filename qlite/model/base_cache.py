@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlite.files import cache_folder, drop_oldest, mark_used, new_folder, write_json, write_tensors
+from qlite.errors import MachineError
+from qlite.files import cache_folder, drop_oldest, free_disk, mark_used, new_folder, write_json, write_tensors
 from qlite.model.lowering import MemoryKeys, modules_on_host
 from qlite.model.wheel import Progress
 from qlite.offload import keep_on_host, put, window
@@ -79,17 +81,20 @@ class BaseCache:
         return nn.Parameter(new, requires_grad=False) if isinstance(empty, nn.Parameter) else new
 
     def write(self, model: PreTrainedModel) -> None:
-        """Keep what ``model``, just loaded, holds."""
+        """Keep what ``model``, just loaded, holds, if that leaves as much free on the disk; a full or read-only one stops no run."""
         names, tensors, first = {}, {}, {}
         for prefix, module in model.named_modules():
             for own, tensor in _own_tensors(module):
                 name = f"{prefix}.{own}" if prefix else own
                 names[name] = first.setdefault(tensor, name)
                 tensors[names[name]] = tensor
-        with new_folder(self._folder) as folder:
-            write_tensors(folder / TENSORS, tensors)
-            write_json(folder / NAMES, names)
-        drop_oldest(self._folder.parent, CACHE_BYTES, keep=self._folder)
+        if free_disk(self._folder) < 2 * sum(tensor.nbytes for tensor in tensors.values()):
+            return
+        with suppress(MachineError):
+            with new_folder(self._folder) as folder:
+                write_tensors(folder / TENSORS, tensors)
+                write_json(folder / NAMES, names)
+            drop_oldest(self._folder.parent, CACHE_BYTES, keep=self._folder)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -141,6 +141,20 @@ def test_nothing_is_written_where_nothing_shall_be_or_need_be(keys, folders, cac
     assert not cache.exists()
 
 
+def test_a_disk_that_is_nearly_full_or_read_only_stops_no_run(folders, cache, monkeypatch):
+    monkeypatch.setattr(base_cache, "free_disk", lambda _: 1000)
+    load(folders["llama"])
+    assert not cache.exists()
+    monkeypatch.setattr(base_cache, "free_disk", lambda _: 1 << 40)
+    monkeypatch.setattr(base_cache, "write_tensors", _full)
+    load(folders["llama"])
+    assert not list(cache.iterdir())
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_the_bases_used_longest_ago_go_first(folders, cache, monkeypatch):
     load(folders["llama"])
     (one,) = cache.iterdir()
