@@ -13,16 +13,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("qlite", "DEF")
+_KERNELS: list["_Kernel"] = []
 
 
 class _Kernel:
     """A function of tensors that torch can compile into one kernel."""
 
-    all: list["_Kernel"] = []  # noqa: RUF012
-
     def __init__(self, body: Callable):
         self.body = self.run = body
-        _Kernel.all.append(self)
+        _KERNELS.append(self)
 
     def __call__(self, *args: object):
         return self.run(*args)
@@ -50,7 +49,7 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
 
     torch keeps what it has compiled on disk: only a machine's first run waits for a compiler.
     """
-    for kernel in _Kernel.all:
+    for kernel in _KERNELS:
         # Sizes stay symbols, so a batch of another shape compiles nothing anew; but for a size of 1, which torch takes for a constant.
         kernel.run = torch.compile(kernel.body, dynamic=True)
     try:
@@ -64,7 +63,7 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def run_plainly() -> None:
     """Let every op run as it stands from now on."""
-    for kernel in _Kernel.all:
+    for kernel in _KERNELS:
         kernel.run = kernel.body
 
 

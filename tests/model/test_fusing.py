@@ -1,9 +1,13 @@
 """One op for each elementwise piece: transformers' values and gradients, in fewer roundings, and only where its code is Llama's."""
 
+import importlib
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+import transformers.models
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
@@ -107,6 +111,22 @@ def test_what_is_fused_of_a_family(name):
     kinds = {fusing._norm: "norm", fusing._mlp: "mlp"}
     found = {kinds.get(m.forward.__func__, "rotary") for m in model.modules() if "forward" in vars(m)}
     assert found == FUSED[name]
+
+
+@pytest.mark.slow
+def test_more_than_a_hundred_families_have_each_of_llamas_pieces():
+    kinds = {"norm": llama.LlamaRMSNorm.forward, "mlp": llama.LlamaMLP.forward}
+    found: dict[str, set[str]] = {"norm": set(), "mlp": set(), "rotary": set()}
+    for path in sorted(Path(transformers.models.__path__[0]).glob("*/modeling_*.py")):
+        with suppress(ImportError):  # of packages that only that family needs
+            module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+            own = [vars(each).get("forward") for each in vars(module).values() if isinstance(each, type)]
+            for kind, forward in kinds.items():
+                found[kind] |= {path.parent.name for each in own if fusing._same(each, forward)}
+            if any(fusing._with_rotary(each) is not None for each in own if each is not None):
+                found["rotary"].add(path.parent.name)
+    print({kind: len(families) for kind, families in found.items()})
+    assert all(len(families) > 100 for families in found.values())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
