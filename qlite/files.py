@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,6 +119,17 @@ def is_whole(folder: Path) -> bool:
         return all(sha256(folder / name) == expected for name, expected in sums.items())
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def short_hash(text: str) -> str:
+    """Return 32 digits of the SHA-256 of ``text``."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def code_hash(folders: Iterable[Path], libraries: Iterable[str]) -> str:
+    """Return a hash of the Python files in ``folders`` and of the installed ``libraries``' versions: what other code made is made anew."""
+    code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(code + json.dumps([version(name) for name in libraries]).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

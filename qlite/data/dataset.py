@@ -10,12 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from qlite.data.check import describe, describe_weights, nothing_left, problems, too_short, unweighted
 from qlite.data.choose import Cut, cut, hold_out, weighted
 from qlite.data.encode import Encoder
-from qlite.data.encoding import Feed, Progress, encode_feed, short_hash, tokenizer_hash
+from qlite.data.encoding import Feed, Progress, encode_feed, tokenizer_hash
 from qlite.data.formats import FormatName
 from qlite.data.sources import Source
 from qlite.data.store import Rows
 from qlite.data.template import find_template
 from qlite.errors import DataError
+from qlite.files import short_hash
 from qlite.table import Table
 
 Fault = Literal["long", "untrained", "unended", "control"]

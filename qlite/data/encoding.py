@@ -3,7 +3,6 @@
 While the tokenizers library works on one batch on all cores, without Python's lock, this module's threads read and render the next.
 """
 
-import hashlib
 import heapq
 import json
 from collections import deque
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from qlite.data.rows import Row
 from qlite.data.sources import Source, fingerprint, read_rows, source_bytes, source_files
 from qlite.data.store import META, StoreWriter, TokenStore, writing_store
 from qlite.errors import DataError
-from qlite.files import cache_folder, drop_oldest, mark_used
+from qlite.files import cache_folder, code_hash, drop_oldest, mark_used, short_hash
 from qlite.units import GIB
 
 Progress = Callable[[str, int, int], None]
@@ -61,11 +59,6 @@ class Feed:
         return short_hash(json.dumps([read, self.system, self.skip_bad], sort_keys=True))
 
 
-def short_hash(text: str) -> str:
-    """Return 32 digits of the SHA-256 of ``text``."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of all that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -99,9 +92,7 @@ def encode_feed(feed: Feed, encoder: Encoder, progress: Progress) -> TokenStore:
 
 def _code_hash() -> str:
     """Return a hash of what turns rows into ids, ours and the libraries': rows encoded by other code are encoded anew."""
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    libraries = [version(name) for name in ("tokenizers", "transformers", "pyarrow", "datasets")]
-    return hashlib.sha256(code + json.dumps(libraries).encode()).hexdigest()
+    return code_hash([Path(__file__).parent], ("tokenizers", "transformers", "pyarrow", "datasets"))
 
 
 def _stamps(feed: Feed) -> dict[Path, tuple[int, int]]:

@@ -1,10 +1,8 @@
 """A base quantised once is kept on disk: the next run reads a quarter of the bytes and quantises nothing."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.errors import MachineError
-from qlite.files import cache_folder, drop_oldest, free_disk, mark_used, new_folder, write_json, write_tensors
+from qlite.files import cache_folder, code_hash, drop_oldest, free_disk, mark_used, new_folder, short_hash, write_json, write_tensors
 from qlite.model.lowering import MemoryKeys, modules_on_host
 from qlite.model.wheel import Progress
 from qlite.offload import keep_on_host, put, window
@@ -21,6 +19,7 @@ from qlite.units import GIB
 
 CACHE_BYTES = 64 * GIB
 """All kept bases together; those used longest ago go first."""
+HERE = Path(__file__).parent
 LIBRARIES = ("torch", "bitsandbytes", "transformers")
 TENSORS, NAMES = "tensors.safetensors", "names.json"
 
@@ -31,15 +30,14 @@ class BaseCache:
     def __init__(self, files: list[Path], stored: list[object], device: torch.device):
         """``stored``: whatever else decides the bits of the tensors, in JSON's types."""
         facts = {
-            "code": _code_hash(),
+            # Of all that makes a model's tensors.
+            "code": code_hash([HERE, HERE.parent / "quant"], LIBRARIES),
             # Not their content, which takes as long to read as to quantise: a file that is written anew has another time.
             "files": [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file in files],
             "stored": stored,
             "device": device.type,
-            "libraries": {name: version(name) for name in LIBRARIES},
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        self._folder = cache_folder() / "bases" / digest[:24]
+        self._folder = cache_folder() / "bases" / short_hash(json.dumps(facts, sort_keys=True))
 
     def fill(self, model: PreTrainedModel, device: torch.device, progress: Progress, memory: MemoryKeys | None) -> bool:
         """Fill the empty ``model`` on ``device``, or where ``memory`` wants it; return whether this base was there, whole.
@@ -102,10 +100,3 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield name, tensor
-
-
-def _code_hash() -> str:
-    """Return a hash of the code that makes a model's tensors: what other code has made is made anew."""
-    folder = Path(__file__).parent
-    files = sorted((*folder.glob("*.py"), *(folder.parent / "quant").glob("*.py")))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
