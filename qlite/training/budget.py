@@ -28,11 +28,12 @@ def within_budget(recipe: Recipe, run: RunFolder, fresh: bool, console: Observer
         return recipe
     if run.is_begun and not fresh:
         begun = run.recipe()
-        if begun.memory.budget != budget:
+        if begun.memory.budget is None:
             return recipe
         chosen = recipe.having({key: begun.get(key) for key in FITTED})
         if differences := recipe_differences(recipe, chosen):
-            console.note(f"memory.budget = {budget}: going on with what it chose when the run began ({'; '.join(differences)})")
+            began = begun.memory.budget
+            console.note(f"memory.budget = {budget}: going on with what {began} chose when the run began ({'; '.join(differences)})")
         return chosen
     where = device.pick_device(recipe.parallel.device)
     outside = CONTEXT_BYTES + SLACK_BYTES if where.type == "cuda" else 0

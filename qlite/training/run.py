@@ -85,7 +85,9 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     for difference in differences:
         observer.note(f"since the run began the recipe has changed: {difference}")
     if state.step:
-        parts.stepper.limits = Limits(min(state.loss_chunk or recipe.memory.loss_chunk, recipe.memory.loss_chunk), state.most_tokens)
+        # The smallest chunk that a full memory has asked for, unless the user now asks for another.
+        learned = 0 if any(text.startswith("memory.loss_chunk:") for text in differences) else state.loss_chunk
+        parts.stepper.limits = Limits(learned or recipe.memory.loss_chunk, state.most_tokens)
         observer.note(f"going on after step {state.step}")
         if changed:
             observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")

@@ -58,6 +58,13 @@ class TrainState:
         return replace(self, stale=self.stale + 1)
 
 
+MAY_CHANGE = (
+    "memory.plan", "memory.budget", "memory.checkpointing", "memory.loss_chunk", "memory.mlp_chunk", "memory.embedding", "memory.base",
+    "memory.saved_inputs", "base.cache", "base.fused",
+)  # fmt: skip
+"""The keys with which a run may go on otherwise: they decide where it computes, and at most in which order and how often it rounds."""
+
+
 class RunFolder:
     """One run on disk; as an Observer it writes metrics.jsonl."""
 
@@ -269,17 +276,10 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
 
 
-MAY_CHANGE = (
-    "memory.plan", "memory.budget", "memory.checkpointing", "memory.loss_chunk", "memory.mlp_chunk", "memory.embedding", "memory.base",
-    "memory.saved_inputs", "base.cache", "base.fused",
-)  # fmt: skip
-"""The keys that decide where a run computes and in which order it sums, and not what it computes."""
-
-
 def _may_change(difference: str) -> bool:
     """Return whether a run may go on with this difference between its recipe and the one that is given."""
     key = difference.partition(":")[0]
-    # 8-bit inputs are another gradient; and where and how often a run is written is no part of what it computes.
+    # 8-bit inputs are another gradient; where and how often a run is written is no part of what it computes.
     return key.startswith("output.") or (key in MAY_CHANGE and "8bit" not in difference)
 
 

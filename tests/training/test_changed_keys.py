@@ -37,6 +37,14 @@ def test_a_run_goes_on_with_other_memory_keys_to_the_same_bytes(name, tmp_path):
     assert folder.is_finished
 
 
+@pytest.mark.parametrize(("before", "after"), [(32, 7), (7, 32)])
+def test_a_loss_chunk_that_is_asked_for_on_resuming_is_taken(before, after, tmp_path):
+    run(tiny_recipe(tmp_path, memory={"loss_chunk": before}), stop_after=4)
+    run(tiny_recipe(tmp_path, memory={"loss_chunk": after}))
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert json.loads((newest / "state.json").read_text())["loss_chunk"] == after
+
+
 @pytest.mark.parametrize(
     "changes", [{"memory": {"saved_inputs": "8bit"}}, {"train": {"micro_batch": 1}}, {"base": {"bits": 8}}], ids=["inputs", "rows", "base"]
 )

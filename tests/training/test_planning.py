@@ -153,7 +153,11 @@ def test_a_budget_chooses_once_and_a_run_that_goes_on_keeps_the_choice(folder, m
     (place.path / "run.json").write_text("{}")
     monkeypatch.setattr(budget, "fit", None)  # nothing is tried again
     assert budget.within_budget(recipe, place, False, watcher) == chosen
-    assert watcher.notes[-1].startswith("memory.budget = 1200KiB: going on with what it chose when the run began (train.micro_batch: 6 -> ")
+    assert watcher.notes[-1].startswith("memory.budget = 1200KiB: going on with what 1200KiB chose when the run began (train.")
+    # Another budget chooses nothing anew either: rows a micro-batch would change with it.
+    other = recipe.having({"memory.budget": "1GiB"})
+    assert budget.within_budget(other, place, False, watcher) == chosen.having({"memory.budget": "1GiB"})
+    assert watcher.notes[-1].startswith("memory.budget = 1GiB: going on with what 1200KiB chose when the run began (train.")
     assert {key for key in FITTED if recipe.get(key) != chosen.get(key)}
 
 
