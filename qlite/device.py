@@ -92,6 +92,19 @@ def describe(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads{'' if has_bfloat16_products() else ', bfloat16 products in float32'}"
 
 
+def architecture(device: torch.device) -> str:
+    """Return what decides which machine code runs on ``device``, and how well: instructions, threads, the card."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device}: {properties.name} {properties.major}.{properties.minor}"
+    try:
+        flags = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:  # not Linux
+        flags = None
+    instructions = flags[0] if flags else platform.processor()
+    return f"{platform.machine()} {instructions} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
 def total_memory(device: torch.device) -> int:
     """Return the bytes of memory that the device has: a card's own, or the machine's."""
     if device.type == "cuda":

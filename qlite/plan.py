@@ -27,8 +27,9 @@ from qlite.recipe.schema import Recipe
 from qlite.training.budget import fit_words
 from qlite.training.console import clean, open_console
 from qlite.training.fit import fit
-from qlite.training.forecast import Forecast, forecast, worst_workload
+from qlite.training.forecast import Forecast, worst_workload
 from qlite.training.gauges import COLOURS, LETTERS
+from qlite.training.kept_plans import kept_forecast
 from qlite.training.ways_out import WayOut, ways_out
 from qlite.units import GIB, KIB, MIB, format_bytes, format_step_seconds, parse_bytes
 from qlite.verb import run_verb
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
         if args.fit:
             fitted = fit(recipe, shapes, target.plan, target.card, partial(screen.phase, "try what fits"))
         chosen = fitted.recipe if fitted else recipe
-        found = fitted.found if fitted else forecast(recipe, shapes, worst_workload(recipe))
+        found = fitted.found if fitted else kept_forecast(recipe, shapes, worst_workload(recipe))
         plan = target.plan(found)
         told = partial(screen.phase, "trace what could be changed")
         ways = [] if plan.fits else ways_out(chosen, shapes, plan.peak.bytes, worst_workload, told=told)

@@ -17,13 +17,14 @@ multiply_in_float32()
 
 @pytest.fixture(autouse=True, scope="session")
 def caches_are_kept_apart(tmp_path_factory):
-    """No test reads rows or bases that another run of the tests, or the user, has encoded or quantised."""
+    """No test reads rows, bases or plans that another run of the tests, or the user, has encoded, quantised or traced."""
     from qlite.data import encoding
     from qlite.model import base_cache
+    from qlite.training import kept_plans
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (encoding, base_cache):
+        for module in (encoding, base_cache, kept_plans):
             patch.setattr(module, "cache_folder", lambda: folder)
         yield folder
 

@@ -73,6 +73,18 @@ class Work(TorchDispatchMode):
             total += count * max(arithmetic, traffic, LAUNCH_SECONDS)
         return total
 
+    def as_record(self) -> list:
+        """Return the counts in JSON's types."""
+        return [[dtype and str(dtype).removeprefix("torch."), flops, size, count] for (dtype, flops, size), count in self._groups.items()]
+
+    @classmethod
+    def of_record(cls, record: list) -> "Work":
+        """Return the counts that ``as_record`` has written."""
+        work = cls()
+        for dtype, flops, size, count in record:
+            work._groups[dtype and getattr(torch, dtype), flops, size] = count
+        return work
+
     def drawn_on(self, longer: "Work", factor: float) -> "Work":
         """Return what this becomes when it grows by ``factor`` times its difference to ``longer``: more of the same ops."""
         grown = Work()

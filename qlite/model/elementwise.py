@@ -2,18 +2,22 @@
 
 Written out in torch each is three to fifteen kernels, with float32 copies in between that autograd keeps. Here each is one op in
 either pass, computes in float32 inside, and keeps what came in and nothing else. torch compiles the kernels (inductor: C++ on a CPU,
-Triton on a card) once ``compile_kernels`` was called, and runs them as they stand until then. Whoever follows a step sees the op and
+Triton on a card) once ``compile_kernels`` was called, and until then they run as they stand. Whoever follows a step sees the op and
 not what is in it, so a step is planned and measured alike, compiled or not.
 """
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlite.model.compiling import compiled
+
 _LIBRARY = torch.library.Library("qlite", "DEF")
-_KERNELS: list["_Kernel"] = []
+_KERNELS: dict[str, "_Kernel"] = {}
 
 
 class _Kernel:
@@ -21,9 +25,9 @@ class _Kernel:
 
     def __init__(self, body: Callable):
         self.body = self.run = body
-        _KERNELS.append(self)
+        _KERNELS[body.__name__] = self
 
-    def __call__(self, *args: object):
+    def __call__(self, *args: Tensor) -> Tensor:
         return self.run(*args)
 
 
@@ -44,48 +48,66 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def compile_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Let every op run compiled from now on, for tensors of ``dtype`` on ``device``; return why not, if that cannot be done here.
+def _as(x: Tensor, *shape: int) -> Tensor:
+    """Return x's values in ``shape``, without gaps between them, as compiled kernels take them; a view where x has none."""
+    return x.reshape(shape).contiguous()
 
-    torch keeps what it has compiled on disk: only a machine's first run waits for a compiler.
-    """
-    for kernel in _KERNELS:
-        # Sizes stay symbols, so a batch of another shape compiles nothing anew; but for a size of 1, which torch takes for a constant.
-        kernel.run = torch.compile(kernel.body, dynamic=True)
+
+def compile_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Let every op run compiled from now on, for tensors of ``dtype`` on ``device``; return why not, if that cannot be done here."""
+    examples = _examples(device, dtype)
     try:
         with torch.no_grad():
-            _run_each(device, dtype)
+            made = compiled({name: (kernel.body, examples[name]) for name, kernel in _KERNELS.items()}, Path(__file__), device, dtype)
     except Exception as error:  # a compiler can be missing in many ways
         run_plainly()
         return (str(error).strip() or type(error).__name__).splitlines()[0]
+    for name, kernel in _KERNELS.items():
+        kernel.run = made[name]
     return None
 
 
 def run_plainly() -> None:
     """Let every op run as it stands from now on."""
-    for kernel in _KERNELS:
+    for kernel in _KERNELS.values():
         kernel.run = kernel.body
 
 
-def _run_each(device: torch.device, dtype: torch.dtype) -> None:
-    """Call every op once, so that it is compiled."""
-    x, y, z = torch.zeros(3, 2, 3, 64, dtype=dtype, device=device).unbind()
-    heads = torch.zeros(2, 3, 5, 64, dtype=dtype, device=device)
-    _rms_norm_backward(_rms_norm(x, x[0, 0], 1e-6), x, x[0, 0], 1e-6)
-    _swiglu_backward_(x, y, _swiglu(z, y))
-    for back in (False, True):
-        _rotate(heads, y, z, back)
+def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]:
+    """Return arguments for each kernel, as large as a step's: by them the compiler decides what is worth a thread."""
+    chance = torch.Generator(device).manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=chance, device=device).to(dtype)
+
+    rows, weight, eps = drawn(512, 256), drawn(256), _scalar(1e-6, device)
+    heads, cos, sin = drawn(512, 4, 64), drawn(512, 1, 64), drawn(512, 1, 64)
+    flat = (drawn(2**17), drawn(2**17), drawn(2**17))
+    return {
+        "_norm_rows": (rows, weight, eps),
+        "_norm_rows_backward": (drawn(512, 256), rows, weight, eps),
+        "_gated": flat[:2],
+        "_gated_backward_": flat,
+        "_turned": (heads, cos, sin),
+        "_turned_back": (heads, cos, sin),
+    }
+
+
+@cache
+def _scalar(value: float, device: torch.device) -> Tensor:
+    """Return ``value`` as a tensor: a number would be a part of what is compiled."""
+    return torch.tensor(value, device=device)
 
 
 @_Kernel
-def _norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm_rows(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     x32 = x.float()
     unit = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return unit.to(x.dtype) * weight
 
 
 @_Kernel
-def _norm_rows_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm_rows_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     x32 = x.float()
     inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     unit, grad_unit = x32 * inverse, grad.float() * weight.float()
@@ -94,13 +116,13 @@ def _norm_rows_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> 
 
 @_op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: _like(x))
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _norm_rows(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+    return _norm_rows(_as(x, -1, x.shape[-1]), weight, _scalar(eps, x.device)).view(x.shape)
 
 
 @_op("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor", lambda _, x, *__: _like(x))
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    rows = (x.shape[:-1].numel(), x.shape[-1])
-    return _norm_rows_backward(grad.reshape(rows), x.reshape(rows), weight, eps).view(x.shape)
+    grad, rows = (_as(each, -1, x.shape[-1]) for each in (grad, x))
+    return _norm_rows_backward(grad, rows, weight, _scalar(eps, x.device)).view(x.shape)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -130,22 +152,23 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @_Kernel
-def _gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
+def _gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> Tensor:
     x, grad32 = gate.float(), grad.float()
     share = torch.sigmoid(x)
     grad_gate = grad32 * up.float() * share * (1 + x * (1 - share))
     up.copy_(grad32 * x * share)
     gate.copy_(grad_gate)
+    return x.new_zeros(())  # torch's compiler wants a result
 
 
 @_op("swiglu(Tensor gate, Tensor up) -> Tensor", lambda gate, _: _like(gate))
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _gated(gate.reshape(-1), up.reshape(-1)).view(gate.shape)
+    return _gated(_as(gate, -1), _as(up, -1)).view(gate.shape)
 
 
 @_op("swiglu_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor grad) -> ()", lambda *_: None)
 def _swiglu_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
-    _gated_backward_(gate.view(-1), up.view(-1), grad.reshape(-1))
+    _gated_backward_(gate.view(-1), up.view(-1), _as(grad, -1))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -175,19 +198,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @_Kernel
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (first, second), (cos1, cos2), (sin1, sin2) = x.float().chunk(2, -1), cos.float().chunk(2, -1), sin.float().chunk(2, -1)
-    return torch.cat([first * cos1 - second * sin1, second * cos2 + first * sin2], -1).to(x.dtype)
+    # Rounded before they are joined: the other way round the compiler writes both halves in float32 first.
+    return torch.cat([(first * cos1 - second * sin1).to(x.dtype), (second * cos2 + first * sin2).to(x.dtype)], -1)
 
 
 @_Kernel
 def _turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (first, second), (cos1, cos2), (sin1, sin2) = x.float().chunk(2, -1), cos.float().chunk(2, -1), sin.float().chunk(2, -1)
-    return torch.cat([first * cos1 + second * sin2, second * cos2 - first * sin1], -1).to(x.dtype)
+    return torch.cat([(first * cos1 + second * sin2).to(x.dtype), (second * cos2 - first * sin1).to(x.dtype)], -1)
 
 
 @_op("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", lambda x, *_: _like(x))
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    cos, sin = (table.expand(*x.shape[:2], -1).reshape(-1, 1, x.shape[-1]) for table in (cos, sin))
-    return (_turned_back if back else _turned)(x.flatten(0, 1), cos, sin).view(x.shape)
+    cos, sin = (_as(table.expand(*x.shape[:2], -1), -1, 1, x.shape[-1]) for table in (cos, sin))
+    return (_turned_back if back else _turned)(_as(x, -1, *x.shape[2:]), cos, sin).view(x.shape)
 
 
 class _Rotary(torch.autograd.Function):

@@ -16,6 +16,7 @@ from qlite.errors import ModelError
 
 DEFAULT_ALIGNMENT = 32
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")
 # The specification's value types of fixed size, as struct formats.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -76,15 +77,17 @@ class _Cursor:
         self.position += struct.calcsize("<" + form)
         return values
 
-    def skip_string(self) -> None:
-        (length,) = self.numbers("Q")
-        if length > len(self.content) - self.position:
-            raise struct.error(f"a string of {length} bytes at byte {self.position} runs past the end")
-        self.position += length
+    def skip_strings(self, count: int) -> None:
+        content, position, length_at = self.content, self.position, LENGTH.unpack_from
+        for _ in range(count):  # a vocabulary and its merges: nothing here but what it takes
+            position += LENGTH.size + length_at(content, position)[0]
+        if position > len(content):
+            raise struct.error(f"a string runs past the end, to byte {position}")
+        self.position = position
 
     def string(self) -> str:
-        start = self.position + 8
-        self.skip_string()
+        start = self.position + LENGTH.size
+        self.skip_strings(1)
         return self.content[start : self.position].decode("utf-8")
 
     def value(self) -> object:
@@ -99,8 +102,7 @@ class _Cursor:
         kind, count = self.numbers("IQ")
         if kind != STRING:
             return list(self.numbers(f"{count}{_scalar(kind)}"))
-        for _ in range(count):
-            self.skip_string()
+        self.skip_strings(count)
         return count
 
 

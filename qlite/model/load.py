@@ -8,7 +8,8 @@ one tensor, the device the packed weights plus one slice or tensor.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ from qlite.quant.linear import QuantLinear, Storage
 from qlite.table import Table
 from qlite.units import MIB
 
+if TYPE_CHECKING:
+    from qlite.model.checkpoint import SafetensorsCheckpoint
+    from qlite.model.gguf import GgufCheckpoint
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of transformers 5.23's families the dense ones have at most 4 % there (Mamba's states), mixtures of experts at least 26 %.
 LARGEST_SHARE_OUTSIDE = 0.1
@@ -47,10 +52,19 @@ class LoadedBase:
     """A frozen base model with what belongs to it."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    generation_config: GenerationConfig | None
+    checkpoint: "SafetensorsCheckpoint | GgufCheckpoint"
     name: str
     """The model as the recipe names it."""
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, read when it is asked for: a run has read it before."""
+        return self.checkpoint.tokenizer()
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig | None:
+        """What the model's files say of generation, if they do."""
+        return self.checkpoint.generation_config()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +118,7 @@ class Base(Table):
         give_back_freed(device)
         model.requires_grad_(False)
         model.eval()
-        return LoadedBase(model, checkpoint.tokenizer(), checkpoint.generation_config(), files.name)
+        return LoadedBase(model, checkpoint, files.name)
 
     def _kept(self, checkpoint, device: torch.device) -> BaseCache | None:
         """Return this base's place in the cache; None where it shall have none, or is as quickly made."""

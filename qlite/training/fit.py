@@ -13,7 +13,8 @@ from qlite.memory.cards import USUAL_CARD, Card
 from qlite.memory.plan import MemoryPlan
 from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
-from qlite.training.forecast import STEP, Forecast, forecast, worst_workload
+from qlite.training.forecast import STEP, Forecast, worst_workload
+from qlite.training.kept_plans import kept_forecast
 from qlite.training.ways_out import Keys, coarser_vocabulary
 from qlite.units import format_bytes, format_step_seconds
 
@@ -136,7 +137,7 @@ def _largest_that_fits(
 
 def _of_rows(recipe: Recipe, shapes: BaseShapes, count: int, rows: int) -> Forecast:
     changed = _with_rows(recipe, count, rows)
-    return forecast(changed, shapes, worst_workload(changed))
+    return kept_forecast(changed, shapes, worst_workload(changed))
 
 
 def _with_rows(recipe: Recipe, count: int, rows: int) -> Recipe:

@@ -65,6 +65,17 @@ class Forecast:
         """Return the largest peak of each phase."""
         return largest(self.moments)
 
+    def as_record(self) -> dict:
+        """Return all of it in JSON's types."""
+        moments = [[*moment, vars(peak)] for moment, peak in self.moments.items()]
+        return {"moments": moments, "work": self.work.as_record(), "int8_bytes": self.int8_bytes}
+
+    @classmethod
+    def of_record(cls, record: dict) -> "Forecast":
+        """Return the forecast that ``as_record`` has written."""
+        moments = {(stretch, where): Peak(**peak) for stretch, where, peak in record["moments"]}
+        return cls(moments, Work.of_record(record["work"]), int(record["int8_bytes"]))
+
 
 def largest(moments: dict[Moment, Peak]) -> dict[str, Peak]:
     """Return the largest peak of each phase of ``moments``, in the order of ``PHASES``."""

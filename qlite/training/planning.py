@@ -16,7 +16,8 @@ from qlite.memory.plan import SLACK_BYTES, MemoryPlan
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.schema import Recipe
 from qlite.training.evaluate import sample_prompts
-from qlite.training.forecast import EVALUATION, PHASES, STEP, Workload, answers_work, forecast, largest, one_row
+from qlite.training.forecast import EVALUATION, PHASES, STEP, Workload, answers_work, largest, one_row
+from qlite.training.kept_plans import kept_forecast
 from qlite.training.step import general_advice
 from qlite.training.ways_out import ways_out
 from qlite.units import format_bytes
@@ -58,7 +59,7 @@ class Planner:
         self.told("plan the memory", 0, 1)
         # The context of a card is there by now, and its bytes are not free; on a CPU the process as it is now is what the tensors add to.
         free, outside = device.free_memory(self.where), SLACK_BYTES if self.where.type == "cuda" else 0
-        found = forecast(self.recipe, self.shapes, work)
+        found = kept_forecast(self.recipe, self.shapes, work)
         self.told("plan the memory", 1, 1)
         outside += found.int8_bytes if self.where.type == "cuda" else 0
         return MemoryPlan(found.peaks(), free, f"{device.describe(self.where)} as it is now", outside)

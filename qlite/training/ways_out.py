@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from qlite.errors import QliteError
 from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
-from qlite.training.forecast import PHASES, Workload, forecast
+from qlite.training.forecast import PHASES, Workload
+from qlite.training.kept_plans import kept_forecast
 from qlite.units import format_bytes
 
 Keys = dict[str, object]
@@ -87,7 +88,7 @@ def ways_out(
         told(number, len(candidates))
         changed = recipe.having(change.keys)
         try:
-            peaks = forecast(changed, shapes, work_of(changed)).peaks()
+            peaks = kept_forecast(changed, shapes, work_of(changed)).peaks()
         except QliteError:  # a key that this family cannot have
             continue
         peak = max(peaks[phase].bytes for phase in phases if phase in peaks)

@@ -1,8 +1,8 @@
 """One op for each elementwise piece: transformers' values and gradients, in fewer roundings, and only where its code is Llama's."""
 
 import importlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import transformers.models
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from qlite.model import elementwise, fusing
+from qlite.model import compiling, elementwise, fusing
 from qlite.model.elementwise import rms_norm, rotary, swiglu
 from qlite.model.fusing import fuse
 from tests.families import FAMILIES, new_model
@@ -53,7 +53,16 @@ PIECES = {
     "norm": (rms_norm, norm_of_llama, lambda: (drawn(2, 5, 48), drawn(48), 1e-5), 1),
     "one token's norm": (rms_norm, norm_of_llama, lambda: (drawn(1, 1, 48), drawn(48), 1e-5), 1),
     "swiglu": (swiglu, lambda gate, up: nn.functional.silu(gate) * up, lambda: (3 * drawn(2, 5, 48), drawn(2, 5, 48)), 2),
+    "norm of a stretch": (rms_norm, norm_of_llama, lambda: (drawn(2, 5, 96)[..., 16:64], drawn(48), 1e-5), 1),
+    "one token's swiglu": (swiglu, lambda gate, up: nn.functional.silu(gate) * up, lambda: (drawn(1, 1, 768), drawn(1, 1, 768)), 2),
     "rotary": (rotary, rotary_of_llama, lambda: (drawn(2, 5, 3, 16).transpose(1, 2), drawn(2, 5, 16), drawn(2, 5, 16)), 1),
+    "one head's rotary": (rotary, rotary_of_llama, lambda: (drawn(1, 1, 1, 16).transpose(1, 2), drawn(1, 1, 16), drawn(1, 1, 16)), 1),
+    "rotary of a stretch": (
+        rotary,
+        rotary_of_llama,
+        lambda: (drawn(2, 5, 3, 32)[..., :16].transpose(1, 2), drawn(2, 5, 16), drawn(2, 5, 16)),
+        1,
+    ),
     "rotary, one table": (rotary, rotary_of_llama, lambda: (drawn(2, 5, 3, 16).transpose(1, 2), drawn(1, 5, 16), drawn(1, 5, 16)), 1),
 }
 
@@ -83,23 +92,68 @@ def test_a_piece_is_transformers_piece_and_rounds_less(name):
         assert (found - right).norm() <= 1.02 * (other - right).norm()
 
 
-def test_compiled_a_piece_is_the_same():
-    torch.manual_seed(0)
-    pieces = [(ours, make(), wants) for ours, _, make, wants in PIECES.values()]
-    plain = [value_and_grads(ours, args, wants, torch.float32) for ours, args, wants in pieces]
-    assert elementwise.compile_kernels(CPU, torch.float32) is None
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Iterator[Path]:
+    """An empty cache for kernels."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "cache_folder", lambda: folder)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+        yield folder
+
+
+@contextmanager
+def compiled_kernels() -> Iterator[None]:
     try:
-        compiled = [value_and_grads(ours, args, wants, torch.float32) for ours, args, wants in pieces]
+        assert elementwise.compile_kernels(CPU, torch.float32) is None
+        yield
     finally:
         elementwise.run_plainly()
-    torch.testing.assert_close(compiled, plain, rtol=2e-6, atol=2e-6)
 
 
-def test_without_a_compiler_the_pieces_run_as_they_stand(monkeypatch):
+def values_of_all_pieces() -> list[list[Tensor]]:
+    torch.manual_seed(0)
+    return [value_and_grads(ours, make(), wants, torch.float32) for ours, _, make, wants in PIECES.values()]
+
+
+def test_compiled_a_piece_is_the_same_in_any_shape_and_compiled_once_a_machine(kept, monkeypatch):
+    plain = values_of_all_pieces()
+    with compiled_kernels():
+        first = values_of_all_pieces()
+    torch.testing.assert_close(first, plain, rtol=2e-6, atol=2e-6)
+    monkeypatch.setattr(compiling, "_make", lambda *_: pytest.fail("compiled anew"))
+    with compiled_kernels():
+        second = values_of_all_pieces()
+    for ours, other in zip(second, first, strict=True):
+        assert all(map(torch.equal, ours, other))
+
+
+def test_a_damaged_kernel_is_made_anew(kept):
+    with compiled_kernels():
+        right = values_of_all_pieces()
+    (path,) = (kept / "kernels").glob("*/_gated")
+    path.write_bytes(path.read_bytes()[:1000])
+    with compiled_kernels():
+        assert all(map(torch.equal, values_of_all_pieces()[3], right[3]))
+    assert path.stat().st_size > 1000
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(kept, monkeypatch):
+    with compiled_kernels():
+        pass
+    kernel = elementwise._KERNELS["_turned"]
+    for name in ("body", "run"):
+        monkeypatch.setattr(kernel, name, lambda x, cos, sin: -x)
+    assert elementwise.compile_kernels(CPU, torch.float32) == "the compiled _turned computes something else than it should"
+    assert all(each.run is each.body for each in elementwise._KERNELS.values())
+
+
+def test_without_a_compiler_the_pieces_run_as_they_stand(tmp_path, monkeypatch):
     def none(*_: object) -> None:
         raise RuntimeError("no C++ compiler\nand more")
 
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: none)
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiling, "_compile", none)
     assert elementwise.compile_kernels(CPU, torch.float32) == "no C++ compiler"
     assert torch.equal(rms_norm(torch.ones(2, 8), torch.ones(8), 0.0), torch.ones(2, 8))
 

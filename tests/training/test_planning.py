@@ -248,7 +248,7 @@ def test_advice_that_finds_no_room_itself_is_general(folder, monkeypatch, error)
         raise error
 
     for module in (planning, ways_out_module):
-        monkeypatch.setattr(module, "forecast", forecast)
+        monkeypatch.setattr(module, "kept_forecast", forecast)
         planner = Planner(recipe_of(folder), torch.device("cpu"), lambda *_: None)
         assert planner.advice(1, 64) == general_advice(1, 64)
 

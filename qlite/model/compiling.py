@@ -1,0 +1,109 @@
+"""Functions of tensors compiled by torch's inductor (C++ on a CPU, Triton on a card), once a machine: later runs read what it made.
+
+torch.compile traces each function anew in every process, in seconds, and asks at every call whether it may use what it compiled.
+Here the sizes are symbols from the start, and what is kept on disk is called as it is.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlite import device as machine
+from qlite.errors import MachineError
+from qlite.files import MANIFEST, cache_folder, drop_oldest, mark_used, new_folder, short_hash
+from qlite.units import MIB
+
+CACHE_BYTES = 64 * MIB
+"""All kept kernels together; those used longest ago go first."""
+FOLDER_OF_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+# Of what is loaded on the examples, to what the function itself gives: as far as sums in another order lie apart.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+Args = tuple[Tensor, ...]
+Compiled = Callable[..., Tensor]
+
+
+def compiled(functions: dict[str, tuple[Callable, Args]], source: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Compiled]:
+    """Return each of ``functions`` compiled, read from the cache where this machine has compiled it before.
+
+    functions: by name, each with arguments to show what it takes: every size but 1 may be another in a call, none may be 0.
+    source: the file that they stand in. What is written there, machine and versions decide what is found in the cache.
+
+    Raises:
+        Exception: there is no compiler, or one that fails; a kernel that computes something else than its function.
+    """
+    _keep_machine_code()
+    facts = [source.read_text(encoding="utf-8"), torch.__version__, sys.version, machine.architecture(device), str(dtype)]
+    folder = cache_folder() / "kernels" / short_hash(json.dumps(facts))
+    made = _read(folder, functions) or _make(folder, functions)
+    for name, (function, args) in functions.items():
+        _check(name, function, made[name], args)
+    return made
+
+
+def _keep_machine_code() -> None:
+    """Let inductor keep its files in our cache, unless the user names another place: by default they are gone when a machine restarts."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = str(cache_folder() / "inductor")
+    is_default = os.environ.get(FOLDER_OF_INDUCTOR) in (None, default_cache_dir())  # it is written there when inductor is imported
+    if is_default and " " not in folder:  # inductor's command lines break at a space
+        os.environ[FOLDER_OF_INDUCTOR] = folder
+
+
+def _read(folder: Path, functions: dict[str, tuple[Callable, Args]]) -> dict[str, Compiled] | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    from torch._inductor import CompiledArtifact
+
+    try:
+        made = {name: _one_result(CompiledArtifact.load(path=str(folder / name))) for name in functions}
+    except Exception:  # of another version, or damaged: it is made anew
+        return None
+    mark_used(folder)
+    return made
+
+
+def _make(folder: Path, functions: dict[str, tuple[Callable, Args]]) -> dict[str, Compiled]:
+    made = {name: _compile(function, args) for name, (function, args) in functions.items()}
+    try:
+        with new_folder(folder) as new:
+            for name, artifact in made.items():
+                artifact.save(path=str(new / name))
+        drop_oldest(folder.parent, CACHE_BYTES, keep=folder)
+    except MachineError:
+        pass  # a full or read-only disk stops no run
+    return {name: _one_result(artifact) for name, artifact in made.items()}
+
+
+def _compile(function: Callable, args: Args):
+    """Return ``function`` as inductor's artifact, for arguments of any sizes."""
+    from torch._inductor import standalone_compile
+    from torch.export import Dim, export
+
+    class Module(nn.Module):
+        def forward(self, *args: Tensor):
+            return function(*args)
+
+    sizes = tuple([Dim.STATIC if size == 1 else Dim.DYNAMIC for size in arg.shape] for arg in args)
+    graph = export(Module(), args, dynamic_shapes=(sizes,)).graph_module
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    return standalone_compile(graph, inputs, dynamic_shapes="from_graph")
+
+
+def _one_result(artifact) -> Compiled:
+    return lambda *args: artifact(*args)[0]
+
+
+def _check(name: str, function: Callable, compiled: Compiled, args: Args) -> None:
+    """Raise RuntimeError if ``compiled`` makes other numbers than ``function``, in its result or in the arguments that it changes."""
+    mine, theirs = ([arg.clone() for arg in args] for _ in range(2))
+    for ours, right in zip((compiled(*mine), *mine), (function(*theirs), *theirs), strict=True):
+        bound = TOLERANCE.get(right.dtype, 0) * (1 + right.abs().max().item())
+        if not (ours - right).abs().max() <= bound:
+            raise RuntimeError(f"the compiled {name} computes something else than it should")
