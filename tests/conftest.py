@@ -33,12 +33,14 @@ def caches_are_kept_apart(tmp_path_factory):
 def kernels_are_not_compiled():
     """Runs inside the tests' process compute plainly: compiling takes seconds, for models that take milliseconds.
 
-    What compiled kernels compute is tested in model/test_fusing.py, and runs in processes of their own compile as a user's do.
+    What compiled kernels compute is tested in model/test_fusing.py and quant/test_nf4.py; runs in processes of their own compile as a
+    user's do.
     """
     from qlite.model import load
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "compile_kernels", lambda *_: None)
+        patch.setattr(load, "compile_quantiser", lambda *_: None)
         yield
 
 

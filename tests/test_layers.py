@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYER = {
     **dict.fromkeys(("errors", "units", "table", "cpu_products"), -1),
-    **dict.fromkeys(("files", "device", "offload", "verb"), 0),
+    **dict.fromkeys(("files", "device", "offload", "verb", "compiling"), 0),
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats"), 1),
     "recipe": 2,
     **dict.fromkeys(("serving", "training", "memory"), 3),
@@ -25,10 +25,11 @@ NEIGHBOURS = {
     "training": {"serving", "memory"},
     "units": {"errors"},
     "verb": {"device"},
+    "compiling": {"device", "files"},
 }
 # Who may touch a foreign surface. Everything else goes through them.
 OWNERS = {
-    "bitsandbytes": {"quant/linear.py", "optim/build.py"},
+    "bitsandbytes": {"quant/linear.py", "quant/nf4.py", "optim/build.py"},
     "pynvml": {"device.py"},
     "psutil": {"device.py"},
     "huggingface_hub": {"model/source.py", "model/checkpoint.py", "model/gguf_architecture.py"},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlite.model.compiling import compiled
+from qlite.compiling import compiled
 
 _LIBRARY = torch.library.Library("qlite", "DEF")
 _KERNELS: dict[str, "_Kernel"] = {}

@@ -32,6 +32,7 @@ from qlite.model.wheel import Progress
 from qlite.offload import keep_on_host
 from qlite.quant.embedding import QuantEmbedding, matrix_of
 from qlite.quant.linear import QuantLinear, Storage
+from qlite.quant.nf4 import compile_quantiser
 from qlite.table import Table
 from qlite.units import MIB
 
@@ -112,6 +113,7 @@ class Base(Table):
         if kept is not None and kept.fill(model, device, progress, memory):
             _compute_buffers(model, device)
         else:
+            self._compile_quantiser(checkpoint, device, progress)
             fill(model, checkpoint, device, progress, memory)
             if kept is not None:
                 kept.write(model)
@@ -119,6 +121,14 @@ class Base(Table):
         model.requires_grad_(False)
         model.eval()
         return LoadedBase(model, checkpoint, files.name)
+
+    def _compile_quantiser(self, checkpoint, device: torch.device, progress: Progress) -> None:
+        """On a CPU, compile what quantises to NF4, if that is to be done; on a card bitsandbytes has a kernel for it."""
+        if device.type != "cpu" or self.quant_type != "nf4" or 4 not in (self.bits, self.embedding_bits, self.head_bits):
+            return
+        progress("compile kernels", 0, 1)
+        compile_quantiser(max(checkpoint.dtypes().values(), key=list(checkpoint.dtypes().values()).count))
+        progress("compile kernels", 1, 1)
 
     def _kept(self, checkpoint, device: torch.device) -> BaseCache | None:
         """Return this base's place in the cache; None where it shall have none, or is as quickly made."""

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlite.quant.nf4 import quantize_4bit
+
 # Double quantisation groups 256 block constants under one second-level constant (arXiv:2305.14314, section 3).
 SECOND_LEVEL_BLOCK = 256
 # Activations at least this large stay out of the int8 product (arXiv:2208.07339, section 3.2).
@@ -130,8 +132,7 @@ class Packed4bit(Packed):
         for part in self.slices(weight.dtype):
             values, blocks = self._places(part)
             given = weight[part].to(where).contiguous()
-            packed[values], state = bnb.quantize_4bit(given, blocksize=self.storage.block_size, quant_type=self.storage.quant_type)
-            absmax[blocks] = state.absmax
+            packed[values], absmax[blocks] = quantize_4bit(given, self.storage.block_size, self.storage.quant_type)
         self.weight, self.absmax = packed, absmax
         if self.storage.double_quant:
             # As bitsandbytes does it, but over the whole matrix, whatever slices it came in.

@@ -11,7 +11,8 @@ import transformers.models
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from qlite.model import compiling, elementwise, fusing
+from qlite import compiling
+from qlite.model import elementwise, fusing
 from qlite.model.elementwise import rms_norm, rotary, swiglu
 from qlite.model.fusing import fuse
 from tests.families import FAMILIES, new_model

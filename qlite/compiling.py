@@ -7,7 +7,7 @@ Here the sizes are symbols from the start, and what is kept on disk is called as
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ FOLDER_OF_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 Args = tuple[Tensor, ...]
-Compiled = Callable[..., Tensor]
+Compiled = Callable[..., Tensor | list[Tensor]]
 
 
 def compiled(functions: dict[str, tuple[Callable, Args]], source: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Compiled]:
@@ -62,7 +62,7 @@ def _read(folder: Path, functions: dict[str, tuple[Callable, Args]]) -> dict[str
     from torch._inductor import CompiledArtifact
 
     try:
-        made = {name: _one_result(CompiledArtifact.load(path=str(folder / name))) for name in functions}
+        made = {name: _returning(CompiledArtifact.load(path=str(folder / name))) for name in functions}
     except Exception:  # of another version, or damaged: it is made anew
         return None
     mark_used(folder)
@@ -78,7 +78,7 @@ def _make(folder: Path, functions: dict[str, tuple[Callable, Args]]) -> dict[str
         drop_oldest(folder.parent, CACHE_BYTES, keep=folder)
     except MachineError:
         pass  # a full or read-only disk stops no run
-    return {name: _one_result(artifact) for name, artifact in made.items()}
+    return {name: _returning(artifact) for name, artifact in made.items()}
 
 
 def _compile(function: Callable, args: Args):
@@ -96,14 +96,23 @@ def _compile(function: Callable, args: Args):
     return standalone_compile(graph, inputs, dynamic_shapes="from_graph")
 
 
-def _one_result(artifact) -> Compiled:
-    return lambda *args: artifact(*args)[0]
+def _returning(artifact) -> Compiled:
+    def call(*args: Tensor) -> Tensor | list[Tensor]:
+        results = artifact(*args)
+        return results[0] if len(results) == 1 else results
+
+    return call
 
 
 def _check(name: str, function: Callable, compiled: Compiled, args: Args) -> None:
-    """Raise RuntimeError if ``compiled`` makes other numbers than ``function``, in its result or in the arguments that it changes."""
+    """Raise RuntimeError if ``compiled`` makes other numbers than ``function``, in its results or in the arguments that it changes."""
     mine, theirs = ([arg.clone() for arg in args] for _ in range(2))
-    for ours, right in zip((compiled(*mine), *mine), (function(*theirs), *theirs), strict=True):
-        bound = TOLERANCE.get(right.dtype, 0) * (1 + right.abs().max().item())
-        if not (ours - right).abs().max() <= bound:
+    made, right = ([*_as_list(run(*given)), *given] for run, given in ((compiled, mine), (function, theirs)))
+    for ours, other in zip(made, right, strict=True):
+        bound = TOLERANCE.get(other.dtype, 0) * (1 + other.abs().max().item())
+        if not (ours - other).abs().max() <= bound:
             raise RuntimeError(f"the compiled {name} computes something else than it should")
+
+
+def _as_list(results: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [results] if isinstance(results, Tensor) else results
