@@ -24,6 +24,7 @@ from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, VISIBLE_SHARE, MemoryP
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
+from qlite.training.automatic import settled
 from qlite.training.budget import fit_words
 from qlite.training.console import clean, open_console
 from qlite.training.fit import fit
@@ -77,8 +78,8 @@ def main(argv: list[str]) -> None:
         shapes = base_shapes(recipe.base, screen.phase)
         if args.fit:
             fitted = fit(recipe, shapes, target.plan, target.card, partial(screen.phase, "try what fits"))
-        chosen = fitted.recipe if fitted else recipe
-        found = fitted.found if fitted else kept_forecast(recipe, shapes, worst_workload(recipe))
+        chosen = fitted.recipe if fitted else _settled(recipe, shapes, target)
+        found = fitted.found if fitted else kept_forecast(chosen, shapes, worst_workload(chosen))
         plan = target.plan(found)
         told = partial(screen.phase, "trace what could be changed")
         ways = [] if plan.fits else ways_out(chosen, shapes, plan.peak.bytes, worst_workload, told=told)
@@ -89,6 +90,13 @@ def main(argv: list[str]) -> None:
         show_ways_out(ways, plan, console)
     if not plan.fits:
         raise MachineError(f"does not fit: {plan}")
+
+
+def _settled(recipe: Recipe, shapes: BaseShapes, target: Target) -> Recipe:
+    """Return ``recipe`` as it would run on ``target``; where no card is known, as it needs least."""
+    if target.capacity is None:
+        return recipe
+    return settled(recipe, lambda changed: target.plan(kept_forecast(changed, shapes, worst_workload(changed))))
 
 
 def target_of(vram: str | None, gpu: str | None, budget: str | None) -> Target:
@@ -121,7 +129,8 @@ def show(recipe: Recipe, shapes: BaseShapes, found: Forecast, target: Target, co
     kind = f"{recipe.base.bits} bit" + (f" ({recipe.base.quant_type})" if recipe.base.bits == 4 else "")
     line = f"{train.micro_batch} x {train.tokens} tokens{' packed' if train.packing else ''}"
     console.print(Text(clean(f"{recipe.base.model}, {kind}, {recipe.method.name}")))
-    console.print(Text(f"{line} a micro-batch, all rows as long as train.tokens: the most there can be", "dim"))
+    kept = recipe.memory.checkpointing if recipe.memory.checkpointing != "auto" else "auto (no card is named: as block)"
+    console.print(Text(f"{line} a micro-batch, all rows as long as train.tokens: the most there can be; checkpointing {kept}", "dim"))
     console.print(Text(f"shapes from {shapes.origin}\n", "dim"))
     console.print(_table(plan))
     for phase, peak in plan.phases.items():

@@ -80,7 +80,7 @@ def test_recipe_of_a_base_model_without_a_chat_template_names_one(path):
 def test_recipe_for_a_card_saves_memory_where_it_can(path):
     recipe = read_recipe(path)
     assert (recipe.base.bits, recipe.base.quant_type, recipe.base.double_quant) == (4, "nf4", True)
-    assert recipe.memory.checkpointing == "block"
+    assert recipe.memory.checkpointing == "auto"
     assert recipe.optimizer.name == ("adamw" if path.stem == "llama7b_24gb" else "paged_adamw8bit")
     assert recipe.data.held_out_rows
     assert str(int(re.search(r"_(\d+)gb$", path.stem)[1])) + " GB card" in path.read_text(encoding="utf-8")

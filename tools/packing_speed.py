@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     model = recipe.base.load(where, lambda *_: None).model
     device.seed_all(0)
     recipe.method.attach(model)
-    if recipe.memory.checkpointing == "block":
+    if recipe.memory.checkpointing != "none":
         checkpoint_blocks(model)
     stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where)
     optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where)

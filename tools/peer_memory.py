@@ -199,6 +199,7 @@ def run_qlite(case: Case, out: Path) -> dict:
         "optimizer": {"name": case.optimizer, "lr": LR},
         "data": {"train": str(out / "rows.jsonl"), "loss_on": "all"},
         "train": {"steps": STEPS, "micro_batch": ROWS, "accumulation": 1, "tokens": TOKENS},
+        "memory": {"checkpointing": "block"},
         "parallel": {"device": "cpu"},
         "output": {"dir": str(out / "run")},
     }

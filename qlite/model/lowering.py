@@ -37,7 +37,7 @@ def lower_memory(model: PreTrainedModel, memory: MemoryKeys, device: torch.devic
         keep_embedding_on_host(model, device)
     if memory.mlp_chunk:
         tile_mlps(model, memory.mlp_chunk)
-    if memory.checkpointing != "none":
+    if memory.checkpointing != "none":  # "auto", where no plan was made to choose by, is the least
         checkpoint_blocks(model, memory.saved_inputs, device, keep_attention=memory.checkpointing == "attention")
     if memory.base == "host":
         stream_blocks(model, device)

@@ -77,9 +77,9 @@ class Memory(Table):
     only told; "off": none is made."""
     budget: Annotated[str, Field(pattern=BYTES, json_schema_extra={"words": 'an amount like "8GiB"'})] | None = None
     """Memory that the run may take of the card, "8GiB": micro-batch and the keys below are then chosen, the fastest that fit."""
-    checkpointing: Literal["block", "attention", "none"] = "block"
-    """"block": keep only each block's input and compute the block again in the backward pass; "attention": keep what its attention gave,
-    too; "none": keep everything."""
+    checkpointing: Literal["auto", "none", "attention", "block"] = "auto"
+    """"none": keep everything for the backward pass; "attention": keep each block's input and what its attention gave, and compute the rest
+    again; "block": keep the input alone; "auto": by the run's plan, the first of these that leaves a tenth of the memory free."""
     loss_chunk: Count = 128
     """Tokens whose logits exist at the same time in the loss."""
     saved_inputs: Literal["device", "host", "8bit"] = "device"

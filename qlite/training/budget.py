@@ -48,6 +48,13 @@ def within_budget(recipe: Recipe, run: RunFolder, fresh: bool, console: Observer
     return found.recipe
 
 
+def as_begun(recipe: Recipe, run: RunFolder, fresh: bool) -> Recipe:
+    """Return ``recipe`` with what memory.checkpointing = "auto" chose when the run began, if that goes on."""
+    if recipe.memory.checkpointing != "auto" or not run.is_begun or fresh:
+        return recipe
+    return recipe.having({"memory.checkpointing": run.recipe().memory.checkpointing})
+
+
 def fit_words(recipe: Recipe, found: Fitted) -> list[str]:
     """Return what was chosen, and why nothing faster, a line each."""
     changed = "; ".join(recipe_differences(recipe, found.recipe)) or "the recipe as it is"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from qlite.memory.ledger import Moment, Peak
 from qlite.memory.plan import SLACK_BYTES, MemoryPlan
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.schema import Recipe
+from qlite.training.automatic import settled
 from qlite.training.evaluate import sample_prompts
 from qlite.training.forecast import EVALUATION, PHASES, STEP, Workload, answers_work, largest, one_row
 from qlite.training.kept_plans import kept_forecast
@@ -38,6 +39,13 @@ class Planner:
     def shapes(self) -> BaseShapes:
         """The base's shapes, from its files' headers."""
         return base_shapes(self.recipe.base, self.told)
+
+    def settled(self, data: DataSet, batches: TokenBatches) -> "Planner":
+        """Return the planner of the recipe with memory.checkpointing chosen for a run over ``data``; unless no plan shall be made."""
+        if self.recipe.memory.plan == "off":
+            return self
+        work = work_of(self.recipe, data, batches)
+        return replace(self, recipe=settled(self.recipe, lambda changed: replace(self, recipe=changed).plan(work)))
 
     def plan_run(self, data: DataSet, batches: TokenBatches, note: Callable[[str], None]) -> MemoryPlan | None:
         """Return the plan of a run over ``data``, if memory.plan asks for one; ``note`` hears what it says.

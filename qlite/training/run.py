@@ -15,7 +15,7 @@ from qlite.model.packing import check_packing
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
-from qlite.training.budget import within_budget
+from qlite.training.budget import as_begun, within_budget
 from qlite.training.console import open_console
 from qlite.training.evaluate import compare_answers, evaluate, require_answers, sample
 from qlite.training.limits import Limits
@@ -37,7 +37,7 @@ def begin(path: Path, overrides: list[str], fresh: bool) -> None:
     recipe = read_recipe(path, overrides).with_absolute_paths()
     run = RunFolder(Path(recipe.output.dir))
     with open_console(f"qlite  {path.stem}  {Path(recipe.base.model).name}") as console:
-        recipe = within_budget(recipe, run, fresh, console)
+        recipe = within_budget(as_begun(recipe, run, fresh), run, fresh, console)
         if not fresh:
             run.check(recipe)
         if run.is_finished and not fresh:
@@ -51,6 +51,8 @@ def begin(path: Path, overrides: list[str], fresh: bool) -> None:
 class Parts:
     """What a run is made of."""
 
+    recipe: Recipe
+    """The run's own, with what "auto" has chosen."""
     model: PreTrainedModel
     data: DataSet
     batches: TokenBatches
@@ -69,6 +71,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         QliteError: the recipe, the data, the model's files or the machine do not allow it.
     """
     parts = prepare(recipe, console)
+    recipe = parts.recipe
     # Only now is anything written or deleted: a mistyped path or target has shown itself by here.
     if fresh:
         run.discard()
@@ -118,7 +121,10 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     batches = plan.batches(data)
     steps = plan.steps or plan.epochs * batches.steps_per_epoch
     recipe.schedule.check(steps)
-    planner = Planner(recipe, where, console.phase)
+    planner = Planner(recipe, where, console.phase).settled(data, batches)
+    if planner.recipe != recipe:
+        recipe = planner.recipe
+        notes.append(f'memory.checkpointing = "auto": "{recipe.memory.checkpointing}"')
     meter.plan = planner.plan_run(data, batches, notes.append)
     with meter.loading():
         model = recipe.base.load(where, console.phase, recipe.memory).model
@@ -136,7 +142,7 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
     meter.follow(stepper, optimizer)
     machine = {"device": device.describe(where), "threads": threads, "kernels": kernels}
-    return Parts(model, data, batches, steps, stepper, optimizer, meter, machine, notes)
+    return Parts(recipe, model, data, batches, steps, stepper, optimizer, meter, machine, notes)
 
 
 def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:

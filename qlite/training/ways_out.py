@@ -39,7 +39,7 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         yield WayOut(half, "the same step, in more and smaller passes")
     if memory.checkpointing == "none":
         yield WayOut({"memory.checkpointing": "attention"}, "each block but its attention is computed twice")
-    if memory.checkpointing != "block":
+    if memory.checkpointing not in ("block", "auto"):
         yield WayOut({"memory.checkpointing": "block"}, "each block is computed twice")
     if memory.loss_chunk > 64:
         yield WayOut({"memory.loss_chunk": 64}, "the head runs on fewer tokens at a time")

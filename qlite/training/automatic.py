@@ -1,0 +1,26 @@
+"""memory.checkpointing = "auto": of what computes less again in the backward pass, the first that leaves room."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from qlite.errors import QliteError
+from qlite.memory.plan import MemoryPlan
+from qlite.recipe.schema import Recipe
+
+ROOM = 0.1
+"""Share of the memory that must be left by what nobody has asked for: a plan knows nothing of fragmentation."""
+
+
+def settled(recipe: Recipe, plan_of: Callable[[Recipe], MemoryPlan]) -> Recipe:
+    """Return ``recipe`` with memory.checkpointing chosen where that is "auto"; ``plan_of`` plans a recipe against its device."""
+    memory = recipe.memory
+    if memory.checkpointing != "auto":
+        return recipe
+    # Only blocks that are computed again read their weights one at a time and keep nothing but their inputs.
+    for choice in ("none", "attention") if memory.saved_inputs == memory.base == "device" else ("attention",):
+        changed = recipe.having({"memory.checkpointing": choice})
+        with suppress(QliteError):  # a family that cannot have it
+            plan = plan_of(changed)
+            if plan.headroom >= ROOM * plan.capacity:
+                return changed
+    return recipe.having({"memory.checkpointing": "block"})

@@ -1,0 +1,324 @@
+"""Speed beside other trainers, in one run: the same model, rows, rank, targets, batch and checkpointing, step for step in turns.
+
+    python tools/bench.py --setup                      # the peers' environments, into build/bench (4 GB)
+    python tools/bench.py                              # everything, about an hour on 2 cores
+    python tools/bench.py --only small --dtype float32 --rounds 5
+
+The parts:
+  small    SmolLM2-135M, 4 x 512 tokens: qlite, PEFT + Trainer, PEFT + TRL, unsloth (and with UNSLOTH_CPU_COMPILE=1); twice: with the
+           allocator that each side chooses, and with glibc's thresholds raised for all, as qlite does for itself
+  large    a random Llama of 1.1 billion weights, 1 x 512 and 2 x 1024: qlite and PEFT + Trainer
+  counts   kernels, bytes, FLOPs and dequantisations of one step of qlite and of PEFT + Trainer, and from them a roofline estimate for
+           three cards (memory/work.py says how; an estimate, nothing was run on a card)
+  load     the 1.1 billion weights quantised to NF4 in a fresh process: transformers, qlite, qlite from its cache
+  ablation qlite with one part off at a time
+
+Each side is a process of its own and holds what it needs all the time; only one works. The first step warms up and does not count.
+Figures are medians; "spread" is the lowest and the highest. "limit" is the step's products alone, one after the other, in the same turns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench_pieces import CARDS, LARGE, SMALL, folder_of
+
+from qlite.errors import MachineError, QliteError
+
+HERE = Path(__file__).parent
+RANK, ALPHA, LR = 8, 16, 1e-4
+MIB = 2**20
+# What qlite tells glibc itself (device.keep_freed_memory), as variables for those who do not.
+RAISED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+ENVIRONMENTS = {
+    "peft": ["peft==0.21.2", "trl==1.16.0", "accelerate==1.15.0", "transformers==5.23.0", "bitsandbytes==0.50.2", "datasets>=4"],
+    "unsloth": ["unsloth==2026.10.9"],
+}
+
+PARTS = ("small", "large", "counts", "load", "ablation")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One row of a table."""
+
+    name: str
+    runs: str
+    """Its function in bench_sides.py."""
+    environment: str | None = None
+    """None: the one that runs this tool."""
+    variables: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, object] = field(default_factory=dict)
+    """Recipe keys of ours."""
+    allocator: str = "own"
+
+
+KEPT = Side("qlite, attention kept", "qlite", keys={"memory.checkpointing": "attention"})
+QLITE, TRAINER, LIMIT = Side("qlite", "qlite"), Side("PEFT + Trainer", "trainer", "peft"), Side("the products alone", "limit")
+PEERS = [
+    TRAINER,
+    Side("PEFT + TRL", "trl", "peft"),
+    Side("unsloth, CPU backend", "unsloth", "unsloth"),
+    Side("unsloth, UNSLOTH_CPU_COMPILE=1", "unsloth", "unsloth", {"UNSLOTH_CPU_COMPILE": "1"}),
+]
+ABLATION = [
+    QLITE,
+    KEPT,
+    Side("nothing computed again (checkpointing = none)", "qlite", keys={"memory.checkpointing": "none"}),
+    Side("norms, SwiGLU, rotary as written (base.fused = false)", "qlite", keys={"base.fused": False}),
+    Side("all logits at once (loss_chunk = 2048)", "qlite", keys={"memory.loss_chunk": 2048}),
+    Side("glibc's allocator untouched", "qlite", allocator="untouched"),
+    Side("16-bit base", "qlite", keys={"base.bits": 16}),
+]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained."""
+
+    model: str
+    micro_batch: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.micro_batch} x {self.tokens} tokens"
+
+
+def main(argv: list[str]) -> int:
+    """Run the parts that are asked for and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setup", action="store_true", help="make the peers' environments first")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
+    parser.add_argument("--sides", default="", help="only sides whose names contain one of these words, with commas between them")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all sides' arithmetic")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    args = parser.parse_args(argv)
+    if not Path("/proc/self/status").is_file():
+        raise MachineError("the memory of a process is read from /proc/self/status, which only Linux has")
+    args.out = args.out.absolute()
+    if args.setup:
+        set_up(args.out)
+    wanted = [word for word in args.sides.split(",") if word]
+    print(machine(), flush=True)
+    for part in args.only.split(","):
+        RUN[part](args, lambda sides: [side for side in sides if not wanted or any(word in side.name for word in wanted)])
+    return 0
+
+
+def set_up(out: Path) -> None:
+    """Make an environment for each peer, with the torch that runs here."""
+    import torch
+
+    for name, packages in ENVIRONMENTS.items():
+        venv.create(out / name, with_pip=True, clear=True)
+        pip = [str(python_of(out, name)), "-m", "pip", "install", "-q", f"torch==={torch.__version__.partition('+')[0]}", *packages]
+        subprocess.run(pip, check=True)
+
+
+def python_of(out: Path, environment: str | None) -> Path:
+    return Path(sys.executable) if environment is None else out / environment / "bin" / "python"
+
+
+def machine() -> str:
+    import torch
+
+    from qlite.cpu_products import has_bfloat16_products
+
+    products = (
+        "" if has_bfloat16_products() else ", no bfloat16 instructions: bfloat16 products are slow in torch, and float32 inside in qlite"
+    )
+    return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{products}; torch {torch.__version__}"
+
+
+# Steps in turns
+
+
+def run_small(args, chosen) -> None:
+    work = Work(SMALL, 4, 512)
+    for allocator, title in (("own", "each side's own allocator settings"), ("raised", "glibc's thresholds raised for all")):
+        sides = [QLITE, KEPT, *(Side(**{**vars(side), "allocator": allocator}) for side in PEERS), LIMIT]
+        table(f"{work}; {title}", work, in_turns(work, chosen(sides), args), args)
+
+
+def run_large(args, chosen) -> None:
+    for work in (Work(LARGE, 1, 512), Work(LARGE, 2, 1024)):
+        table(f"{work}; each side's own allocator settings", work, in_turns(work, chosen([QLITE, KEPT, TRAINER, LIMIT]), args), args)
+
+
+def run_ablation(args, chosen) -> None:
+    work = Work(SMALL, 4, 512)
+    table(f"{work}; qlite, one part changed at a time", work, in_turns(work, chosen(ABLATION), args), args)
+
+
+def in_turns(work: Work, sides: list[Side], args) -> dict[str, dict]:
+    """Return what each side says of itself, by name: its step times in "seconds", its memory, its load time."""
+    folder = prepared(work, args)
+    running = {}
+    try:
+        for number, side in enumerate(sides):
+            running[side.name] = start(side, number, work, folder, args)
+        found = {name: {"seconds": [], **next_line(name, process)} for name, process in running.items()}
+        for turn in range(args.rounds + 1):
+            for name, process in running.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                said = next_line(name, process)
+                seconds = said.pop("seconds")
+                found[name]["seconds"] += [seconds] if turn else []  # the first warms up
+                found[name] |= {**said, "anonymous": max(said["anonymous"], found[name]["anonymous"])}
+            print(f"  round {turn} of {args.rounds}", file=sys.stderr, flush=True)
+        return found
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+def start(side: Side, number: int, work: Work, folder: Path, args) -> subprocess.Popen:
+    """Start a side's process; it loads while the others wait."""
+    python = python_of(args.out, side.environment)
+    if not python.exists():
+        raise MachineError(f"{side.name}: there is no {python}; run with --setup first, or without it: --sides qlite,products")
+    out = Path(tempfile.mkdtemp(prefix=f"{side.runs}-", dir=args.out))
+    told = {
+        "base": str(folder / "base"),
+        "ids": str(folder / "ids.json"),
+        "rows": str(folder / "rows.jsonl"),
+        "out": str(out),
+        "micro_batch": work.micro_batch,
+        "tokens": work.tokens,
+        "steps": args.rounds + 1,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "lr": LR,
+        "dtype": args.dtype,
+        "keys": side.keys,
+        "allocator": side.allocator,
+    }
+    (out / "work.json").write_text(json.dumps(told), encoding="utf-8")
+    variables = {**os.environ, **side.variables, **(RAISED if side.allocator == "raised" else {})}
+    log = (out / "log").open("w", encoding="utf-8")
+    command = [str(python), str(HERE / "bench_sides.py"), side.runs, str(out / "work.json")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+    process = subprocess.Popen(command, cwd=out, env=variables, text=True, **pipes)
+    process.log = out / "log"
+    print(f"  {side.name}", file=sys.stderr, flush=True)
+    return process
+
+
+def next_line(name: str, process: subprocess.Popen) -> dict:
+    """Return the next thing that a side says of itself; what its libraries print is passed over."""
+    for line in process.stdout:
+        if line.startswith("@"):
+            return json.loads(line[1:])
+    last = process.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+    raise MachineError(f"{name} ended: {''.join(last)} (all of it: {process.log})")
+
+
+def table(title: str, work: Work, found: dict[str, dict], args) -> None:
+    """Print the sides as a Markdown table."""
+    tokens = work.micro_batch * work.tokens
+    print(f"\n{title}, {args.dtype}, rank {RANK}, checkpointed, {args.rounds} rounds\n")
+    columns = ["", "tokens/s (spread)", "qlite's to it, round by round (spread)", "of the products' speed"]
+    columns += ["process MiB at most", "qlite's to it", "anonymous MiB"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    ours, limit = found.get(QLITE.name), found.get(LIMIT.name)
+    for name, side in found.items():
+        speeds = [tokens / seconds for seconds in side["seconds"]]
+        ratios = [b / a for a, b in zip(ours["seconds"], side["seconds"], strict=True)] if ours else []
+        share = f"{statistics.median(b / a for a, b in zip(side['seconds'], limit['seconds'], strict=True)):.0%}" if limit else ""
+        print(
+            f"| {name} | {spread(speeds, '.0f')} | {spread(ratios, '.2f') if ratios else ''} | {share} | {side['process'] / MIB:.0f} "
+            f"| {ours['process'] / side['process'] if ours else 0:.2f} | {side['anonymous'] / MIB:.0f} |",
+            flush=True,
+        )
+
+
+def spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+# Bases and rows
+
+
+def prepared(work: Work, args) -> Path:
+    """Return a folder with base, rows and ids, made once."""
+    folder = folder_of(args.out, work.model, work.tokens)
+    if not (folder / "ids.json").is_file():
+        here("prepare", args, work)
+    return folder
+
+
+def here(piece: str, args, work: Work) -> None:
+    """Run a piece of bench_pieces.py in a process of its own."""
+    told = {"out": str(args.out), "dtype": args.dtype, "rank": RANK, "alpha": ALPHA, "lr": LR, **vars(work)}
+    with (args.out / "log").open("w", encoding="utf-8") as log:
+        done = subprocess.run([sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)], stdout=log, stderr=log)
+    if done.returncode:
+        raise MachineError(f'"{piece}" ended with exit code {done.returncode}; what it said is in {args.out / "log"}')
+
+
+# Counts
+
+
+def run_counts(args, _chosen) -> None:
+    work = Work(SMALL, 4, 512)
+    prepared(work, args)
+    found = {}
+    for piece in ("counts of qlite", "counts of qlite, attention kept", "counts of PEFT + Trainer"):
+        here(piece, args, work)
+        found[piece.removeprefix("counts of ")] = json.loads((args.out / f"{piece}.json").read_text(encoding="utf-8"))
+    print(f"\n{work}, {args.dtype}: one step with its optimizer, counted op by op\n")
+    names = {"kernels": "kernels", "bytes": "GB read and written", "flops": "GFLOP", "dequantised": "dequantisations of each weight"}
+    print("| | " + " | ".join(names.values()) + " | " + " | ".join(f"{card}, s, an estimate" for card in CARDS) + " |")
+    print("|---" * (1 + len(names) + len(CARDS)) + "|")
+    for name, counts in found.items():
+        values = [f"{counts['kernels']:,}", f"{counts['bytes'] / 1e9:.1f}", f"{counts['flops'] / 1e9:.0f}", f"{counts['dequantised']:.2f}"]
+        print(f"| {name} | " + " | ".join([*values, *(f"{counts['cards'][card]:.3f}" for card in CARDS)]) + " |")
+    theirs = found["PEFT + Trainer"]
+    for name, counts in found.items():
+        print(
+            f"{name}: {counts['kernels'] / theirs['kernels']:.2f} of PEFT's kernels, {counts['bytes'] / theirs['bytes']:.2f} of its bytes"
+        )
+
+
+# Loading
+
+
+def run_load(args, _chosen) -> None:
+    work = Work(LARGE, 1, 512)
+    prepared(work, args)
+    pieces = ["load by transformers", "load by qlite", "load by qlite, cached"]
+    found = {piece: [] for piece in pieces}
+    for _ in range(3):
+        for piece in pieces:
+            here(piece, args, work)
+            found[piece].append(json.loads((args.out / "load.json").read_text(encoding="utf-8")))
+    print(f"\n{LARGE}: from bfloat16 files to NF4, after imports, each in a fresh process, 3 rounds\n")
+    print("| | seconds (spread) | to transformers' | process MiB at most, imports and all |\n|---|---|---|---|")
+    base = statistics.median(one["seconds"] for one in found[pieces[0]])
+    for piece, runs in found.items():
+        seconds = [one["seconds"] for one in runs]
+        most = max(one["process"] for one in runs) / MIB
+        print(
+            f"| {piece.removeprefix('load by ')} | {spread(seconds, '.2f')} | {statistics.median(seconds) / base:.2f} | {most:.0f} |",
+            flush=True,
+        )
+
+
+RUN = {"small": run_small, "large": run_large, "counts": run_counts, "load": run_load, "ablation": run_ablation}
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except QliteError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
