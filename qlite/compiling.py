@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qlite import device as machine
 from qlite.errors import MachineError
@@ -28,10 +29,12 @@ Args = tuple[Tensor, ...]
 Compiled = Callable[..., Tensor | list[Tensor]]
 
 
-def compiled(functions: dict[str, tuple[Callable, Args]], source: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Compiled]:
+def compiled(
+    functions: dict[str, Callable], examples: Callable[[], dict[str, Args]], source: Path, device: torch.device, dtype: torch.dtype
+) -> dict[str, Compiled]:
     """Return each of ``functions`` compiled, read from the cache where this machine has compiled it before.
 
-    functions: by name, each with arguments to show what it takes: every size but 1 may be another in a call, none may be 0.
+    examples: makes arguments for each, which show what it takes: every size but 1 may be another in a call, none may be 0.
     source: the file that they stand in. What is written there, machine and versions decide what is found in the cache.
 
     Raises:
@@ -40,9 +43,12 @@ def compiled(functions: dict[str, tuple[Callable, Args]], source: Path, device: 
     _keep_machine_code()
     facts = [source.read_text(encoding="utf-8"), torch.__version__, sys.version, machine.architecture(device), str(dtype)]
     folder = cache_folder() / "kernels" / short_hash(json.dumps(facts))
-    made = _read(folder, functions) or _make(folder, functions)
-    for name, (function, args) in functions.items():
-        _check(name, function, made[name], args)
+    # Whoever follows this program's tensors has no business with the compiler's, which have symbols for sizes.
+    with _disable_current_modes():
+        args = examples()
+        made = _read(folder, functions) or _make(folder, functions, args)
+        for name, function in functions.items():
+            _check(name, function, made[name], args[name])
     return made
 
 
@@ -56,7 +62,7 @@ def _keep_machine_code() -> None:
         os.environ[FOLDER_OF_INDUCTOR] = folder
 
 
-def _read(folder: Path, functions: dict[str, tuple[Callable, Args]]) -> dict[str, Compiled] | None:
+def _read(folder: Path, functions: dict[str, Callable]) -> dict[str, Compiled] | None:
     if not (folder / MANIFEST).is_file():
         return None
     from torch._inductor import CompiledArtifact
@@ -69,8 +75,8 @@ def _read(folder: Path, functions: dict[str, tuple[Callable, Args]]) -> dict[str
     return made
 
 
-def _make(folder: Path, functions: dict[str, tuple[Callable, Args]]) -> dict[str, Compiled]:
-    made = {name: _compile(function, args) for name, (function, args) in functions.items()}
+def _make(folder: Path, functions: dict[str, Callable], args: dict[str, Args]) -> dict[str, Compiled]:
+    made = {name: _compile(function, args[name]) for name, function in functions.items()}
     try:
         with new_folder(folder) as new:
             for name, artifact in made.items():

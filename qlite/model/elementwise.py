@@ -7,7 +7,7 @@ not what is in it, so a step is planned and measured alike, compiled or not.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -55,10 +55,10 @@ def _as(x: Tensor, *shape: int) -> Tensor:
 
 def compile_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     """Let every op run compiled from now on, for tensors of ``dtype`` on ``device``; return why not, if that cannot be done here."""
-    examples = _examples(device, dtype)
+    bodies = {name: kernel.body for name, kernel in _KERNELS.items()}
     try:
         with torch.no_grad():
-            made = compiled({name: (kernel.body, examples[name]) for name, kernel in _KERNELS.items()}, Path(__file__), device, dtype)
+            made = compiled(bodies, partial(_examples, device, dtype), Path(__file__), device, dtype)
     except Exception as error:  # a compiler can be missing in many ways
         run_plainly()
         return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,10 +15,13 @@ _quick: dict[torch.dtype, Callable] = {}
 
 def compile_quantiser(dtype: torch.dtype) -> None:
     """Let weights of ``dtype`` be quantised on a CPU by a compiled function from now on; without a compiler bitsandbytes does it."""
-    try:
+
+    def examples() -> dict[str, tuple[Tensor]]:
         # As many rows as a layer has: by them the compiler decides what is worth a thread.
-        example = torch.randn(2**14, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-        _quick[dtype] = compiled({"codes": (_codes, (example,))}, Path(__file__), example.device, dtype)["codes"]
+        return {"codes": (torch.randn(2**14, 64, generator=torch.Generator().manual_seed(0)).to(dtype),)}
+
+    try:
+        _quick[dtype] = compiled({"codes": _codes}, examples, Path(__file__), torch.device("cpu"), dtype)["codes"]
     except Exception:  # a compiler can be missing in many ways
         _quick.pop(dtype, None)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlite import compiling
+from qlite.memory.ledger import Ledger
 from qlite.quant import nf4
 from qlite.quant.nf4 import compile_quantiser, quantize_4bit
 
@@ -65,3 +66,13 @@ def test_without_a_compiler_bitsandbytes_quantises(monkeypatch):
     assert torch.float32 not in nf4._quick
     weight = torch.randn(2, 64)
     assert all(map(torch.equal, quantize_4bit(weight, 64, "nf4"), bitsandbytes(weight, 64)))
+
+
+def test_who_follows_tensors_does_not_see_the_compilers(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(nf4, "_quick", {})
+    ledger = Ledger()
+    with ledger, ledger.phase("load"):
+        compile_quantiser(torch.float32)
+    assert torch.float32 in nf4._quick
+    assert {peak.bytes for peak in ledger.moments.values()} == {0}
