@@ -107,6 +107,16 @@ def to_device(rows: Tensor, device: torch.device) -> Tensor:
     return rows.to(device) if device.type == "cuda" else mark_host(rows).clone()
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor``, a small one that the host has made, on ``device``.
+
+    The host does not wait: in a plain copy to a card it would, for all that the card has still to do.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Lane:
     """A queue of copies between host memory and one device, beside the computation: the computation waits only for what it uses."""
 

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from qlite.model.kept_attention import attending
+from qlite.offload import sent
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -48,7 +49,7 @@ class Documents:
         lengths = np.diff(bounds)
         counted = np.arange(len(positions)) - np.repeat(bounds[:-1], lengths)
         assert np.array_equal(positions, counted), "positions count up by 1 in every document"
-        return cls(tuple(lengths.tolist()), torch.from_numpy(bounds).to(device, torch.int32))
+        return cls(tuple(lengths.tolist()), sent(torch.from_numpy(bounds).to(torch.int32), device))
 
     @property
     def longest(self) -> int:
@@ -61,7 +62,7 @@ def packed_inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     Flash attention sees documents only in a batch of one line, so there all lines become one: [1, B * T].
     """
     documents = Documents.of(position_ids, input_ids.device)
-    inputs = {"input_ids": input_ids, "position_ids": position_ids.to(input_ids.device)}
+    inputs = {"input_ids": input_ids, "position_ids": sent(position_ids, input_ids.device)}
     if model.config._attn_implementation == DOCUMENTS:
         return {**inputs, "documents": documents}
     if not is_flash_attention_requested(model.config):

@@ -8,6 +8,8 @@ a label never reach the head.
 import torch
 from torch import Tensor, nn
 
+from qlite.offload import sent
+
 # Logits that are float32 at a time: 16 MiB.
 PART = 1 << 22
 
@@ -18,9 +20,9 @@ def chunked_cross_entropy(head: nn.Module, hidden: Tensor, predicts: Tensor, tar
     hidden [B, T, D]; targets [N] the trained tokens, and predicts [N] the row-major places in [B, T] of the hidden states that
     predict them, both int64 on any device. Gradients reach ``hidden`` and every trainable tensor of ``head``.
     """
-    used = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicts.to(hidden.device))
+    used = hidden.reshape(-1, hidden.shape[-1]).index_select(0, sent(predicts, hidden.device))
     params = tuple(p for p in head.parameters() if p.requires_grad)
-    return _ChunkedLoss.apply(used, targets.to(hidden.device), head, denominator, chunk, *params)
+    return _ChunkedLoss.apply(used, sent(targets, hidden.device), head, denominator, chunk, *params)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from qlite import device
+from qlite.data.ahead import Ahead
 from qlite.data.batches import TokenBatches
 from qlite.data.dataset import DataSet
 from qlite.methods.base import trainable_count
@@ -147,7 +148,7 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
 
 def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
     """Train on from ``state`` to the last step, or until the held-out loss has stopped falling; return the state then."""
-    plan = recipe.train
+    plan, batches = recipe.train, Ahead(parts.batches, parts.steps)
     for step in range(state.step + 1, parts.steps + 1):
         if plan.patience and state.stale >= plan.patience:
             observer.note(f"stopped after step {state.step}: {state.stale} evaluations without a lower held-out loss (train.patience)")
@@ -155,7 +156,7 @@ def take_steps(recipe: Recipe, parts: Parts, run: RunFolder, observer: Observer,
         started = time.perf_counter()
         lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps))
         with parts.meter.step():
-            result = parts.stepper.step(parts.batches.step(step), parts.optimizer, plan.clip_norm, seed=(plan.seed, step))
+            result = parts.stepper.step(batches.step(step), parts.optimizer, plan.clip_norm, seed=(plan.seed, step))
         recipe.method.after_step(parts.model, parts.optimizer, step)
         seconds, epoch = time.perf_counter() - started, step / parts.batches.steps_per_epoch
         report = StepReport(**vars(result), step=step, steps=parts.steps, epoch=epoch, lr=lr, seconds=seconds, memory=parts.meter.read())

@@ -14,6 +14,7 @@ from qlite.data.batches import Batch
 from qlite.errors import Diverged, MachineError, OutOfMemory
 from qlite.methods.base import Method
 from qlite.model.head import hidden_states, logits_head
+from qlite.offload import sent
 from qlite.optim.build import FlatOptimizer
 from qlite.training.limits import Limits
 from qlite.training.loss import chunked_cross_entropy
@@ -174,7 +175,7 @@ class Stepper:
         # A memory plan calls this for both kinds of pass, as ``accumulate`` and ``evaluate`` do.
         chunk = (self.limits if torch.is_grad_enabled() else self.eval_limits).loss_chunk
         # Positions stay on the CPU: the documents of a line are found there without waiting for a device.
-        hidden = hidden_states(self.model, batch.input_ids.to(self.device), batch.position_ids)
+        hidden = hidden_states(self.model, sent(batch.input_ids, self.device), batch.position_ids)
         device.give_back_freed(self.device)
         predicts, targets = torch.from_numpy(batch.predicts), torch.from_numpy(batch.targets)
         return chunked_cross_entropy(self.head, hidden, predicts, targets, tokens, chunk)
