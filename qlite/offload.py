@@ -114,7 +114,8 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    pinned = torch.empty_like(tensor, pin_memory=True).copy_(tensor)  # torch holds its memory until the copy is done
+    return pinned.to(device, non_blocking=True)
 
 
 class Lane:
