@@ -8,6 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qlite import device as machine
 from qlite.errors import MachineError
-from qlite.files import MANIFEST, cache_folder, drop_oldest, mark_used, new_folder, short_hash
+from qlite.files import MANIFEST, cache_folder, can_be_written, drop_oldest, mark_used, new_folder, short_hash
 from qlite.units import MIB
 
 CACHE_BYTES = 64 * MIB
@@ -41,34 +43,34 @@ def compiled(
         Exception: there is no compiler, or one that fails; a kernel that computes something else than its function.
     """
     _keep_machine_code()
-    facts = [source.read_text(encoding="utf-8"), torch.__version__, sys.version, machine.architecture(device), str(dtype)]
+    facts = [file.read_text(encoding="utf-8") for file in (source, Path(__file__))]
+    facts += [torch.__version__, version("bitsandbytes"), sys.version, machine.architecture(device), str(dtype)]
     folder = cache_folder() / "kernels" / short_hash(json.dumps(facts))
     # Whoever follows this program's tensors has no business with the compiler's, which have symbols for sizes.
     with _disable_current_modes():
         args = examples()
-        made = _read(folder, functions) or _make(folder, functions, args)
-        for name, function in functions.items():
-            _check(name, function, made[name], args[name])
-    return made
+        return _read(folder, functions, args) or _make(folder, functions, args)
 
 
 def _keep_machine_code() -> None:
     """Let inductor keep its files in our cache, unless the user names another place: by default they are gone when a machine restarts."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    folder = str(cache_folder() / "inductor")
+    # Machine code for this processor alone: a home folder can be seen from several machines, and inductor does not tell them apart.
+    folder = cache_folder() / "inductor" / short_hash(machine.architecture(torch.device("cpu")))
     is_default = os.environ.get(FOLDER_OF_INDUCTOR) in (None, default_cache_dir())  # it is written there when inductor is imported
-    if is_default and " " not in folder:  # inductor's command lines break at a space
-        os.environ[FOLDER_OF_INDUCTOR] = folder
+    if is_default and " " not in str(folder) and can_be_written(folder):  # inductor's command lines break at a space
+        os.environ[FOLDER_OF_INDUCTOR] = str(folder)
 
 
-def _read(folder: Path, functions: dict[str, Callable]) -> dict[str, Compiled] | None:
+def _read(folder: Path, functions: dict[str, Callable], args: dict[str, Args]) -> dict[str, Compiled] | None:
     if not (folder / MANIFEST).is_file():
         return None
     from torch._inductor import CompiledArtifact
 
     try:
         made = {name: _returning(CompiledArtifact.load(path=str(folder / name))) for name in functions}
+        _check(functions, made, args)
     except Exception:  # of another version, or damaged: it is made anew
         return None
     mark_used(folder)
@@ -76,15 +78,16 @@ def _read(folder: Path, functions: dict[str, Callable]) -> dict[str, Compiled] |
 
 
 def _make(folder: Path, functions: dict[str, Callable], args: dict[str, Args]) -> dict[str, Compiled]:
-    made = {name: _compile(function, args[name]) for name, function in functions.items()}
-    try:
+    artifacts = {name: _compile(function, args[name]) for name, function in functions.items()}
+    made = {name: _returning(artifact) for name, artifact in artifacts.items()}
+    _check(functions, made, args)
+    # A full or read-only disk stops no run; nor does an inductor that was told to keep nothing, and so has nothing to save.
+    with suppress(MachineError, RuntimeError, AssertionError):
         with new_folder(folder) as new:
-            for name, artifact in made.items():
+            for name, artifact in artifacts.items():
                 artifact.save(path=str(new / name))
         drop_oldest(folder.parent, CACHE_BYTES, keep=folder)
-    except MachineError:
-        pass  # a full or read-only disk stops no run
-    return {name: _returning(artifact) for name, artifact in made.items()}
+    return made
 
 
 def _compile(function: Callable, args: Args):
@@ -110,14 +113,15 @@ def _returning(artifact) -> Compiled:
     return call
 
 
-def _check(name: str, function: Callable, compiled: Compiled, args: Args) -> None:
-    """Raise RuntimeError if ``compiled`` makes other numbers than ``function``, in its results or in the arguments that it changes."""
-    mine, theirs = ([arg.clone() for arg in args] for _ in range(2))
-    made, right = ([*_as_list(run(*given)), *given] for run, given in ((compiled, mine), (function, theirs)))
-    for ours, other in zip(made, right, strict=True):
-        bound = TOLERANCE.get(other.dtype, 0) * (1 + other.abs().max().item())
-        if not (ours - other).abs().max() <= bound:
-            raise RuntimeError(f"the compiled {name} computes something else than it should")
+def _check(functions: dict[str, Callable], made: dict[str, Compiled], args: dict[str, Args]) -> None:
+    """Raise RuntimeError if one of ``made`` makes other numbers than its function, in its results or in the arguments that it changes."""
+    for name, function in functions.items():
+        mine, theirs = ([arg.clone() for arg in args[name]] for _ in range(2))
+        found, right = ([*_as_list(run(*given)), *given] for run, given in ((made[name], mine), (function, theirs)))
+        for ours, other in zip(found, right, strict=True):
+            bound = TOLERANCE.get(other.dtype, 0) * (1 + other.abs().max().item())
+            if not (ours - other).abs().max() <= bound:
+                raise RuntimeError(f"the compiled {name} computes something else than it should")
 
 
 def _as_list(results: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

@@ -65,19 +65,33 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 def drop_oldest(folder: Path, budget_bytes: int, keep: Path) -> None:
     """Delete the sub-folders of ``folder`` that were used longest ago, but not ``keep``, until all take at most ``budget_bytes``."""
-    sizes = {sub: sum(file.stat().st_size for file in sub.glob("*")) for sub in folder.glob("*") if _is_ours(sub)}
-    total = sum(sizes.values())
-    for sub in sorted(sizes.keys() - {keep}, key=lambda sub: (sub / MANIFEST).stat().st_mtime):
+    found = []
+    for sub in folder.glob("[!.]*"):  # what begins with a dot is being made or deleted
+        with suppress(OSError):  # another process may delete one meanwhile
+            if _is_ours(sub):
+                found.append(((sub / MANIFEST).stat().st_mtime, sum(file.stat().st_size for file in sub.glob("*")), sub))
+    total = sum(size for _, size, _ in found)
+    for _, size, sub in sorted(found):
         if total <= budget_bytes:
             return
-        total -= sizes[sub]
-        shutil.rmtree(sub, ignore_errors=True)
+        if sub != keep:
+            total -= size
+            shutil.rmtree(sub, ignore_errors=True)
 
 
 def free_disk(path: Path) -> int:
     """Return the bytes that can still be written where ``path`` is, or will be."""
     there = next(place for place in (path, *path.parents) if place.exists())
     return shutil.disk_usage(there).free
+
+
+def can_be_written(folder: Path) -> bool:
+    """Return whether files can be put into ``folder``, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def mark_used(folder: Path) -> None:

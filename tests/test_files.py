@@ -1,13 +1,17 @@
 """What is written is whole or not there at all."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlite import files
 from qlite.errors import MachineError
-from qlite.files import MANIFEST, is_whole, new_folder, write_json, write_tensors, write_text
+from qlite.files import MANIFEST, drop_oldest, is_whole, new_folder, write_json, write_tensors, write_text
 
 
 def test_a_folder_appears_whole_with_the_sums_of_its_files(tmp_path):
@@ -46,6 +50,31 @@ def test_if_filling_it_fails_nothing_is_left_and_the_old_one_stays(tmp_path, err
         fill()
     assert (tmp_path / "f" / "x.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_the_oldest_folders_go_first_and_what_another_process_is_doing_is_left_alone(tmp_path, monkeypatch):
+    for number, name in enumerate(("old", "kept", "new")):
+        with new_folder(tmp_path / name) as folder:
+            write_text(folder / "x.txt", "x" * 1000)
+        os.utime(tmp_path / name / MANIFEST, (number, number))
+    (tmp_path / "new").rename(tmp_path / ".new.tmp-1")  # being made
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "y.txt").write_text("y")
+    with new_folder(tmp_path / "going") as folder:
+        write_text(folder / "x.txt", "x")
+    is_ours = files._is_ours
+
+    def deleted_meanwhile(folder: Path) -> bool:
+        if folder.name == "going":
+            shutil.rmtree(folder)
+            return True
+        return is_ours(folder)
+
+    monkeypatch.setattr(files, "_is_ours", deleted_meanwhile)
+    drop_oldest(tmp_path, 1500, keep=tmp_path / "kept")
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", ".new.tmp-1", "theirs"}
+    drop_oldest(tmp_path, 0, keep=tmp_path / "kept")
+    assert (tmp_path / "kept").exists()
 
 
 def test_a_file_that_cannot_be_written_is_said_with_its_path(tmp_path):

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench_pieces import CARDS, LARGE, SMALL, folder_of
@@ -104,6 +104,7 @@ def main(argv: list[str]) -> int:
     if not Path("/proc/self/status").is_file():
         raise MachineError("the memory of a process is read from /proc/self/status, which only Linux has")
     args.out = args.out.absolute()
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.setup:
         set_up(args.out)
     wanted = [word for word in args.sides.split(",") if word]
@@ -144,7 +145,7 @@ def machine() -> str:
 def run_small(args, chosen) -> None:
     work = Work(SMALL, 4, 512)
     for allocator, title in (("own", "each side's own allocator settings"), ("raised", "glibc's thresholds raised for all")):
-        sides = [QLITE, KEPT, *(Side(**{**vars(side), "allocator": allocator}) for side in PEERS), LIMIT]
+        sides = [QLITE, KEPT, *(replace(side, allocator=allocator) for side in PEERS), LIMIT]
         table(f"{work}; {title}", work, in_turns(work, chosen(sides), args), args)
 
 

@@ -162,9 +162,7 @@ def load_of_qlite(told: dict, cache: bool) -> None:
     base = Base(model=str(here(told) / "base"), cache=cache)
     began = time.perf_counter()
     base.load(torch.device("cpu"), lambda *_: None)
-    (Path(told["out"]) / "load.json").write_text(
-        json.dumps({"seconds": time.perf_counter() - began, **bench_sides.memory()}), encoding="utf-8"
-    )
+    write_load(told, time.perf_counter() - began)
 
 
 def load_of_transformers(told: dict) -> None:
@@ -178,9 +176,7 @@ def load_of_transformers(told: dict) -> None:
 
     began = time.perf_counter()
     AutoModelForCausalLM.from_pretrained(here(told) / "base", quantization_config=nf4, dtype=torch.bfloat16)
-    (Path(told["out"]) / "load.json").write_text(
-        json.dumps({"seconds": time.perf_counter() - began, **bench_sides.memory()}), encoding="utf-8"
-    )
+    write_load(told, time.perf_counter() - began)
 
 
 def write_load(told: dict, seconds: float) -> None:

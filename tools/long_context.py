@@ -4,7 +4,7 @@
     python tools/long_context.py --most 4096 --plot build/long_context.png
 
 Memory is every tensor over the model's, followed in a real step (qlite/memory/ledger.py), and beside it what was planned. It should be a
-straight line: nothing of T x T is held. "kB a token" is the slope since the length before. Time is the median of three steps after a
+straight line: nothing of T x T is held. "KiB a token" is the slope since the length before. Time is the median of three steps after a
 first one; it bends upwards, because attention's products are T x T.
 """
 
@@ -88,7 +88,7 @@ def measure(name: str, base: dict, lengths: list[int], steps: int) -> list[Point
     stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where)
     optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where)
     print(f"\n{name}, one row, block checkpointing, NF4, rank {recipe.method.rank}\n")
-    print("| tokens | s a step | tokens/s | MiB over the model | planned | kB a token |\n|---|---|---|---|---|---|")
+    print("| tokens | s a step | tokens/s | MiB over the model | planned | KiB a token |\n|---|---|---|---|---|---|")
     points: list[Point] = []
     for tokens in lengths:
         batch = random_row(tokens, model.config.vocab_size)

@@ -1,6 +1,7 @@
 """Useful tokens a second of a recipe's own data: padded as the rows come, grouped by length, and packed.
 
 python tools/packing_speed.py recipes/instruct.toml [--rounds 5] [--tokens 512]
+python tools/packing_speed.py recipes/instruct.toml --drawn        # lengths as a large instruction set has them: mean 110, up to 512
 
 Each round trains one step of each way in turn, all with about the same number of tokens a micro-batch, padding counted: --tokens.
 Useful are tokens that are no padding. The loss is not compared: the same rows, packed or not, give the same gradient
@@ -9,16 +10,19 @@ Useful are tokens that are no padding. The loss is not compared: the same rows, 
 
 import argparse
 import time
+from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from qlite import device
 from qlite.data.batches import Batch, TokenBatches
-from qlite.data.dataset import DataSet
+from qlite.data.encode import Encoded
 from qlite.model.checkpointing import checkpoint_blocks
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import read_recipe
@@ -32,19 +36,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=512, help="tokens a micro-batch, and of a packed line")
+    parser.add_argument("--drawn", action="store_true", help="not the recipe's rows, but random ones with lengths of a log-normal law")
     args = parser.parse_args(argv)
     recipe = read_recipe(args.recipe)
     where = device.pick_device("auto")
     device.keep_freed_memory()
     data = recipe.data.load(recipe.base.tokenizer(lambda *_: None), recipe.train.tokens, print)
     model = recipe.base.load(where, lambda *_: None).model
+    recipe.base.compile(where, lambda *_: None)
     device.seed_all(0)
     recipe.method.attach(model)
     if recipe.memory.checkpointing != "none":
         checkpoint_blocks(model)
     stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where)
     optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where)
-    ways = batches_of_each_way(data, args.tokens, args.rounds + 1)
+    rows = drawn_rows(2000, args.tokens, model.config.vocab_size) if args.drawn else data.train
+    ways = batches_of_each_way(rows, data.encoder.pad_id, args.tokens, args.rounds + 1)
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(args.rounds + 1):
         for name, batches in ways.items():
@@ -54,15 +61,20 @@ def main(argv: list[str]) -> None:
     show(ways, speeds)
 
 
-def batches_of_each_way(data: DataSet, tokens: int, count: int) -> dict[str, list[Batch]]:
+def drawn_rows(count: int, longest: int, vocabulary: int) -> list[Encoded]:
+    """Return rows of random ids whose lengths have a mean near 110 and a long tail."""
+    chance = torch.Generator().manual_seed(0)
+    lengths = torch.empty(count).log_normal_(log(110) - 0.8**2 / 2, 0.8, generator=chance).round().clamp(8, longest).int().tolist()
+    return [Encoded(torch.randint(10, vocabulary, (n,), generator=chance).tolist(), [True] * n) for n in lengths]
+
+
+def batches_of_each_way(all_rows: Sequence[Encoded], pad: int, tokens: int, count: int) -> dict[str, list[Batch]]:
     """Return ``count`` micro-batches of about ``tokens`` tokens each, by the name of the way."""
-    pad = data.encoder.pad_id
-    mean = float(data.train.lengths.mean())
-    rows = max(1, round(tokens / mean))
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).tolist()
-    as_they_come = [Batch.of([data.train[i] for i in order[n * rows : (n + 1) * rows]], pad) for n in range(count)]
-    grouped = TokenBatches(data.train, rows, 1, 0, pad)
-    packed = TokenBatches(data.train, 1, 1, 0, pad, tokens)
+    rows = max(1, round(tokens / float(np.mean([len(row) for row in all_rows]))))
+    order = torch.randperm(len(all_rows), generator=torch.Generator().manual_seed(0)).tolist()
+    as_they_come = [Batch.of([all_rows[i] for i in order[n * rows : (n + 1) * rows]], pad) for n in range(count)]
+    grouped = TokenBatches(all_rows, rows, 1, 0, pad)
+    packed = TokenBatches(all_rows, 1, 1, 0, pad, tokens)
     # From step 2 on: the first is the largest of all, on purpose.
     return {
         "padded, as they come": as_they_come,

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +16,7 @@ from qlite.errors import MachineError
 from qlite.files import cache_folder, code_hash, drop_oldest, free_disk, mark_used, new_folder, short_hash, write_json, write_tensors
 from qlite.model.lowering import MemoryKeys, modules_on_host
 from qlite.model.wheel import Progress
-from qlite.offload import keep_on_host, put
+from qlite.offload import keep_on_host, put, window
 from qlite.units import GIB
 
 CACHE_BYTES = 64 * GIB
@@ -99,16 +100,18 @@ class BaseCache:
 
 
 class _Tensors:
-    """The tensors of an open safetensors file, read straight into their own memory.
+    """The tensors of an open safetensors file, read straight into memory of their own.
 
     Through the library each is a window on the file first: the pages count as the process's, and a window a tensor costs 2 ms of a
     file of a thousand. The format: huggingface.co/docs/safetensors, "Format".
     """
 
     def __init__(self, file: BinaryIO):
-        length = int.from_bytes(file.read(8), "little")
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+        if length > size - 8:
+            raise ValueError(f"a table of {length} bytes in a file of {size}")
         self._file, self._start, self._table = file, 8 + length, json.loads(file.read(length))
-        self.nbytes = os.fstat(file.fileno()).st_size - self._start
+        self.nbytes = size - self._start
 
     def read(self, name: str, empty: Tensor, device: torch.device) -> Tensor:
         """Return the tensor ``name``, like ``empty`` but for its content, on ``device``.
@@ -120,7 +123,8 @@ class _Tensors:
         begin, end = entry["data_offsets"]
         if (tuple(entry["shape"]), entry["dtype"], end - begin) != (tuple(empty.shape), DTYPE_NAMES[empty.dtype], empty.nbytes):
             raise ValueError(f"{name} is not what the model needs")
-        tensor = torch.empty(empty.shape, dtype=empty.dtype)
+        make = partial(torch.empty, empty.shape, dtype=empty.dtype)
+        tensor = make() if device.type == "cpu" else window(make)  # on its way to a card it is no memory of the card's
         self._file.seek(self._start + begin)
         if self._file.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
             raise ValueError(f"{name} is cut short")

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from qlite.compiling import compiled
 
 _LIBRARY = torch.library.Library("qlite", "DEF")
+MOST_VALUES = 2**31 - 1
+"""What a compiled kernel on a card can count up to."""
 _KERNELS: dict[str, "_Kernel"] = {}
 
 
@@ -24,11 +26,17 @@ class _Kernel:
     """A function of tensors that torch can compile into one kernel."""
 
     def __init__(self, body: Callable):
-        self.body = self.run = body
+        self.body = body
+        self.compiled: dict[tuple[torch.device, torch.dtype], Callable] = {}
+        """By what it was compiled for: what is compiled asks nothing of its arguments."""
         _KERNELS[body.__name__] = self
 
     def __call__(self, *args: Tensor) -> Tensor:
-        return self.run(*args)
+        x = args[0]
+        compiled = self.compiled.get((x.device, x.dtype))
+        if compiled is None or x.numel() > MOST_VALUES or any(arg.dtype != x.dtype for arg in args if arg.dim()):
+            return self.body(*args)
+        return compiled(*args)
 
 
 def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -63,14 +71,14 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         run_plainly()
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     for name, kernel in _KERNELS.items():
-        kernel.run = made[name]
+        kernel.compiled[device, dtype] = made[name]
     return None
 
 
 def run_plainly() -> None:
     """Let every op run as it stands from now on."""
     for kernel in _KERNELS.values():
-        kernel.run = kernel.body
+        kernel.compiled.clear()
 
 
 def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]:

@@ -6,6 +6,7 @@ one tensor, the device the packed weights plus one slice or tensor.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -127,7 +128,8 @@ class Base(Table):
         if device.type != "cpu" or self.quant_type != "nf4" or 4 not in (self.bits, self.embedding_bits, self.head_bits):
             return
         progress("compile kernels", 0, 1)
-        compile_quantiser(max(checkpoint.dtypes().values(), key=list(checkpoint.dtypes().values()).count))
+        for dtype, _ in Counter(checkpoint.dtypes().values()).most_common(1):
+            compile_quantiser(dtype)
         progress("compile kernels", 1, 1)
 
     def _kept(self, checkpoint, device: torch.device) -> BaseCache | None:

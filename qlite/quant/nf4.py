@@ -29,7 +29,7 @@ def compile_quantiser(dtype: torch.dtype) -> None:
 def quantize_4bit(weight: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
     """Return the codes of ``weight`` [...], two a byte, [N, 1] uint8, and each block's largest magnitude, [blocks] float32.
 
-    Dettmers et al. 2023, arXiv:2305.14314, section 3; the same bits as bitsandbytes' quantize_4bit on that device.
+    Dettmers et al. 2023, arXiv:2305.14314, section 3; of finite weights the same bits as bitsandbytes' quantize_4bit on that device.
     """
     if weight.device.type == "cpu" and quant_type == "nf4":
         return _quantize_nf4(weight, block_size)

@@ -79,7 +79,8 @@ class Memory(Table):
     """Memory that the run may take of the card, "8GiB": micro-batch and the keys below are then chosen, the fastest that fit."""
     checkpointing: Literal["auto", "none", "attention", "block"] = "auto"
     """"none": keep everything for the backward pass; "attention": keep each block's input and what its attention gave, and compute the rest
-    again; "block": keep the input alone; "auto": by the run's plan, the first of these that leaves a tenth of the memory free."""
+    again; "block": keep the input alone; "auto": by the run's plan, the first of these that leaves a tenth of the memory free, and "block"
+    where none is made."""
     loss_chunk: Count = 128
     """Tokens whose logits exist at the same time in the loss."""
     saved_inputs: Literal["device", "host", "8bit"] = "device"

@@ -11,16 +11,25 @@ ROOM = 0.1
 """Share of the memory that must be left by what nobody has asked for: a plan knows nothing of fragmentation."""
 
 
-def settled(recipe: Recipe, plan_of: Callable[[Recipe], MemoryPlan]) -> Recipe:
-    """Return ``recipe`` with memory.checkpointing chosen where that is "auto"; ``plan_of`` plans a recipe against its device."""
+def choices(recipe: Recipe) -> tuple[str, ...]:
+    """Return what memory.checkpointing can be beside the other keys of ``recipe``, the fastest first."""
     memory = recipe.memory
-    if memory.checkpointing != "auto":
-        return recipe
     # Only blocks that are computed again read their weights one at a time and keep nothing but their inputs.
-    for choice in ("none", "attention") if memory.saved_inputs == memory.base == "device" else ("attention",):
+    return ("none", "attention", "block") if memory.saved_inputs == memory.base == "device" else ("attention", "block")
+
+
+def settled(recipe: Recipe, plan_of: Callable[[Recipe], MemoryPlan]) -> Recipe:
+    """Return ``recipe`` with memory.checkpointing chosen where that is "auto": by ``plan_of``, which plans a recipe against its device.
+
+    Where no plan shall be made, it is what needs least.
+    """
+    if recipe.memory.checkpointing != "auto":
+        return recipe
+    *faster, least = choices(recipe)
+    for choice in faster if recipe.memory.plan != "off" else ():
         changed = recipe.having({"memory.checkpointing": choice})
         with suppress(QliteError):  # a family that cannot have it
             plan = plan_of(changed)
             if plan.headroom >= ROOM * plan.capacity:
                 return changed
-    return recipe.having({"memory.checkpointing": "block"})
+    return recipe.having({"memory.checkpointing": least})

@@ -10,6 +10,7 @@ from qlite.model.shapes import base_shapes
 from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_differences
+from qlite.training.automatic import choices
 from qlite.training.fit import FITTED, Fitted, fit
 from qlite.training.forecast import Forecast
 from qlite.training.report import Observer
@@ -49,10 +50,11 @@ def within_budget(recipe: Recipe, run: RunFolder, fresh: bool, console: Observer
 
 
 def as_begun(recipe: Recipe, run: RunFolder, fresh: bool) -> Recipe:
-    """Return ``recipe`` with what memory.checkpointing = "auto" chose when the run began, if that goes on."""
+    """Return ``recipe`` with what memory.checkpointing = "auto" chose when the run began, if that goes on and may still have it."""
     if recipe.memory.checkpointing != "auto" or not run.is_begun or fresh:
         return recipe
-    return recipe.having({"memory.checkpointing": run.recipe().memory.checkpointing})
+    begun = run.recipe().memory.checkpointing
+    return recipe.having({"memory.checkpointing": begun}) if begun in choices(recipe) else recipe
 
 
 def fit_words(recipe: Recipe, found: Fitted) -> list[str]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from qlite.data.batches import Batch
 from qlite.data.encode import Encoded
+from qlite.errors import ModelError
 from qlite.memory import terms
 from qlite.memory.kernels import WholeKernels
 from qlite.memory.ledger import Ledger, Moment, Peak, name_of_block
@@ -115,6 +116,7 @@ def forecast(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
     _fill_code_tables()
     for batch in (work.train, work.held_out):
         assert batch is None or len(batch.targets)  # counted now: on fake tensors nothing can be counted
+    recipe = _traceable(recipe)
     model = recipe.base.empty(shapes.config, torch.device("cpu"))
     model.requires_grad_(False)
     recipe.method.attach(model)
@@ -132,10 +134,8 @@ def forecast(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
 @torch.enable_grad()
 def trace(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
     """Return what ``forecast`` returns, from a trace of every block."""
-    # Flash and flex attention keep what torch's own flash attention keeps, and need a card to run.
-    attention = "auto" if recipe.base.attention in ("flash", "flex") else recipe.base.attention
-    base, where = replace(recipe.base, attention=attention), torch.device("cpu")
-    model = base.empty(shapes.config, where)
+    recipe, where = _traceable(recipe), torch.device("cpu")
+    model = recipe.base.empty(shapes.config, where)
     ledger, counter, blocks = Ledger(), Work(), decoder_blocks(model)
 
     def read(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -170,6 +170,22 @@ def trace(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
                     with ledger.phase(f"{ANSWERS}, {name}", terms.CACHE, terms.CACHE):
                         answer()
     return Forecast(dict(ledger.moments), counter)
+
+
+def _traceable(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` with an attention that needs no card: flash and flex keep what torch's own flash attention keeps.
+
+    Raises:
+        ModelError: they are to be kept over checkpointing, which only "auto" can.
+    """
+    if recipe.base.attention not in ("flash", "flex"):
+        return recipe
+    if recipe.memory.checkpointing == "attention":
+        raise ModelError(
+            f'memory.checkpointing = "attention": it is known for base.attention = "auto" alone, not for "{recipe.base.attention}"; '
+            "set one of them to another"
+        )
+    return replace(recipe, base=replace(recipe.base, attention="auto"))
 
 
 def adopt_all(ledger: Ledger, model: nn.Module, optimizer: FlatOptimizer) -> None:

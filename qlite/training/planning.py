@@ -41,11 +41,17 @@ class Planner:
         return base_shapes(self.recipe.base, self.told)
 
     def settled(self, data: DataSet, batches: TokenBatches) -> "Planner":
-        """Return the planner of the recipe with memory.checkpointing chosen for a run over ``data``; unless no plan shall be made."""
-        if self.recipe.memory.plan == "off":
+        """Return the planner of the recipe with memory.checkpointing chosen for a run over ``data``, if that is "auto"."""
+        if self.recipe.memory.checkpointing != "auto":
             return self
-        work = work_of(self.recipe, data, batches)
-        return replace(self, recipe=settled(self.recipe, lambda changed: replace(self, recipe=changed).plan(work)))
+        return self.having(settled(self.recipe, lambda changed: self.having(changed).plan(work_of(changed, data, batches))))
+
+    def having(self, recipe: Recipe) -> "Planner":
+        """Return the planner of another recipe on the same base."""
+        other = replace(self, recipe=recipe)
+        if "shapes" in vars(self):  # read once is enough
+            vars(other)["shapes"] = self.shapes
+        return other
 
     def plan_run(self, data: DataSet, batches: TokenBatches, note: Callable[[str], None]) -> MemoryPlan | None:
         """Return the plan of a run over ``data``, if memory.plan asks for one; ``note`` hears what it says.

@@ -119,13 +119,17 @@ def test_a_config_changed_beside_the_weights_is_read_anew(tmp_path, cache):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("harm", ["cut", "without names", "another model's"])
+@pytest.mark.parametrize("harm", ["cut", "without names", "another model's", "all ones", "an absurd length"])
 def test_a_damaged_cache_is_made_anew(harm, folders, cache):
     first = load(folders["llama"])
     (place,) = cache.iterdir()
+    whole = (place / base_cache.TENSORS).read_bytes()
     if harm == "cut":
-        whole = (place / base_cache.TENSORS).read_bytes()
         (place / base_cache.TENSORS).write_bytes(whole[: len(whole) // 2])
+    elif harm == "all ones":
+        (place / base_cache.TENSORS).write_bytes(b"\xff" * len(whole))
+    elif harm == "an absurd length":
+        (place / base_cache.TENSORS).write_bytes((2**50).to_bytes(8, "little") + whole[8:])
     elif harm == "without names":
         (place / base_cache.NAMES).write_text("{}")
     else:

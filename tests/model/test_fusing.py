@@ -1,6 +1,7 @@
 """One op for each elementwise piece: transformers' values and gradients, in fewer roundings, and only where its code is Llama's."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -142,11 +143,55 @@ def test_a_damaged_kernel_is_made_anew(kept):
 def test_a_kernel_that_computes_something_else_is_not_used(kept, monkeypatch):
     with compiled_kernels():
         pass
-    kernel = elementwise._KERNELS["_turned"]
-    for name in ("body", "run"):
-        monkeypatch.setattr(kernel, name, lambda x, cos, sin: -x)
-    assert elementwise.compile_kernels(CPU, torch.float32) == "the compiled _turned computes something else than it should"
-    assert all(each.run is each.body for each in elementwise._KERNELS.values())
+    real = compiling._returning
+    monkeypatch.setattr(compiling, "_returning", lambda artifact: lambda *args: -real(artifact)(*args))
+    assert elementwise.compile_kernels(CPU, torch.float32) == "the compiled _norm_rows computes something else than it should"
+    assert not any(each.compiled for each in elementwise._KERNELS.values())
+    monkeypatch.undo()
+    with compiled_kernels():  # nothing wrong was kept
+        pass
+
+
+def test_a_compiled_kernel_is_not_given_what_it_was_not_compiled_for(kept):
+    def broken(*_: object) -> None:
+        pytest.fail("asked")
+
+    with compiled_kernels():
+        for kernel in elementwise._KERNELS.values():
+            kernel.compiled[CPU, torch.float32] = broken
+        x = torch.randn(2, 8).bfloat16()
+        rms_norm(x, torch.ones(8).bfloat16(), 0.0)
+        swiglu(x, x)
+        assert rms_norm(torch.randn(2, 8), torch.ones(8).double(), 0.0).shape == (2, 8)
+
+
+def test_a_kernel_that_cannot_be_kept_is_used_all_the_same(kept, tmp_path, monkeypatch):
+    def nothing_to_save(*_: object, **__: object) -> None:
+        raise RuntimeError("no artifact to save")
+
+    from torch._inductor.standalone_compile import CacheCompiledArtifact
+
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(CacheCompiledArtifact, "save", nothing_to_save)
+    with compiled_kernels():
+        assert all(each.compiled for each in elementwise._KERNELS.values())
+    assert not list(tmp_path.glob("kernels/*"))
+
+
+def test_machine_code_is_kept_by_processor_and_only_where_it_can_be(tmp_path, monkeypatch):
+    variable = compiling.FOLDER_OF_INDUCTOR
+    for folder, is_taken in ((tmp_path / "cache", True), (tmp_path / "a space", False), (tmp_path / "file", False)):
+        (tmp_path / "file").touch()
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setattr(compiling, "cache_folder", lambda folder=folder: folder)
+        compiling._keep_machine_code()
+        assert (os.environ.get(variable, "").startswith(str(folder))) == is_taken
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path / "cache")
+    compiling._keep_machine_code()
+    mine = os.environ.pop(variable)
+    monkeypatch.setattr(compiling.machine, "architecture", lambda _: "another")
+    compiling._keep_machine_code()
+    assert os.environ[variable] != mine
 
 
 def test_without_a_compiler_the_pieces_run_as_they_stand(tmp_path, monkeypatch):

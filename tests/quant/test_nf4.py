@@ -8,6 +8,8 @@ from qlite.memory.ledger import Ledger
 from qlite.quant import nf4
 from qlite.quant.nf4 import compile_quantiser, quantize_4bit
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of files
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
@@ -15,8 +17,9 @@ def _compiled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiling, "cache_folder", lambda: folder)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-        compile_quantiser(torch.bfloat16)
-        assert torch.bfloat16 in nf4._quick
+        for dtype in DTYPES:
+            compile_quantiser(dtype)
+        assert nf4._quick.keys() == set(DTYPES)
         yield
         nf4._quick.clear()
 
@@ -40,10 +43,11 @@ def weights() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 @pytest.mark.parametrize("name", weights())
-def test_its_bits_are_those_of_bitsandbytes(name, block_size):
-    weight = weights()[name].to(torch.bfloat16)
+def test_its_bits_are_those_of_bitsandbytes(name, block_size, dtype):
+    weight = weights()[name].to(dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     if weight.numel() % block_size:
         weight = weight.flatten()[: weight.numel() // block_size * block_size]
     for found, right in zip(quantize_4bit(weight, block_size, "nf4"), bitsandbytes(weight, block_size), strict=True):
@@ -53,7 +57,7 @@ def test_its_bits_are_those_of_bitsandbytes(name, block_size):
 
 def test_what_is_no_whole_number_of_blocks_or_of_another_type_goes_to_bitsandbytes(monkeypatch):
     monkeypatch.setitem(nf4._quick, torch.bfloat16, lambda *_: pytest.fail("asked"))
-    for weight in (torch.randn(3, 33).bfloat16(), torch.randn(2, 64)):
+    for weight in (torch.randn(3, 33).bfloat16(), torch.randn(2, 64).double()):
         assert all(map(torch.equal, quantize_4bit(weight, 64, "nf4"), bitsandbytes(weight, 64)))
 
 
@@ -62,8 +66,9 @@ def test_without_a_compiler_bitsandbytes_quantises(monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(nf4, "compiled", none)
+    monkeypatch.setattr(nf4, "_quick", {})
     compile_quantiser(torch.float32)
-    assert torch.float32 not in nf4._quick
+    assert nf4._quick == {}
     weight = torch.randn(2, 64)
     assert all(map(torch.equal, quantize_4bit(weight, 64, "nf4"), bitsandbytes(weight, 64)))
 

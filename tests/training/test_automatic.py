@@ -1,5 +1,7 @@
 """memory.checkpointing = "auto" takes what computes least again and leaves room, and a run keeps it."""
 
+from pathlib import Path
+
 import pytest
 
 from qlite.errors import ModelError
@@ -7,7 +9,11 @@ from qlite.memory.ledger import Peak
 from qlite.memory.plan import MemoryPlan
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
+from qlite.training import planning
 from qlite.training.automatic import settled
+from qlite.training.budget import as_begun
+from qlite.training.run_folder import RunFolder
+from tests.tiny_run import run, tiny_recipe
 
 NEEDS = {"none": 900, "attention": 500, "block": 100}
 
@@ -47,3 +53,42 @@ def test_a_family_that_cannot_keep_its_attention_gets_block():
         return MemoryPlan({"training": Peak({"all": 900})}, 950, "a card")
 
     assert settled(recipe(), plan).memory.checkpointing == "block"
+
+
+def test_without_a_plan_it_is_what_needs_least():
+    assert chosen(10**6, plan="off") == "block"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> tuple[Path, Recipe]:
+    """A run of four steps that chose "none" and was stopped after two."""
+    folder = tmp_path_factory.mktemp("automatic")
+    keys = {
+        "memory": {"plan": "tell"},
+        "train": {"steps": 4, "exact_match_rows": 0},
+        "output": {"save_every": 1, "dir": str(folder / "run")},
+    }
+    recipe = tiny_recipe(folder, **keys)
+    assert recipe.memory.checkpointing == "auto"
+    run(recipe, stop_after=2)
+    return folder, recipe
+
+
+def test_a_run_chooses_by_its_plan_once_and_keeps_it(begun, monkeypatch):
+    folder, recipe = begun
+    kept = RunFolder(folder / "run")
+    assert kept.recipe().memory.checkpointing == "none"
+    monkeypatch.setattr(planning.device, "free_memory", lambda _: 1000)  # by which it would choose "block" now
+    again = as_begun(recipe, kept, fresh=False)
+    assert again.memory.checkpointing == "none"
+    assert as_begun(recipe, kept, fresh=True).memory.checkpointing == "auto"
+    notes = run(again).notes
+    assert kept.is_finished
+    assert not any("has changed: memory" in note for note in notes)
+
+
+@pytest.mark.parametrize("key", ["saved_inputs", "base"])
+def test_a_run_that_goes_on_with_a_key_that_needs_checkpointed_blocks_chooses_anew(begun, key):
+    folder, recipe = begun
+    changed = as_begun(recipe.having({f"memory.{key}": "host"}), RunFolder(folder / "run"), fresh=False)
+    assert changed.memory.checkpointing == "auto"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlite.errors import ModelError
 from qlite.memory import terms
 from qlite.model.shapes import base_shapes
 from qlite.recipe.schema import Recipe
@@ -47,6 +48,13 @@ CASES = {
 }
 
 
+# In the default suite each key once and each storage, checkpointing and packing with some of the others; all of them with -m slow.
+SLOW = {
+    *("4 bit, attention", "4 bit, block, packed", "8 bit, block", "8 bit, attention, packed", "8 bit, none", "8 bit, none, packed"),
+    *("16 bit, block", "16 bit, attention", "16 bit, none, packed", "some targets", "lion"),
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder whose base has seven blocks, in bfloat16."""
@@ -69,7 +77,7 @@ def recipe_of(folder: Path, changes: dict, out: str = "run") -> Recipe:
     return tiny_recipe(folder, **{**changes, "train": train, "memory": memory}, output={"dir": str(folder / out)})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES])
 def test_a_run_measures_what_was_planned(case, folder):
     recipe = recipe_of(folder, CASES[case], case.replace(" ", "_"))
     run(recipe)
@@ -119,6 +127,16 @@ def test_loading_and_answering_are_what_was_planned(case, folder):
     for phase in (LOAD, ATTACH, ANSWERS):
         planned, measured = compared[phase]
         assert abs(planned - measured) <= 0.01 * measured, phase
+
+
+@pytest.mark.parametrize("attention", ["flash", "flex"])
+def test_attention_that_needs_a_card_is_planned_as_ours_and_cannot_be_kept(attention, folder):
+    recipe = recipe_of(folder, {})
+    asking = recipe.having({"base.attention": attention})
+    shapes, work = base_shapes(recipe.base, lambda *_: None), worst_workload(recipe)
+    assert forecast(asking, shapes, work).moments == forecast(recipe, shapes, work).moments
+    with pytest.raises(ModelError, match=f'not for "{attention}"'):
+        forecast(asking.having({"memory.checkpointing": "attention"}), shapes, work)
 
 
 def test_the_work_of_a_few_blocks_says_that_of_all(folder):
