@@ -29,6 +29,9 @@ from qlite.units import MIB
 from tests.tiny_run import Watcher, run, tiny_recipe
 
 
+LONG = ("train.tokens=2000", "memory.loss_chunk=2000")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     where = tmp_path_factory.mktemp("planning")
@@ -197,7 +200,7 @@ def test_the_verb_knows_cards_by_name_and_says_what_a_wrong_one_could_be(folder,
 
 def test_the_verb_plans_for_the_recipes_budget_where_nothing_else_is_named(folder, capsys):
     with pytest.raises(MachineError, match="does not fit"):
-        planned(folder, capsys, "memory.budget=580MiB", "train.tokens=2000", "memory.loss_chunk=2000", "train.micro_batch=4", "train.exact_match_rows=0")
+        planned(folder, capsys, "memory.budget=580MiB", *LONG, "train.micro_batch=4", "train.exact_match_rows=0")
     assert "does not fit memory.budget = 580MiB" in capsys.readouterr().out
 
 
@@ -209,7 +212,7 @@ def test_an_empty_name_or_amount_is_no_leave_to_plan_for_anything(flag, problem,
 
 def test_the_verb_ends_with_3_where_it_does_not_fit_and_says_what_to_change(folder, capsys):
     with pytest.raises(MachineError, match="does not fit") as caught:
-        planned(folder, capsys, "--vram", "590MiB", "train.tokens=2000", "memory.loss_chunk=2000", "train.micro_batch=4", "train.exact_match_rows=0")
+        planned(folder, capsys, "--vram", "590MiB", *LONG, "train.micro_batch=4", "train.exact_match_rows=0")
     assert caught.value.exit_code == 3
     out = capsys.readouterr().out
     assert "verdict    does not fit" in out
@@ -218,7 +221,7 @@ def test_the_verb_ends_with_3_where_it_does_not_fit_and_says_what_to_change(fold
 
 def test_what_to_change_is_about_the_phase_that_has_the_peak(folder, capsys):
     with pytest.raises(MachineError, match="in answers"):
-        planned(folder, capsys, "--vram", "600MiB", "train.tokens=2000", "memory.loss_chunk=2000", "train.micro_batch=2")
+        planned(folder, capsys, "--vram", "600MiB", *LONG, "train.micro_batch=2")
     out = capsys.readouterr().out
     assert "train.micro_batch = 1" not in out
     assert re.search(r"  fits  train.exact_match_rows = 0: ", out)
