@@ -28,7 +28,6 @@ from qlite.training.ways_out import changes, ways_out
 from qlite.units import MIB
 from tests.tiny_run import Watcher, run, tiny_recipe
 
-
 LONG = ("train.tokens=2000", "memory.loss_chunk=2000")
 
 
