@@ -1,7 +1,7 @@
 """Speed beside other trainers, in one run: the same model, rows, rank, targets, batch and checkpointing, step for step in turns.
 
-    python tools/bench.py --setup                      # the peers' environments, into build/bench (4 GB)
-    python tools/bench.py                              # everything, about an hour on 2 cores
+    python tools/bench.py --setup                      # the peers' environments, into build/bench (11 GB), and then everything
+    python tools/bench.py --only counts,load           # needs no other environment, but: pip install peft accelerate
     python tools/bench.py --only small --dtype float32 --rounds 5
 
 The parts:
@@ -14,7 +14,7 @@ The parts:
   ablation qlite with one part off at a time
 
 Each side is a process of its own and holds what it needs all the time; only one works. The first step warms up and does not count.
-Figures are medians; "spread" is the lowest and the highest. "limit" is the step's products alone, one after the other, in the same turns.
+Figures are medians; "spread" is the lowest and the highest. "The products alone" are a step's, one after the other, in the same turns.
 """
 
 import argparse
@@ -28,9 +28,10 @@ import venv
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench_pieces import CARDS, LARGE, SMALL, folder_of
+from bench_pieces import CARDS, LARGE, SMALL, places
 
-from qlite.errors import MachineError, QliteError
+from qlite.errors import MachineError, RecipeError
+from qlite.verb import run_verb
 
 HERE = Path(__file__).parent
 RANK, ALPHA, LR = 8, 16, 1e-4
@@ -41,8 +42,6 @@ ENVIRONMENTS = {
     "peft": ["peft==0.21.2", "trl==1.16.0", "accelerate==1.15.0", "transformers==5.23.0", "bitsandbytes==0.50.2", "datasets>=4"],
     "unsloth": ["unsloth==2026.10.9"],
 }
-
-PARTS = ("small", "large", "counts", "load", "ablation")
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,11 @@ class Work:
         return f"{self.model}, {self.micro_batch} x {self.tokens} tokens"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Run the parts that are asked for and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setup", action="store_true", help="make the peers' environments first")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
+    parser.add_argument("--only", default=",".join(RUN), help="parts, with commas between them")
     parser.add_argument("--sides", default="", help="only sides whose names contain one of these words, with commas between them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all sides' arithmetic")
@@ -103,15 +102,17 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not Path("/proc/self/status").is_file():
         raise MachineError("the memory of a process is read from /proc/self/status, which only Linux has")
+    parts = args.only.split(",")
+    if unknown := [part for part in parts if part not in RUN]:
+        raise RecipeError(f'--only: there is no part "{unknown[0]}"; there are: {", ".join(RUN)}')
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.setup:
         set_up(args.out)
     wanted = [word for word in args.sides.split(",") if word]
     print(machine(), flush=True)
-    for part in args.only.split(","):
+    for part in parts:
         RUN[part](args, lambda sides: [side for side in sides if not wanted or any(word in side.name for word in wanted)])
-    return 0
 
 
 def set_up(out: Path) -> None:
@@ -129,14 +130,12 @@ def python_of(out: Path, environment: str | None) -> Path:
 
 
 def machine() -> str:
+    """Return what runs here, in words. Where qlite multiplies bfloat16 "in float32", torch has only slow products of it for the others."""
     import torch
 
-    from qlite.cpu_products import has_bfloat16_products
+    from qlite import device
 
-    products = (
-        "" if has_bfloat16_products() else ", no bfloat16 instructions: bfloat16 products are slow in torch, and float32 inside in qlite"
-    )
-    return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{products}; torch {torch.__version__}"
+    return f"{device.describe(torch.device('cpu'))}, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}"
 
 
 # Steps in turns
@@ -161,11 +160,10 @@ def run_ablation(args, chosen) -> None:
 
 def in_turns(work: Work, sides: list[Side], args) -> dict[str, dict]:
     """Return what each side says of itself, by name: its step times in "seconds", its memory, its load time."""
-    folder = prepared(work, args)
-    running = {}
+    lie, running = prepared(work, args), {}
     try:
-        for number, side in enumerate(sides):
-            running[side.name] = start(side, number, work, folder, args)
+        for side in sides:
+            running[side.name] = start(side, work, lie, args)
         found = {name: {"seconds": [], **next_line(name, process)} for name, process in running.items()}
         for turn in range(args.rounds + 1):
             for name, process in running.items():
@@ -183,16 +181,14 @@ def in_turns(work: Work, sides: list[Side], args) -> dict[str, dict]:
             process.wait()
 
 
-def start(side: Side, number: int, work: Work, folder: Path, args) -> subprocess.Popen:
+def start(side: Side, work: Work, lie: dict[str, str], args) -> subprocess.Popen:
     """Start a side's process; it loads while the others wait."""
     python = python_of(args.out, side.environment)
     if not python.exists():
         raise MachineError(f"{side.name}: there is no {python}; run with --setup first, or without it: --sides qlite,products")
     out = Path(tempfile.mkdtemp(prefix=f"{side.runs}-", dir=args.out))
     told = {
-        "base": str(folder / "base"),
-        "ids": str(folder / "ids.json"),
-        "rows": str(folder / "rows.jsonl"),
+        **lie,
         "out": str(out),
         "micro_batch": work.micro_batch,
         "tokens": work.tokens,
@@ -200,16 +196,17 @@ def start(side: Side, number: int, work: Work, folder: Path, args) -> subprocess
         "rank": RANK,
         "alpha": ALPHA,
         "lr": LR,
+        "optimizer": "adamw" if side.runs == "qlite" else "adamw_torch",
         "dtype": args.dtype,
         "keys": side.keys,
         "allocator": side.allocator,
     }
     (out / "work.json").write_text(json.dumps(told), encoding="utf-8")
     variables = {**os.environ, **side.variables, **(RAISED if side.allocator == "raised" else {})}
-    log = (out / "log").open("w", encoding="utf-8")
     command = [str(python), str(HERE / "bench_sides.py"), side.runs, str(out / "work.json")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-    process = subprocess.Popen(command, cwd=out, env=variables, text=True, **pipes)
+    with (out / "log").open("w", encoding="utf-8") as log:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        process = subprocess.Popen(command, cwd=out, env=variables, text=True, **pipes)
     process.log = out / "log"
     print(f"  {side.name}", file=sys.stderr, flush=True)
     return process
@@ -229,7 +226,7 @@ def table(title: str, work: Work, found: dict[str, dict], args) -> None:
     tokens = work.micro_batch * work.tokens
     print(f"\n{title}, {args.dtype}, rank {RANK}, checkpointed, {args.rounds} rounds\n")
     columns = ["", "tokens/s (spread)", "qlite's to it, round by round (spread)", "of the products' speed"]
-    columns += ["process MiB at most", "qlite's to it", "anonymous MiB"]
+    columns += ["process MiB at most", "qlite's to it", "anonymous MiB", "s to the first step"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     ours, limit = found.get(QLITE.name), found.get(LIMIT.name)
     for name, side in found.items():
@@ -238,7 +235,8 @@ def table(title: str, work: Work, found: dict[str, dict], args) -> None:
         share = f"{statistics.median(b / a for a, b in zip(side['seconds'], limit['seconds'], strict=True)):.0%}" if limit else ""
         print(
             f"| {name} | {spread(speeds, '.0f')} | {spread(ratios, '.2f') if ratios else ''} | {share} | {side['process'] / MIB:.0f} "
-            f"| {ours['process'] / side['process'] if ours else 0:.2f} | {side['anonymous'] / MIB:.0f} |",
+            f"| {ours['process'] / side['process'] if ours else 0:.2f} | {side['anonymous'] / MIB:.0f} "
+            f"| {side['load_seconds']:.1f} |",
             flush=True,
         )
 
@@ -250,17 +248,16 @@ def spread(values: list[float], form: str) -> str:
 # Bases and rows
 
 
-def prepared(work: Work, args) -> Path:
-    """Return a folder with base, rows and ids, made once."""
-    folder = folder_of(args.out, work.model, work.tokens)
-    if not (folder / "ids.json").is_file():
-        here("prepare", args, work)
-    return folder
+def prepared(work: Work, args) -> dict[str, str]:
+    """Return where base, rows and ids lie, made once."""
+    here("prepare", args, work)
+    return places(args.out, work.model, work.tokens)
 
 
 def here(piece: str, args, work: Work) -> None:
     """Run a piece of bench_pieces.py in a process of its own."""
     told = {"out": str(args.out), "dtype": args.dtype, "rank": RANK, "alpha": ALPHA, "lr": LR, **vars(work)}
+    told |= {**places(args.out, work.model, work.tokens), "steps": 2}
     with (args.out / "log").open("w", encoding="utf-8") as log:
         done = subprocess.run([sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)], stdout=log, stderr=log)
     if done.returncode:
@@ -318,8 +315,4 @@ def run_load(args, _chosen) -> None:
 RUN = {"small": run_small, "large": run_large, "counts": run_counts, "load": run_load, "ablation": run_ablation}
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except QliteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_verb(main)

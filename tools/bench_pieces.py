@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -15,39 +14,30 @@ import bench_sides
 
 SMALL, LARGE = "SmolLM2-135M", "Llama of 1.1 billion weights"
 CARDS = ("RTX 3060", "RTX 4070", "RTX 4090")
+ROWS = 128
+"""Of each length; a run that takes more begins again with the first."""
 
 
-def folder_of(out: Path, model: str, tokens: int) -> Path:
-    """Return where the base and the rows of ``tokens`` tokens lie."""
-    return out / f"{model} {tokens}".replace(" ", "_")
-
-
-def here(told: dict) -> Path:
-    return folder_of(Path(told["out"]), told["model"], told["tokens"])
+def places(out: Path, model: str, tokens: int) -> dict[str, str]:
+    """Return where the base and the rows of ``tokens`` tokens lie, as the sides are told."""
+    base, rows = out / model.replace(" ", "_"), out / f"rows_{tokens}"
+    return {"base": str(base), "rows": str(rows / "rows.jsonl"), "ids": str(rows / "ids.json")}
 
 
 def prepare(told: dict) -> None:
-    """Write base, rows and ids: the rows are texts of words that are one token each, so all sides know the ids."""
+    """Write base and rows, each once. The large base has the small one's tokenizer, so both have the same rows."""
     import peer_memory
     from transformers import AutoTokenizer
 
-    from qlite.files import is_whole, write_json, write_text
+    from qlite.files import is_whole
 
-    folder, small = here(told), folder_of(Path(told["out"]), SMALL, 512)
-    if not is_whole(small / "base"):
-        peer_memory._write_base(small / "base")
-    if told["model"] == LARGE and not is_whole(folder / "base"):
-        _write_large(folder / "base", small / "base")
-    elif not (folder / "base").exists():
-        (folder / "base").symlink_to(small / "base")
-    tokenizer, chance = AutoTokenizer.from_pretrained(small / "base"), random.Random(0)
-    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = [number for number, name in enumerate(names) if name[0] == "\u0120" and name[1:].isascii() and name[1:].isalpha()]
-    rows = [chance.choices(words, k=told["tokens"] - 1) for _ in range(told["micro_batch"] * 32)]
-    texts = [tokenizer.decode(row) for row in rows]
-    assert [tokenizer(text)["input_ids"] for text in texts] == rows
-    write_text(folder / "rows.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    write_json(folder / "ids.json", [[*row, tokenizer.eos_token_id] for row in rows])
+    small, base = Path(places(Path(told["out"]), SMALL, 0)["base"]), Path(told["base"])
+    if not is_whole(small):
+        peer_memory.write_base(small)
+    if not is_whole(base):
+        _write_large(base, small)
+    if not Path(told["ids"]).is_file():
+        peer_memory.write_rows(Path(told["ids"]).parent, AutoTokenizer.from_pretrained(small), ROWS, told["tokens"])
 
 
 def _write_large(folder: Path, tokenizer_of: Path) -> None:
@@ -68,28 +58,18 @@ def _write_large(folder: Path, tokenizer_of: Path) -> None:
 # Counts
 
 
-def counts_of_qlite(told: dict, **keys: object) -> None:
+def counts_of_qlite(told: dict, keys: dict[str, object]) -> None:
     from qlite.recipe.read import build_recipe
     from qlite.training.run import prepare
 
-    folder = here(told)
-    tables = {
-        "base": {"model": str(folder / "base"), "bits": 4, "dtype": told["dtype"]},
-        "method": {"rank": told["rank"], "alpha": told["alpha"]},
-        "optimizer": {"name": "adamw", "lr": told["lr"]},
-        "data": {"train": str(folder / "rows.jsonl"), "loss_on": "all"},
-        "train": {"steps": 2, "micro_batch": told["micro_batch"], "accumulation": 1, "tokens": told["tokens"]},
-        "memory": {"plan": "off", "checkpointing": "block", **keys},
-        "parallel": {"device": "cpu"},
-        "output": {"dir": f"{told['out']}/counts"},
-    }
+    work = {**told, "optimizer": "adamw", "keys": {"memory.plan": "off", **keys}}
 
     class Quiet:
         def note(self, message: str) -> None: ...
 
         def phase(self, *_: object) -> None: ...
 
-    parts = prepare(build_recipe(tables, "bench"), Quiet())
+    parts = prepare(build_recipe(bench_sides.recipe_tables(work), "bench"), Quiet())
     with counting() as count:
         parts.stepper.step(parts.batches.step(1), parts.optimizer, 1.0, seed=(0, 1))
     linears = [module for _, module in parts.model.named_modules() if hasattr(module, "packed_tensors")]
@@ -99,8 +79,7 @@ def counts_of_qlite(told: dict, **keys: object) -> None:
 def counts_of_peft(told: dict) -> None:
     from transformers import TrainerCallback
 
-    folder = here(told)
-    work = {**told, "base": str(folder / "base"), "ids": str(folder / "ids.json"), "steps": 1}
+    work = {**told, "optimizer": "adamw_torch", "steps": 1}
     contexts = []
 
     class Counting(TrainerCallback):
@@ -159,7 +138,7 @@ def load_of_qlite(told: dict, cache: bool) -> None:
     from qlite.model.load import Base
 
     device.keep_freed_memory()
-    base = Base(model=str(here(told) / "base"), cache=cache)
+    base = Base(model=told["base"], cache=cache)
     began = time.perf_counter()
     base.load(torch.device("cpu"), lambda *_: None)
     write_load(told, time.perf_counter() - began)
@@ -175,7 +154,7 @@ def load_of_transformers(told: dict) -> None:
     import bitsandbytes  # noqa: F401  its import is no part of loading
 
     began = time.perf_counter()
-    AutoModelForCausalLM.from_pretrained(here(told) / "base", quantization_config=nf4, dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(told["base"], quantization_config=nf4, dtype=torch.bfloat16)
     write_load(told, time.perf_counter() - began)
 
 
@@ -185,8 +164,8 @@ def write_load(told: dict, seconds: float) -> None:
 
 PIECES = {
     "prepare": prepare,
-    "counts of qlite": counts_of_qlite,
-    "counts of qlite, attention kept": lambda told: counts_of_qlite(told, checkpointing="attention"),
+    "counts of qlite": lambda told: counts_of_qlite(told, {}),
+    "counts of qlite, attention kept": lambda told: counts_of_qlite(told, {"memory.checkpointing": "attention"}),
     "counts of PEFT + Trainer": counts_of_peft,
     "load by transformers": load_of_transformers,
     "load by qlite": lambda told: load_of_qlite(told, cache=False),

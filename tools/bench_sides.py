@@ -56,6 +56,24 @@ def rows_of(work: dict) -> list[dict]:
 # qlite
 
 
+def recipe_tables(work: dict) -> dict[str, dict]:
+    """Return the work as a recipe of ours, ``work["keys"]`` over it: per-block checkpointing, every token trained, a row a line."""
+    tables = {
+        "base": {"model": work["base"], "bits": 4, "dtype": work["dtype"]},
+        "method": {"rank": work["rank"], "alpha": work["alpha"]},
+        "optimizer": {"name": work["optimizer"], "lr": work["lr"]},
+        "data": {"train": work["rows"], "loss_on": "all"},
+        "train": {"steps": work["steps"], "micro_batch": work["micro_batch"], "accumulation": 1, "tokens": work["tokens"]},
+        "memory": {"checkpointing": "block"},
+        "parallel": {"device": "cpu"},
+        "output": {"dir": f"{work['out']}/qlite"},
+    }
+    for key, value in work["keys"].items():
+        table, _, name = key.partition(".")
+        tables.setdefault(table, {})[name] = value
+    return tables
+
+
 def run_qlite(work: dict, turns: Turns) -> None:
     """Train as ``python -m qlite.train`` does; the steps are the run's own."""
     from qlite import device
@@ -75,20 +93,7 @@ def run_qlite(work: dict, turns: Turns) -> None:
         def step(self, report) -> None:
             turns.step_done()
 
-    tables = {
-        "base": {"model": work["base"], "bits": 4, "dtype": work["dtype"]},
-        "method": {"rank": work["rank"], "alpha": work["alpha"]},
-        "optimizer": {"name": "adamw", "lr": work["lr"]},
-        "data": {"train": work["rows"], "loss_on": "all"},
-        "train": {"steps": work["steps"], "micro_batch": work["micro_batch"], "accumulation": 1, "tokens": work["tokens"]},
-        "memory": {"checkpointing": "block"},
-        "parallel": {"device": "cpu"},
-        "output": {"dir": f"{work['out']}/qlite", "save_every": 0},
-    }
-    for key, value in work["keys"].items():
-        table, _, name = key.partition(".")
-        tables.setdefault(table, {})[name] = value
-    recipe = build_recipe(tables, "bench")
+    recipe = build_recipe(recipe_tables(work), "bench")
     run, watching = RunFolder(Path(recipe.output.dir)), Watching()
     parts = prepare(recipe, watching)
     run.discard()
@@ -120,7 +125,7 @@ def trainer_arguments(work: dict) -> dict:
         "output_dir": f"{work['out']}/peer",
         "use_cpu": True,
         "bf16": work["dtype"] == "bfloat16",
-        "optim": "adamw_torch",
+        "optim": work["optimizer"],
         "learning_rate": work["lr"],
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,

@@ -10,7 +10,6 @@ first one; it bends upwards, because attention's products are T x T.
 
 import argparse
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.training.forecast import STEP, Workload, adopt_all, forecast
 from qlite.training.step import Stepper
+from qlite.verb import run_verb
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 KIB, MIB = 2**10, 2**20
@@ -50,7 +50,7 @@ class Point:
     planned: int
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Measure, print a table for each model, and draw the plot if it is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=LENGTHS[-1], help="the longest row in tokens")
@@ -66,7 +66,6 @@ def main(argv: list[str]) -> int:
             lines[name] = measure(name, base(), lengths, args.steps)
     if args.plot:
         draw(lines, args.plot)
-    return 0
 
 
 def measure(name: str, base: dict, lengths: list[int], steps: int) -> list[Point]:
@@ -155,4 +154,4 @@ def _tiny(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_verb(main)

@@ -157,24 +157,30 @@ def _run_here(name: str, out: Path) -> None:
 
 
 def prepare(out: Path) -> None:
-    """Write base, rows and ids into ``out``, once: the rows are texts of words that are one token each, so both sides know the ids."""
+    """Write base, rows and ids into ``out``, once."""
     from transformers import AutoTokenizer
 
-    from qlite.files import is_whole, write_json, write_text
+    from qlite.files import is_whole
 
     if not is_whole(out / "base"):
-        _write_base(out / "base")
-    tokenizer, chance = AutoTokenizer.from_pretrained(out / "base"), random.Random(0)
-    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        write_base(out / "base")
+    write_rows(out, AutoTokenizer.from_pretrained(out / "base"), STEPS * ROWS, TOKENS)
+
+
+def write_rows(folder: Path, tokenizer, count: int, tokens: int) -> None:
+    """Write ``count`` rows of ``tokens`` tokens, as texts and as ids: of words that are one token each, so both sides know the ids."""
+    from qlite.files import write_json, write_text
+
+    chance, names = random.Random(0), tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     words = [number for number, name in enumerate(names) if name[0] == "\u0120" and name[1:].isascii() and name[1:].isalpha()]
-    rows = [chance.choices(words, k=TOKENS - 1) for _ in range(STEPS * ROWS)]
+    rows = [chance.choices(words, k=tokens - 1) for _ in range(count)]
     texts = [tokenizer.decode(row) for row in rows]
     assert [tokenizer(text)["input_ids"] for text in texts] == rows
-    write_text(out / "rows.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    write_json(out / "ids.json", [[*row, tokenizer.eos_token_id] for row in rows])
+    write_text(folder / "rows.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_json(folder / "ids.json", [[*row, tokenizer.eos_token_id] for row in rows])
 
 
-def _write_base(folder: Path) -> None:
+def write_base(folder: Path) -> None:
     """Write the quickstart's base, not quantised, as a folder that both sides read."""
     import torch
 
@@ -186,27 +192,25 @@ def _write_base(folder: Path) -> None:
     write_merged(folder, loaded.model, loaded.tokenizer, loaded.generation_config, torch.bfloat16, lambda *_: None)
 
 
+def _work(case: Case, out: Path) -> dict:
+    """Return the case as a side of tools/bench_sides.py is told it."""
+    return {
+        **{name: str(out / place) for name, place in (("base", "base"), ("rows", "rows.jsonl"), ("ids", "ids.json"), ("out", "."))},
+        **{"steps": STEPS, "micro_batch": ROWS, "tokens": TOKENS, "rank": RANK, "alpha": ALPHA, "lr": LR},
+        **{"dtype": "bfloat16", "optimizer": case.optimizer, "keys": case.keys},
+    }
+
+
 def run_qlite(case: Case, out: Path) -> dict:
     """Train as ``python -m qlite.train`` does and return what it took."""
+    import bench_sides
+
     from qlite.recipe.read import build_recipe
     from qlite.training.forecast import adopt_all
     from qlite.training.run import TrainState, prepare, take_steps
     from qlite.training.run_folder import RunFolder
 
-    tables = {
-        "base": {"model": str(out / "base"), "bits": 4},
-        "method": {"rank": RANK, "alpha": ALPHA},
-        "optimizer": {"name": case.optimizer, "lr": LR},
-        "data": {"train": str(out / "rows.jsonl"), "loss_on": "all"},
-        "train": {"steps": STEPS, "micro_batch": ROWS, "accumulation": 1, "tokens": TOKENS},
-        "memory": {"checkpointing": "block"},
-        "parallel": {"device": "cpu"},
-        "output": {"dir": str(out / "run")},
-    }
-    for key, value in case.keys.items():
-        table, _, name = key.partition(".")
-        tables.setdefault(table, {})[name] = value
-    recipe = build_recipe(tables, "peer_memory")
+    recipe = build_recipe(bench_sides.recipe_tables(_work(case, out)), "peer_memory")
     run, told = RunFolder(Path(recipe.output.dir)), _Told()
     parts = prepare(recipe, told)
     ids = json.loads((out / "ids.json").read_text(encoding="utf-8"))
@@ -221,20 +225,11 @@ def run_qlite(case: Case, out: Path) -> dict:
 
 def run_peer(case: Case, out: Path) -> dict:
     """Train as PEFT's guide to quantised models says, with transformers' Trainer, and return what it took."""
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-    from transformers import default_data_collator as collator
+    import bench_sides
+    from transformers import PrinterCallback, TrainerCallback
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    model = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=nf4, dtype=torch.bfloat16)
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
     told = _Told()
 
     class Clock(TrainerCallback):
@@ -243,28 +238,9 @@ def run_peer(case: Case, out: Path) -> dict:
         def on_step_end(self, *_, **__):
             told.ended()
 
-    arguments = TrainingArguments(
-        output_dir=str(out / "trainer"),
-        use_cpu=True,
-        bf16=True,
-        optim=case.optimizer,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        max_steps=STEPS,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    ids = json.loads((out / "ids.json").read_text(encoding="utf-8"))
-    rows = [{"input_ids": row, "attention_mask": [1] * TOKENS, "labels": row} for row in ids]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()])
+    trainer = bench_sides.peft_trainer(_work(case, out), Clock())
     trainer.remove_callback(PrinterCallback)
-    followed = Followed(lambda _: None, model)
+    followed = Followed(lambda _: None, trainer.model)
     with followed:
         trainer.train()
     return followed.result(told.step_seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from qlite.data.batches import Batch
@@ -43,13 +44,19 @@ def _facts(recipe: Recipe, shapes: BaseShapes, work: Workload) -> dict:
     """Return all that decides what a trace finds, in JSON's types but for what has one text only."""
     tables = {table: asdict(getattr(recipe, table)) for table in ("base", "method", "optimizer", "train", "memory")}
     return {
-        "code": code_hash([PACKAGE, *(path for path in sorted(PACKAGE.iterdir()) if path.is_dir())], LIBRARIES),
+        "code": _code(),
         "recipe": {**tables, "method_name": recipe.method.name},
         # Its dtype is what it was last built in; that of the tensors is the recipe's.
         "config": {key: value for key, value in shapes.config.to_dict().items() if key != "dtype"},
         "dtypes": shapes.dtypes,
         "work": [_layout(work.train), work.held_out and _layout(work.held_out), work.answers],
     }
+
+
+@cache
+def _code() -> str:
+    """Return the hash of all our code, read once: what a process runs does not change."""
+    return code_hash([PACKAGE, *(path for path in sorted(PACKAGE.iterdir()) if path.is_dir())], LIBRARIES)
 
 
 def _layout(batch: Batch) -> list:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -40,18 +40,9 @@ class Planner:
         """The base's shapes, from its files' headers."""
         return base_shapes(self.recipe.base, self.told)
 
-    def settled(self, data: DataSet, batches: TokenBatches) -> "Planner":
-        """Return the planner of the recipe with memory.checkpointing chosen for a run over ``data``, if that is "auto"."""
-        if self.recipe.memory.checkpointing != "auto":
-            return self
-        return self.having(settled(self.recipe, lambda changed: self.having(changed).plan(work_of(changed, data, batches))))
-
-    def having(self, recipe: Recipe) -> "Planner":
-        """Return the planner of another recipe on the same base."""
-        other = replace(self, recipe=recipe)
-        if "shapes" in vars(self):  # read once is enough
-            vars(other)["shapes"] = self.shapes
-        return other
+    def settled(self, data: DataSet, batches: TokenBatches) -> Recipe:
+        """Return the recipe with memory.checkpointing chosen for a run over ``data``, if that is "auto"."""
+        return settled(self.recipe, lambda changed: self.plan(work_of(changed, data, batches), changed))
 
     def plan_run(self, data: DataSet, batches: TokenBatches, note: Callable[[str], None]) -> MemoryPlan | None:
         """Return the plan of a run over ``data``, if memory.plan asks for one; ``note`` hears what it says.
@@ -68,12 +59,12 @@ class Planner:
         note(f"memory: {plan}")
         return plan
 
-    def plan(self, work: Workload) -> MemoryPlan:
-        """Return what ``work`` takes, against what the device has free now."""
+    def plan(self, work: Workload, recipe: Recipe | None = None) -> MemoryPlan:
+        """Return what ``work`` takes, by another ``recipe`` of the same base if one is given, against what the device has free now."""
         self.told("plan the memory", 0, 1)
         # The context of a card is there by now, and its bytes are not free; on a CPU the process as it is now is what the tensors add to.
         free, outside = device.free_memory(self.where), SLACK_BYTES if self.where.type == "cuda" else 0
-        found = kept_forecast(self.recipe, self.shapes, work)
+        found = kept_forecast(recipe or self.recipe, self.shapes, work)
         self.told("plan the memory", 1, 1)
         outside += found.int8_bytes if self.where.type == "cuda" else 0
         return MemoryPlan(found.peaks(), free, f"{device.describe(self.where)} as it is now", outside)

@@ -122,10 +122,10 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     batches = plan.batches(data)
     steps = plan.steps or plan.epochs * batches.steps_per_epoch
     recipe.schedule.check(steps)
-    planner = Planner(recipe, where, console.phase).settled(data, batches)
-    if planner.recipe != recipe:
-        recipe = planner.recipe
+    asked, recipe = recipe, Planner(recipe, where, console.phase).settled(data, batches)
+    if recipe != asked:
         notes.append(f'memory.checkpointing = "auto": "{recipe.memory.checkpointing}"')
+    planner = Planner(recipe, where, console.phase)
     meter.plan = planner.plan_run(data, batches, notes.append)
     with meter.loading():
         model = recipe.base.load(where, console.phase, recipe.memory).model

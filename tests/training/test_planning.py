@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +202,16 @@ def test_the_verb_plans_for_the_recipes_budget_where_nothing_else_is_named(folde
     with pytest.raises(MachineError, match="does not fit"):
         planned(folder, capsys, "memory.budget=580MiB", *LONG, "train.micro_batch=4", "train.exact_match_rows=0")
     assert "does not fit memory.budget = 580MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("card", "chosen"), [(("--vram", "2GiB"), "none"), (("--vram", "577MiB"), "block"), ((), "auto (no card is named: as block)")]
+)
+def test_the_verb_plans_what_auto_would_choose(card, chosen, folder, capsys):
+    out = ""
+    with suppress(MachineError):  # what does not fit is printed all the same
+        out = planned(folder, capsys, *card, "train.exact_match_rows=0")
+    assert f"checkpointing {chosen}" in " ".join((out + capsys.readouterr().out).split())
 
 
 @pytest.mark.parametrize(("flag", "problem"), [("--vram", '--vram: "" is no amount'), ("--gpu", 'no card is known as ""')])
