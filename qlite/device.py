@@ -7,7 +7,6 @@ import ctypes
 import gc
 import hashlib
 import importlib
-import os
 import platform
 import re
 from collections.abc import Iterator
@@ -194,7 +193,7 @@ def peak_process_bytes() -> int:
         resource = importlib.import_module("resource")
     except ImportError:
         return info.rss
-    scale = 1 if os.uname().sysname == "Darwin" else 1024
+    scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 

@@ -50,6 +50,10 @@ class MachineError(QliteError):
     exit_code = 3
 
 
+class DiskError(MachineError):
+    """A disk does not take what is to be written: it is full, over a quota, read-only or failing. What was written before is whole."""
+
+
 class OutOfMemory(MachineError):
     """Work that cannot be made any smaller does not fit into memory: ``rows`` lines of ``tokens`` tokens each."""
 

@@ -1,10 +1,17 @@
-"""Every write to disk: under a temporary name, flushed to the device, then renamed, so that no half file bears a final name."""
+"""Every write to disk: under a temporary name, flushed to the device, then renamed, so that no half file bears a final name.
 
+What a kill can leave behind has a name that begins with a dot and says that it is temporary; ``sweep`` deletes it. A folder that
+bears its final name is whole and lists its files with their SHA-256 in its manifest. Nothing else in the package writes or deletes.
+"""
+
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -12,18 +19,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 import platformdirs
+from filelock import lock_descriptor
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlite.errors import MachineError
+from qlite.errors import DiskError, MachineError, RunError
+from qlite.units import format_bytes
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
+LEFT_OVER = re.compile(r"\..+\.(tmp|old)-\w+")
+"""Names of what is being made or deleted."""
+KEPT_REPORTS = 10
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as the whole of ``path``."""
-    with _explained(path), _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    content = text.encode()
+    with _explained(path, len(content)), _replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -40,13 +54,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         is_its_own = memory.nbytes() == tensor.nbytes and memory.data_ptr() not in taken
         taken.add(memory.data_ptr())
         own[name] = tensor if is_its_own else tensor.clone()
-    with _explained(path), _replacing(path) as temporary:
+    with _explained(path, sum(tensor.nbytes for tensor in own.values())), _replacing(path) as temporary:
         save_file(own, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def append_line(path: Path, line: str) -> None:
     """Append one line to a log. A log is no truth to resume from, so it is not flushed to the device."""
-    with _explained(path), path.open("a", encoding="utf-8", newline="\n") as file:
+    with _explained(path, len(line)), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(line + "\n")
 
 
@@ -61,6 +75,163 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """Give a binary stream whose content becomes ``path`` on leaving; for what is too large to be held in memory first."""
     with _explained(path), _replacing(path) as temporary, temporary.open("wb") as stream:
         yield stream
+
+
+def flush(path: Path) -> None:
+    """Wait until a log, if there is one, is on the device as it stands."""
+    with _explained(path):
+        if path.exists():
+            _flush(path)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Give an empty folder in ``parent``, so in its file system, that is gone on leaving; ``keep`` takes files out of it."""
+    with _explained(parent):
+        _make(parent)
+        with tempfile.TemporaryDirectory(prefix=".scratch.tmp-", dir=parent) as scratch:
+            yield Path(scratch)
+
+
+def keep(temporary: Path, path: Path) -> None:
+    """Give the finished file ``temporary`` its final name, in the same file system."""
+    with _explained(path):
+        _make(path.parent)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file of ours, if it is there."""
+    with _explained(path):
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> bool:
+    """Delete a folder that ``new_folder`` made, and return whether it was one; what somebody else has put something into stays.
+
+    It loses its name first, so that a kill in between leaves no half of it under that name.
+    """
+    if not _is_ours(folder):
+        return False
+    gone = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    with _explained(folder):
+        os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged ``folder`` so that nothing takes it for a whole one, and return its new name."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    with _explained(folder):
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.replace(folder, aside)
+    return aside
+
+
+def sweep(folder: Path) -> list[str]:
+    """Delete what a process that was killed has left half made or half deleted in ``folder``; return the names.
+
+    Only for who holds ``folder`` alone: others may be making what looks like it.
+    """
+    left = [path for path in folder.iterdir() if LEFT_OVER.fullmatch(path.name)] if folder.is_dir() else []
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+    return sorted(path.name for path in left)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process alone until leaving. It is made if need be, and gone again if nothing is in it then.
+
+    The system gives the lock up when its holder ends, however it ends: there are no stale ones.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with _explained(folder):
+        above = [each for each in folder.parents if not each.exists()]
+        handle = _lock(folder)
+    try:
+        yield
+    finally:
+        # While it is held, so that who waits for it sees that this file is no longer the folder's; on Windows an open file has to stay.
+        steps = [lambda: (folder / LOCK).unlink(), lambda: os.close(handle)]
+        for step in reversed(steps) if os.name == "nt" else steps:
+            with suppress(OSError):
+                step()
+        for each in (folder, *above):
+            with suppress(OSError):  # something is in it
+                each.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """Return a handle of the folder's lock file, locked by this process, with its number in it."""
+    path = folder / LOCK
+    while True:
+        _make(folder)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # who held the folder has just removed it
+            continue
+        try:
+            if not _is_locked(handle):
+                raise RunError(f'"{folder}": process {_holder(path)} is training there; wait for it, stop it, or choose another output.dir')
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):  # else who held it has just deleted it
+                    os.truncate(handle, 0)
+                    os.write(handle, f" {os.getpid()}\n".encode())  # the first byte is what Windows locks
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _is_locked(handle: int) -> bool:
+    try:
+        return lock_descriptor(handle, blocking=False)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            return True  # a file system without locks: as alone there as one can be
+        raise
+
+
+def _holder(path: Path) -> str:
+    for _ in range(20):
+        with suppress(OSError), path.open("rb") as file:
+            file.seek(1)
+            if number := file.read(20).strip():
+                return number.decode(errors="replace")
+        time.sleep(0.05)  # it has locked the file and not yet written its number
+    return "of an unknown number"
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise DiskError unless ``needed_bytes`` can be written to ``folder``, which need not be there yet."""
+    free = free_disk(folder)
+    if needed_bytes > free:
+        raise DiskError(
+            f'"{folder}": {what} would need {format_bytes(needed_bytes)} there, and {format_bytes(free)} are free. Make room, or '
+            "choose a folder on another disk"
+        )
+
+
+def keep_report(text: str) -> Path:
+    """Write what went wrong into the cache's folder of reports, beside the newest of those that are there; return its path."""
+    folder = cache_folder() / "reports"
+    path = folder / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}.txt"
+    write_text(path, text)
+    for old in sorted(folder.glob("*.txt"))[:-KEPT_REPORTS]:
+        remove_file(old)
+    return path
 
 
 def drop_oldest(folder: Path, budget_bytes: int, keep: Path) -> None:
@@ -113,13 +284,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     with _explained(path):
         if path.exists() and not _is_ours(path):
             raise MachineError(f'"{path}" holds files that qlite did not write there; choose another folder')
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
         try:
             yield temporary
-            files = sorted(file for file in temporary.rglob("*") if file.is_file())
-            sums = {file.relative_to(temporary).as_posix(): sha256(file) for file in files}
+            sums = {file.relative_to(temporary).as_posix(): sha256(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
             write_json(temporary / MANIFEST, sums)
+            for part in temporary.rglob("*"):
+                _flush(part)
             _swap(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -154,15 +326,20 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if LEFT_OVER.fullmatch(path.parent.name):  # the folder is being made: it is flushed, and gets its name, as a whole
+        yield path
+        return
+    _make(path.parent)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # what went wrong before is what is told
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _is_ours(folder: Path) -> bool:
@@ -198,9 +375,32 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def _make(folder: Path) -> None:
+    """Make ``folder`` with all above it, and flush the names of those that were not there."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        _flush(each.parent)
+
+
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn what the system says of a write into words; ``needed_bytes``: its size."""
     try:
         yield
+    except SafetensorError as error:  # the library has its own words: "I/O error: No space left on device (os error 28)"
+        code = re.search(r"os error (\d+)", str(error))
+        raise _refused(path, int(code[1]) if code else None, str(error), needed_bytes) from error
     except OSError as error:
-        raise MachineError(f'cannot write "{path}": {error.strerror or error}') from error
+        raise _refused(path, error.errno, error.strerror or str(error), needed_bytes) from error
+
+
+def _refused(path: Path, code: int | None, reason: str, needed_bytes: int | None) -> MachineError:
+    message = f'cannot write "{path}": {reason}'
+    if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        return MachineError(message)
+    needed = "" if needed_bytes is None else f"it needs {format_bytes(needed_bytes)}, and "
+    with suppress(OSError):
+        message += f"; {needed}{format_bytes(free_disk(path))} are free there"
+    fix = {errno.EIO: "The disk may be failing: look at it", errno.EROFS: "The disk is mounted read-only"}
+    return DiskError(f"{message}. {fix.get(code, 'Make room')}, then give the same command again: what was written before is whole")

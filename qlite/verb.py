@@ -2,34 +2,50 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from qlite.errors import MachineError, QliteError
+from qlite.stopping import Stopped, stopping_at_once
+from qlite.streams import forgiving_output
 
 
 def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted") -> None:
-    """Run ``main`` with the command line's arguments and leave the process with the right exit code."""
+    """Run ``main`` with the command line's arguments and leave the process with the right exit code.
+
+    0: done; 2: the user's input; 3: the machine; 4: what was trained is no good; 128 and its number: a signal; 1: a mistake of qlite's.
+    """
     # Rows are tokenised on all cores; without a word of it, the tokenizers library warns at every later fork that it may deadlock.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks is no reason to stop
-    try:
-        main(sys.argv[1:])
-    except QliteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (RuntimeError, MemoryError) as error:
-        from qlite.device import is_out_of_memory  # here: it imports torch, which a verb's --help does without
+    with forgiving_output():
+        try:
+            with stopping_at_once():
+                main(sys.argv[1:])
+            return
+        except QliteError as error:
+            message, code = str(error), error.exit_code
+        except Stopped as stopped:
+            message, code = interrupted, stopped.exit_code
+        except Exception as error:
+            message, code = _other(error)
+        print(message, file=sys.stderr)
+    sys.exit(code)
 
-        if not is_out_of_memory(error):
-            raise
+
+def _other(error: Exception) -> tuple[str, int]:
+    """Return message and exit code of an error that is none of ours."""
+    from qlite.device import is_out_of_memory  # here: it imports torch, which a verb's --help does without
+
+    if is_out_of_memory(error):
         first = (str(error) or "no more to be had").splitlines()[0]
-        print(
-            f"out of memory: {first}\nLower train.micro_batch (and raise train.accumulation), train.tokens or memory.loss_chunk",
-            file=sys.stderr,
-        )
-        sys.exit(MachineError.exit_code)
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        sys.exit(130)
+        fix = "Lower train.micro_batch (and raise train.accumulation), train.tokens or memory.loss_chunk"
+        return f"out of memory: {first}\n{fix}", MachineError.exit_code
+    from qlite.files import keep_report
+
+    text = "".join(traceback.format_exception(error))
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    try:
+        where = f"where it happened is in {keep_report(text)}; please report it with that file"
+    except QliteError:
+        where = f"please report it:\n{text}"
+    return f"this is a mistake of qlite's own ({what}); {where}", 1

@@ -15,6 +15,16 @@ from qlite.cpu_products import multiply_in_float32
 multiply_in_float32()
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print what tests have told with ``record_property("figure", ...)``."""
+    reports = [report for each in terminalreporter.stats.values() for report in each if hasattr(report, "user_properties")]
+    figures = {text for report in reports for key, text in report.user_properties if key == "figure"}
+    if figures:
+        terminalreporter.section("figures")
+        for text in sorted(figures):
+            terminalreporter.write_line(text)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def caches_are_kept_apart(tmp_path_factory):
     """No test reads rows, bases or plans that another run of the tests, or the user, has encoded, quantised or traced."""

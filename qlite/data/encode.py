@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qlite.data.formats import Conversation, Messages
+from qlite.data.sandbox import Renderer
 from qlite.data.template import TEMPLATES, freeze_date
 from qlite.errors import DataError
 
@@ -24,7 +25,17 @@ IGNORED = -100
 ANSWERS, LAST, ALL = "answers", "last", "all"
 """What of a conversation is trained: every turn of the assistant, its last one, or every token."""
 # What a template's own code can raise on a conversation that it was not written for.
-TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+TEMPLATE_FAULTS = (
+    TemplateError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -163,23 +174,26 @@ class Encoder:
         return dict(zip(keys, prompts, strict=True)), dict(zip(keys, fulls, strict=False))
 
     def _render(self, requests: list[tuple[Messages, list | None, str]], ask: bool) -> list[str]:
-        apply = self.tokenizer.apply_chat_template
-        options = {"chat_template": self._frozen, "tokenize": False, "add_generation_prompt": ask}
-        if requests and all(tools is None for _, tools, _ in requests):
-            with suppress(*TEMPLATE_FAULTS):  # again one by one, to name the row
-                return apply([messages for messages, _, _ in requests], **options)
-        return [self._render_one(messages, tools, where, options) for messages, tools, where in requests]
+        return [self._render_one(messages, tools, where, ask) for messages, tools, where in requests]
 
-    def _render_one(self, messages: Messages, tools: list | None, where: str, options: dict) -> str:
+    def _render_one(self, messages: Messages, tools: list | None, where: str, ask: bool) -> str:
         if tools is not None and "tools" not in self.template:
             raise DataError(f"{where}: the row offers tools, and the chat template has no place for them; choose another data.template")
         try:
-            # As a batch of one: alone, a conversation that the assistant opens (an empty prompt) would be refused.
-            return self.tokenizer.apply_chat_template([messages], tools=tools, **options)[0]
+            return self._renderer.render(messages, tools, ask, self._tokens)
         except TemplateError as error:
             raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
         except TEMPLATE_FAULTS as error:
             raise DataError(f"{where}: the chat template fails on this conversation ({type(error).__name__}: {error})") from error
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self._frozen)
+
+    @cached_property
+    def _tokens(self) -> dict[str, str]:
+        """The tokens that templates know by name: bos_token and so on."""
+        return dict(self.tokenizer.special_tokens_map)
 
     def _rows(self, conversation: Conversation, prompts: dict, fulls: dict, where: str, is_open: bool = False) -> list[_Pieces]:
         """Return the conversation's rows; ``is_open``: the last answer is not there yet, and its row ends with the question."""
@@ -242,7 +256,7 @@ class Encoder:
     def _probe(self, messages: Messages) -> str | None:
         """Return ``messages`` rendered, None where the template refuses them: a row like them will say why."""
         with suppress(*TEMPLATE_FAULTS):
-            return self.tokenizer.apply_chat_template([messages], chat_template=self._frozen, tokenize=False)[0]
+            return self._renderer.render(messages, None, False, self._tokens)
         return None
 
     @cached_property

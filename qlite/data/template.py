@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from qlite.data.sandbox import Renderer
 from qlite.errors import DataError
 
 TEMPLATES: dict[str, str] = {
@@ -72,12 +73,12 @@ def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _require_jinja(text: str, name: str) -> None:
     """Raise DataError, with the line, if ``text`` is no Jinja template."""
-    # transformers' own tag around what the assistant says; it is not needed here.
-    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
     try:
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        Renderer(text)
     except TemplateSyntaxError as error:
         raise DataError(f'data.template: "{name}" line {error.lineno}: not Jinja ({error.message})') from error
+    except (TemplateError, RecursionError) as error:
+        raise DataError(f'data.template: "{name}": {error}') from error
 
 
 def freeze_date(template: str) -> str:

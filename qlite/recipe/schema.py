@@ -49,6 +49,10 @@ class Train(Table):
     """Fill lines of train.tokens with as many rows as fit, which do not see each other; micro_batch then counts lines."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest L2 norm of a step's gradient; 0: no clipping."""
+    max_skipped: Every = 3
+    """Steps in a row that may be skipped because their loss or gradient is no number; one more, and the run ends with exit code 4."""
+    spike_factor: Annotated[float, Field(ge=0)] = 0.0
+    """Skip a step, too, whose loss is more than so many times the median of the last 50; 0: whatever it is."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the adapter's start, the order of rows and dropout."""
     eval_every: Every = 0
@@ -113,6 +117,8 @@ class Output(Table):
     """Steps between checkpoints; 0: only at the end."""
     keep: Count = 2
     """Newest checkpoints that are kept."""
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    """What is done where a disk takes no checkpoint: "stop" with exit code 3, or "continue" and try again at the next."""
     adapter: Literal["last", "best"] = "last"
     """The adapter that the run ends with: that of the last step, or that of the lowest held-out loss."""
 

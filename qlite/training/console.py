@@ -4,7 +4,6 @@ Nothing here may slow training down or end it: ``step`` only appends to a bounde
 refresh thread, text from outside is stripped of control characters, and output that cannot be written is dropped.
 """
 
-import contextlib
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
+from qlite.streams import ForgivingStream
 from qlite.training.gauges import tensor_line
 from qlite.training.panel import Screen
 from qlite.training.progress import Phase, RunView, format_perplexity, short_seconds
@@ -38,7 +38,7 @@ class PlainConsole:
     """Writes a run as lines: phases, at most about 40 steps, every evaluation, every note; once, the tensors by term."""
 
     def __init__(self, title: str, stream: TextIO):
-        self._out = _ForgivingStream(stream)
+        self._out = ForgivingStream(stream)
         self._run = RunView(clean(title))
         self._spoken = 0.0
         self._printed_step = 0
@@ -110,7 +110,7 @@ class LiveConsole:
     """Shows a run as one panel that redraws itself; notes and finished phases scroll by above it."""
 
     def __init__(self, title: str, console: Console):
-        console.file = _ForgivingStream(console.file)
+        console.file = ForgivingStream(console.file)
         self._run = RunView(clean(title))
         self._screen = Screen(self._run, console)
 
@@ -225,50 +225,3 @@ def _sample_lines(report: SampleReport) -> Iterator[tuple[str, str]]:
     for prompt, answer in report.samples:
         yield "  prompt    ", clean(prompt, 300)
         yield "  answer    ", clean(answer, 600)
-
-
-class _ForgivingStream:
-    """A text stream whose failures nobody sees: after a first one it is silent."""
-
-    def __init__(self, stream: TextIO | None):
-        self._stream = stream
-        self._is_silent = stream is None
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        if not self._is_silent:
-            with self._dropping_failures():
-                self._write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        if not self._is_silent:
-            with self._dropping_failures():
-                self._stream.flush()
-
-    def _write(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-        except UnicodeEncodeError:
-            self._stream.write(text.encode(self._stream.encoding, "replace").decode(self._stream.encoding))
-
-    @contextlib.contextmanager
-    def _dropping_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except BlockingIOError:
-            pass  # A terminal left non-blocking by another program: this write is lost, the next may work.
-        except (OSError, ValueError):
-            self._give_up()
-
-    def _give_up(self) -> None:
-        self._is_silent = True
-        if self._stream is sys.__stdout__:
-            # What is still in its buffer would fail again when Python exits, and change the exit status (see the
-            # note on SIGPIPE in Python's signal module).
-            with contextlib.suppress(OSError, ValueError):
-                devnull = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(devnull, self._stream.fileno())
-                os.close(devnull)

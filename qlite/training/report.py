@@ -1,5 +1,6 @@
 """What a step reports: one record that the console, the metrics file and every logger read."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
@@ -130,6 +131,16 @@ class Broadcast:
     def sampled(self, report: SampleReport) -> None:
         for observer in self.observers:
             observer.sampled(report)
+
+
+class StopWatch(Observer):
+    """Calls ``check`` between the parts of what is not a step: rows that are evaluated, prompts that are answered."""
+
+    def __init__(self, check: Callable[[], None]):
+        self._check = check
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self._check()
 
 
 # NVIDIA, "System Memory Fallback for Stable Diffusion" (answer 5490): since driver 546.01. WSL does not heed it: microsoft/WSL issue 11050.

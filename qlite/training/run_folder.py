@@ -10,8 +10,8 @@ runs/quickstart/
 """
 
 import json
-import shutil
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -19,12 +19,24 @@ from math import isfinite
 from pathlib import Path
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from qlite import __version__
 from qlite.data.dataset import DataSet
-from qlite.errors import RunError
-from qlite.files import append_line, is_whole, new_folder, write_json, write_tensors, write_text
+from qlite.errors import Diverged, RunError
+from qlite.files import (
+    append_line,
+    flush,
+    is_whole,
+    new_folder,
+    remove_file,
+    remove_folder,
+    set_aside,
+    sweep,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from qlite.formats.peft import WEIGHTS, adapter_tensors, copy_adapter, write_adapter
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import build_recipe
@@ -47,15 +59,22 @@ class TrainState:
     best_step: int = 0
     stale: int = 0
     """Evaluations since then."""
+    measured: int = 0
+    """The step of the last evaluation that is in this state: a run that was stopped before or in one that is due begins with it."""
+    recent: tuple[float, ...] = ()
+    """Losses of the last steps, by which train.spike_factor knows a jump."""
+    skipped: int = 0
+    """Steps up to this one, in a row, that were not made because they were not finite, or a jump."""
     loss_chunk: int | None = None
     """Like ``most_tokens``, a limit of training.limits, lowered where memory ran out: what is cut elsewhere sums in another order."""
     most_tokens: int | None = None
 
     def after(self, loss: float) -> "TrainState":
         """Return the state after an evaluation of held-out ``loss`` at this step."""
+        measured = replace(self, measured=self.step)
         if isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            return replace(self, best_loss=loss, best_step=self.step, stale=0)
-        return replace(self, stale=self.stale + 1)
+            return replace(measured, best_loss=loss, best_step=self.step, stale=0)
+        return replace(measured, stale=self.stale + 1)
 
 
 MAY_CHANGE = (
@@ -138,9 +157,12 @@ class RunFolder:
         if self.is_begun:
             # First what makes it count as finished.
             for name in ("result.json", "memory.json", "recipe.toml", "metrics.jsonl", "run.json", "data.json", "template.jinja"):
-                (self.path / name).unlink(missing_ok=True)
-            for folder in (self.adapter, self.path / "checkpoints", self.path / "best"):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_file(self.path / name)
+            for folder in (self.path, self.path / "checkpoints", self.path / "best"):
+                sweep(folder)
+            for folder in (self.adapter, *self._checkpoints(), *self._bests()):
+                if folder.exists() and not remove_folder(folder):
+                    set_aside(folder)
 
     def begin(self, recipe: Recipe, data: DataSet, machine: dict[str, str | int]) -> list[str]:
         """Make the folder for ``recipe``, if it is not there yet; called when all that can be wrong with a run has been read.
@@ -189,33 +211,74 @@ class RunFolder:
         return records
 
     def save(self, state: TrainState, model: nn.Module, optimizer: FlatOptimizer, keep: int) -> None:
-        """Write a checkpoint, whole or not at all, then drop all but the ``keep`` newest."""
+        """Write a checkpoint, whole or not at all, then drop all but the ``keep`` newest. One that is there already stays as it is.
+
+        Raises:
+            Diverged: a parameter or a value of the optimizer's is not finite.
+            DiskError: the disk does not take it; what was there before is as it was.
+        """
+        path = self._checkpoint(state.step)
+        if is_whole(path):
+            return
         tensors, numbers = optimizer.state()
-        with new_folder(self._checkpoint(state.step)) as folder:
-            write_tensors(folder / WEIGHTS, adapter_tensors(model))
+        weights = adapter_tensors(model)
+        self._require_finite({**weights, **tensors}, state.step)
+        if path.exists():
+            set_aside(path)
+        flush(self.metrics)  # what a checkpoint has behind it is told there
+        with new_folder(path) as folder:
+            write_tensors(folder / WEIGHTS, weights)
             write_tensors(folder / "optimizer.safetensors", tensors)
             write_json(folder / "state.json", {**asdict(state), "optimizer": numbers})
-        for old in self._checkpoints()[keep:]:
-            shutil.rmtree(old)
-        # A best adapter stays as long as a run can still go on from a checkpoint that knows it.
-        known = {self._read(f"checkpoints/{folder.name}/state.json")["best_step"] for folder in self._checkpoints()}
-        for old in (self.path / "best").glob("step-" + "[0-9]" * 8):
-            if int(old.name.removeprefix("step-")) not in known:
-                shutil.rmtree(old)
+        self.rotate(keep)
 
-    def resume(self, model: nn.Module, optimizer: FlatOptimizer) -> TrainState:
-        """Load the newest whole checkpoint into ``model`` and ``optimizer``; without any, return the state of step 0."""
+    def rotate(self, keep: int) -> None:
+        """Drop all but the ``keep`` newest checkpoints, and the best adapters that none of these knows."""
+        for old in self._checkpoints()[keep:]:
+            remove_folder(old)
+        # A best adapter stays as long as a run can still go on from a checkpoint that knows it.
+        known = set()
+        for folder in self._checkpoints():
+            with suppress(RunError):  # one of somebody else's
+                known.add(self._read(f"checkpoints/{folder.name}/state.json").get("best_step"))
+        for old in self._bests():
+            if int(old.name.removeprefix("step-")) not in known:
+                remove_folder(old)
+
+    def _require_finite(self, tensors: dict[str, Tensor], step: int) -> None:
+        bad = next((name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()), None)
+        if bad is not None:
+            raise Diverged(
+                f"after step {step}, {bad} holds values that are not finite, so nothing of it was saved; the last good checkpoint is "
+                f"{self.newest or 'not there: none was written yet'}. Lower optimizer.lr or raise schedule.warmup_steps"
+            )
+
+    def resume(self, model: nn.Module, optimizer: FlatOptimizer, note: Callable[[str], None] = print) -> TrainState:
+        """Load the newest whole checkpoint into ``model`` and ``optimizer``; without any, return the state of step 0.
+
+        What a killed process has left half made is deleted, and damaged checkpoints get another name; ``note`` hears of both.
+        """
+        for folder in (self.path, self.path / "checkpoints", self.path / "best"):
+            for name in sweep(folder):
+                note(f"{folder / name}: was left half made when the run was killed; it is deleted")
         for folder in self._checkpoints():
             if not is_whole(folder):
+                note(f"{folder} is damaged: what is in it is not what was written; it is now {set_aside(folder).name}")
                 continue
             saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             numbers = saved.pop("optimizer")
             copy_adapter(load_file(folder / WEIGHTS), model, folder)
             optimizer.load_state(load_file(folder / "optimizer.safetensors"), numbers)
-            self._rewind(saved["step"])
-            return TrainState(**saved)
-        self._rewind(-1)
+            state = TrainState(**{**saved, "recent": tuple(saved["recent"])})
+            self._rewind(state)
+            return state
+        self._rewind(TrainState(step=-1, measured=-1))
         return TrainState()
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole."""
+        return next((folder for folder in self._checkpoints() if is_whole(folder)), None)
 
     def save_best(self, state: TrainState, model: nn.Module) -> None:
         """Keep the adapter as it is, the one of the lowest held-out loss so far."""
@@ -259,14 +322,19 @@ class RunFolder:
     def _log(self, record: dict) -> None:
         append_line(self.metrics, json.dumps(record, ensure_ascii=False))
 
-    def _rewind(self, step: int) -> None:
-        """Drop what metrics.jsonl says of steps after ``step``: they will be made again."""
-        kept = [json.dumps(record, ensure_ascii=False) for record in self.records() if record.get("step", -1) <= step]
+    def _rewind(self, state: TrainState) -> None:
+        """Drop what metrics.jsonl says of steps and evaluations after ``state``: they will be made again."""
+        last = {"step": state.step, "eval": state.measured, "samples": state.measured, "answers": 0 if state.step >= 0 else -1}
+        records = [record for record in self.records() if record.get("step", -1) <= last.get(record.get("kind"), state.step)]
+        kept = [json.dumps(record, ensure_ascii=False) for record in records]
         if self.metrics.is_file():
             write_text(self.metrics, "".join(line + "\n" for line in kept))
 
     def _best(self, step: int) -> Path:
         return self.path / "best" / f"step-{step:08d}"
+
+    def _bests(self) -> list[Path]:
+        return sorted((self.path / "best").glob("step-" + "[0-9]" * 8))
 
     def _checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"

@@ -61,13 +61,22 @@ class Stepper:
         """Hears what ran out of memory and how it was gone on with."""
         self.updating: Callable[[], AbstractContextManager] = nullcontext
         """Is entered around the optimizer's step: a meter counts it apart."""
+        self.between: Callable[[], None] = lambda: None
+        """Is called before every micro-batch of a step, and may raise: the parameters are as before the step then."""
         self._doing: tuple[str, Batch] | None = None
 
-    def step(self, batches: list[Batch], optimizer: FlatOptimizer, clip_norm: float, seed: tuple[int, ...] = ()) -> StepResult:
+    def step(
+        self,
+        batches: list[Batch],
+        optimizer: FlatOptimizer,
+        clip_norm: float,
+        seed: tuple[int, ...] = (),
+        most_loss: float = math.inf,
+    ) -> StepResult:
         """Make one optimizer step over ``batches``. Every try begins with the generators seeded from ``seed``, if there is any.
 
         Raises:
-            Diverged: loss or gradient is not finite; the parameters are as before.
+            Diverged: loss or gradient is not finite, or the loss is more than ``most_loss``; the parameters are as before.
             OutOfMemory: a single document does not fit, with the smallest loss chunk.
             MachineError: the optimizer's step does not fit. Some parameters may have been updated, and others not.
         """
@@ -84,10 +93,10 @@ class Stepper:
         loss, grad_norm = torch.stack([loss, optimizer.clip(clip_norm)]).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             optimizer.zero_grad()
-            raise Diverged(
-                f"loss {loss}, gradient norm {grad_norm}: not finite, so nothing was updated. "
-                "Lower optimizer.lr or raise schedule.warmup_steps"
-            )
+            raise Diverged(f"loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite")
+        if loss > most_loss:
+            optimizer.zero_grad()
+            raise Diverged(f"loss {loss:.4g} is more than train.spike_factor allows, {most_loss:.4g}")
         self._report(accidents, "the step was made again", self.limits)
         retries = len(accidents) + self._update(optimizer)
         return StepResult(loss, grad_norm, sum(batch.tokens for batch in batches), trained_tokens(batches), retries)
@@ -101,6 +110,7 @@ class Stepper:
         tokens = trained_tokens(batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
+            self.between()
             self._doing = "forward pass", batch
             loss = self.loss(batch, tokens)
             total += loss.detach()

@@ -21,12 +21,13 @@ ALL_KEYS = [
     "data.test", "data.held_out_rows", "data.split", "data.revision", "data.format", "data.columns", "data.roles", "data.separator",
     "data.system", "data.template", "data.loss_on", "data.long_rows", "data.stride", "data.bad_rows", "data.allow",
     "train.steps", "train.epochs", "train.micro_batch", "train.accumulation", "train.tokens", "train.packing",
-    "train.clip_norm", "train.seed", "train.eval_every", "train.patience", "train.exact_match_rows", "train.answer_tokens",
+    "train.clip_norm", "train.max_skipped", "train.spike_factor",
+    "train.seed", "train.eval_every", "train.patience", "train.exact_match_rows", "train.answer_tokens",
     "train.samples",
     "memory.plan", "memory.budget",
     "memory.checkpointing", "memory.loss_chunk", "memory.saved_inputs", "memory.mlp_chunk", "memory.embedding", "memory.base",
     "parallel.device", "parallel.threads",
-    "output.dir", "output.save_every", "output.keep", "output.adapter",
+    "output.dir", "output.save_every", "output.keep", "output.on_full_disk", "output.adapter",
 ]
 # fmt: on
 
@@ -41,7 +42,7 @@ def printed(monkeypatch, columns: int) -> str:
 
 def test_these_are_all_the_keys():
     assert [key.name for key in all_keys()] == ALL_KEYS
-    assert len(ALL_KEYS) == 83
+    assert len(ALL_KEYS) == 86
 
 
 @pytest.mark.parametrize("key", list(all_keys()), ids=lambda key: key.name)

@@ -156,7 +156,8 @@ def test_a_run_that_ran_out_of_memory_once_is_the_run_that_did_not(untroubled, t
     if place != "optimizer":
         assert accident.was_freed  # what the failed pass had computed, before the next one began
     saved = [int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert step in saved or step == 1  # two are kept: of 1, 2 and 4 the newest
+    # What was learned of the machine is saved at once; two are kept: of 1, 2 and 4 the newest.
+    assert step in saved or step == 1 or place == "optimizer"
 
 
 @pytest.mark.parametrize("place", ["forward", "backward"])

@@ -1,0 +1,80 @@
+"""Signals that ask a process to stop: Ctrl-C, a closing terminal, a shutdown. Answered at once or, while a run takes steps, at the
+next micro-batch, so that all that was learned can be written first; the second one is always answered at once.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# Those that this system has: SIGHUP is no word of Windows', SIGBREAK of no other's.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop by the signal ``number``."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.name = signal.Signals(number).name
+        super().__init__(self.name)
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as shells have it."""
+        return 128 + self.number
+
+
+class StoppedAtOnce(Stopped):
+    """It was asked for the second time: what was under way is given up where it stood."""
+
+
+class Stop:
+    """Whether this process was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def check(self) -> None:
+        """Raise Stopped if it was."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    def _hear(self, number: int, _frame: object) -> None:
+        if self.number is not None:
+            raise StoppedAtOnce(number)
+        self.number = number
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Raise Stopped wherever the process is when a signal comes, so that what was begun is cleaned up."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    with _handled_by(stop):
+        yield
+
+
+@contextmanager
+def stopping_softly() -> Iterator[Stop]:
+    """Give what hears of the first signal; a second one raises StoppedAtOnce wherever the process is."""
+    stop = Stop()
+    with _handled_by(stop._hear):
+        yield stop
+
+
+@contextmanager
+def _handled_by(handler: Callable) -> Iterator[None]:
+    # Python hands signals to the main thread alone; and what was ignored from outside (nohup) stays so.
+    mine = SIGNALS if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.getsignal(number) for number in mine}
+    changed = [number for number, old in before.items() if old is not signal.SIG_IGN]
+    for number in changed:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, before[number] if before[number] is not None else signal.SIG_DFL)

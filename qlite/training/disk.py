@@ -1,0 +1,30 @@
+"""How much disk a run will need, asked before its first step: not after hours, at the first checkpoint."""
+
+from pathlib import Path
+
+from torch import nn
+
+from qlite.files import require_space
+from qlite.formats.peft import adapter_tensors
+from qlite.optim.build import FlatOptimizer
+from qlite.recipe.schema import Output
+from qlite.units import MIB
+
+SMALL_FILES = 16 * MIB
+"""Room for metrics, tables of tensors and whatever else is small."""
+
+
+def checkpoint_bytes(model: nn.Module, optimizer: FlatOptimizer) -> tuple[int, int]:
+    """Return the bytes of what is trained, and of the optimizer's state: a checkpoint holds both."""
+    return sum(tensor.nbytes for tensor in adapter_tensors(model).values()), sum(tensor.nbytes for tensor in optimizer.state()[0].values())
+
+
+def require_room(output: Output, sizes: tuple[int, int]) -> None:
+    """Raise DiskError if the run's folder cannot hold what a run will write at most: a new checkpoint before an old one goes.
+
+    ``sizes``: of the adapter and of the optimizer's state, in bytes.
+    """
+    adapter, state = sizes
+    best = 2 * adapter if output.adapter == "best" else 0
+    needed = (output.keep + 1) * (adapter + state) + adapter + best + SMALL_FILES
+    require_space(Path(output.dir), needed, f"a run that keeps {output.keep} checkpoints (output.keep)")

@@ -1,0 +1,101 @@
+"""Ctrl-C, a shutdown and a closing terminal: a checkpoint at the next micro-batch, the right exit code, and then the same bytes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from qlite.files import is_whole
+from qlite.training.run_folder import RunFolder
+from tests.crash.test_kills import ROOT, fresh, sums
+from tests.tiny_run import tiny_tables
+
+pytestmark = pytest.mark.crash
+
+LONG = {
+    "train": {"steps": 12, "accumulation": 2, "eval_every": 5, "exact_match_rows": 2, "samples": ["abc"]},
+    "output": {"save_every": 10, "keep": 1, "adapter": "best"},
+}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory) -> tuple[Path, float]:
+    """A run that nothing has happened to, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = server(folder, LONG)
+    assert ended["code"] == 0
+    return folder, ended["seconds"]
+
+
+@pytest.mark.parametrize("rounds", [12, pytest.param(50, marks=pytest.mark.nightly)])
+def test_a_signal_at_any_time_ends_with_its_code_and_loses_nothing(server, whole, tmp_path, tell, rounds):
+    base, seconds = whole
+    chance, expected, good, slowest = random.Random(rounds), sums(base), 0, 0.0
+    for number in range(rounds):
+        folder = fresh(base, tmp_path / "victim")
+        name = list(CODES)[number % len(CODES)]
+        delay = chance.uniform(0.05, 0.9 * seconds)
+        ended = server(folder, LONG, signals=[[name, delay]])
+        assert ended.get("code") in (CODES[name], 0), ended
+        slowest = max(slowest, ended["seconds"] - delay) if ended["code"] else slowest
+        run = RunFolder(folder / "run")
+        steps = [record["step"] for record in run.records() if record["kind"] == "step"]
+        if steps and ended["code"]:
+            saved = max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
+            assert saved == max(steps), "a step was made and is in no checkpoint"
+        assert server(folder, LONG)["code"] == 0
+        good += sums(folder) == expected
+    tell(f"signals at random times: {good}/{rounds} runs wrote all they had learned and ended with the same bytes; {slowest:.1f} s at most")
+    assert good == rounds
+    assert slowest < 10
+
+
+def test_the_second_signal_stops_at_once_and_harms_nothing(server, whole, tmp_path, tell):
+    base, seconds = whole
+    chance, rounds = random.Random(1), 6
+    for _ in range(rounds):
+        folder = fresh(base, tmp_path / "victim")
+        delay = chance.uniform(0.2, 0.9) * seconds
+        ended = server(folder, LONG, signals=[[signal.SIGINT, delay], [signal.SIGINT, delay + chance.uniform(0, 0.03)]])
+        assert ended.get("code") in (130, 0), ended
+        assert not list(folder.rglob(".*.tmp-*"))
+        assert server(folder, LONG)["code"] == 0
+        assert sums(folder) == sums(base)
+    tell(f"two signals in a row: {rounds}/{rounds} runs stopped, unharmed")
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_the_command_that_a_user_types(tmp_path, name):
+    tables = tiny_tables(tmp_path, train={"steps": 5000, "eval_every": 0, "exact_match_rows": 0}, base={"fused": False})
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(tomli_w.dumps(tables))
+    variables = {**os.environ, "QLITE_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "qlite.train", str(recipe)]
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step"' in metrics.read_text()):
+        time.sleep(0.05)
+    process.send_signal(name)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == CODES[name]
+    assert err.strip() == "interrupted; the same command goes on from the newest checkpoint, if one was written"
+    assert f"stopped by {signal.Signals(name).name} after step" in out
+    assert RunFolder(tmp_path / "run").newest is not None
+
+
+def test_what_is_ignored_from_outside_stays_ignored(tmp_path):
+    """``nohup``: a closing terminal is no reason to stop."""
+    code = (
+        "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from qlite.stopping import stopping_softly\n"
+        "with stopping_softly() as stop:\n    os.kill(os.getpid(), signal.SIGHUP)\n    stop.check()\nprint('goes on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "goes on\n", done.stderr
