@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qlite.errors import ExportError
+from qlite.errors import ExportError, RecipeError, RunError
 from qlite.files import new_folder, write_tensors, write_text
 from qlite.formats.merged import write_merged
 from qlite.formats.peft import CONFIG, WEIGHTS, read_tensors
@@ -39,11 +39,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
     if not args.shard_gib > 0:
-        raise ExportError(f"--shard-gib {args.shard_gib}: should be more than 0")
+        raise RecipeError(f"--shard-gib {args.shard_gib}: should be more than 0")
     run = find_run(args.run)
     out = args.out or run.path / (f"merged-{args.dtype}" if args.merge else "peft")
     if out.exists() and not args.force:
-        raise ExportError(f'"{out}" exists already; choose another --out, or replace it with --force')
+        raise RunError(f'"{out}" exists already; choose another --out, or replace it with --force')
     if args.merge:
         merge(run, out, DTYPES[args.dtype], args.device, int(args.shard_gib * GIB))
         print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")

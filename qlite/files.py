@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import platformdirs
+import psutil
 from filelock import lock_descriptor
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -28,8 +30,8 @@ from qlite.errors import DiskError, MachineError, RunError
 from qlite.units import format_bytes
 
 MANIFEST, LOCK = "manifest.json", ".lock"
-LEFT_OVER = re.compile(r"\..+\.(tmp|old)-\w+")
-"""Names of what is being made or deleted."""
+LEFT_OVER = re.compile(r"\..+\.(tmp|old)-([0-9a-f]{8})-(\d+)\w*")
+"""Names of what is being made or deleted: by which machine, and by which process of it."""
 KEPT_REPORTS = 10
 
 
@@ -89,7 +91,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     """Give an empty folder in ``parent``, so in its file system, that is gone on leaving; ``keep`` takes files out of it."""
     with _explained(parent):
         _make(parent)
-        with tempfile.TemporaryDirectory(prefix=".scratch.tmp-", dir=parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".scratch.tmp-{_me()}_", dir=parent) as scratch:
             yield Path(scratch)
 
 
@@ -115,7 +117,7 @@ def remove_folder(folder: Path) -> bool:
     """
     if not _is_ours(folder):
         return False
-    gone = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    gone = folder.with_name(f".{folder.name}.old-{_me()}")
     with _explained(folder):
         os.replace(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -154,8 +156,10 @@ def held(folder: Path) -> Iterator[None]:
     The system gives the lock up when its holder ends, however it ends: there are no stale ones.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds it, or it is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f'"{folder}" is a file, and a folder is to be written there; choose another output.dir')
     with _explained(folder):
         above = [each for each in folder.parents if not each.exists()]
         handle = _lock(folder)
@@ -285,7 +289,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists() and not _is_ours(path):
             raise MachineError(f'"{path}" holds files that qlite did not write there; choose another folder')
         _make(path.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+        _clear(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-{_me()}_", dir=path.parent))
         try:
             yield temporary
             sums = {file.relative_to(temporary).as_posix(): sha256(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
@@ -330,7 +335,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield path
         return
     _make(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{_me()}")
     try:
         yield temporary
         _flush(temporary)
@@ -340,6 +345,27 @@ def _replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # what went wrong before is what is told
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _me() -> str:
+    """Return what stands in the names of what this process has not finished."""
+    return f"{short_hash(platform.node())[:8]}-{os.getpid()}"
+
+
+def _clear(path: Path) -> None:
+    """Delete what a process of this machine that has ended has left half made or half deleted of ``path``.
+
+    If it has ended between taking the old folder away and giving the new one its name, the old one is put back.
+    """
+    for other in path.parent.iterdir():
+        found = LEFT_OVER.fullmatch(other.name)
+        is_of_path = found and other.name.startswith(f".{path.name}.{found[1]}-") and _me().startswith(f"{found[2]}-")
+        if not is_of_path or psutil.pid_exists(int(found[3])):
+            continue
+        if found[1] == "old" and not path.exists() and is_whole(other):
+            os.replace(other, path)
+        else:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -356,7 +382,7 @@ def _swap(temporary: Path, path: Path) -> None:
     _flush(temporary)
     old = None
     if path.exists():
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        old = path.with_name(f".{path.name}.old-{_me()}")
         os.replace(path, old)
     os.replace(temporary, path)
     _flush(path.parent)

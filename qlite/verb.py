@@ -20,6 +20,7 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
     with forgiving_output():
         try:
             with stopping_at_once():
+                _require_folder()
                 main(sys.argv[1:])
             return
         except QliteError as error:
@@ -30,6 +31,14 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
             message, code = _other(error)
         print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def _require_folder() -> None:
+    """Raise MachineError if the folder in which this was typed has been deleted: no relative path means anything then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise MachineError("the folder in which this was typed is no longer there; change to another and give the command again") from error
 
 
 def _other(error: Exception) -> tuple[str, int]:

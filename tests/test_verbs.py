@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlite import export, generate
-from qlite.errors import ExportError, MachineError, RecipeError, RunError
+from qlite.errors import MachineError, RecipeError, RunError
 from qlite.serving.answer import Sampling, answer_all, answer_batch
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder
@@ -74,7 +74,7 @@ def test_an_export_never_overwrites_without_force_and_is_the_same_twice(finished
     command = ["--merge", str(finished), "--out", str(out), "--dtype", "bf16"]
     export.main(command)
     first = (out / "model.safetensors").read_bytes()
-    with pytest.raises(ExportError, match="--force"):
+    with pytest.raises(RunError, match="--force"):
         export.main(command)
     export.main([*command, "--force"])
     assert (out / "model.safetensors").read_bytes() == first

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlite.errors import ExportError, NotMergeable
-from qlite.files import new_folder, write_json, write_tensors
+from qlite.files import new_folder, require_space, write_json, write_tensors
 from qlite.methods.base import AdaptedLinear, trainable_tensors
 from qlite.model.load import file_names
 from qlite.model.wheel import Progress
 from qlite.quant.embedding import QuantEmbedding, matrix_of
 from qlite.quant.linear import QuantLinear, dense_weight
-from qlite.units import GIB
+from qlite.units import GIB, format_bytes
 
 INDEX = "model.safetensors.index.json"
 
@@ -53,6 +53,7 @@ def write_merged(
     in_files = file_names(model, (tensor.name for tensor in tensors))
     shards = _shards(tensors, shard_bytes // dtype.itemsize)
     total = sum(_size(tensor) for tensor in tensors) * dtype.itemsize
+    require_space(folder, total, f"{format_bytes(total)} of {str(dtype)[6:]} weights")
     done, places = 0, {}
     with new_folder(folder) as path:
         for number, shard in enumerate(shards, start=1):

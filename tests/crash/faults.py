@@ -1,5 +1,6 @@
 """Every call of a process that changes one folder, counted: at any of them it can die, or be told that the disk is full."""
 
+import builtins
 import errno
 import io
 import json
@@ -61,7 +62,8 @@ class Faults:
                 os._exit(KILLED)
             self._after(number)
 
-        io.open, files.save_file = open_watched, save_watched
+        builtins.open = io.open = open_watched
+        files.save_file = save_watched
 
     def _around(self, name: str, function: Callable) -> Callable:
         def around(*args, **kwargs):
@@ -71,9 +73,10 @@ class Faults:
                 return function(*args, **kwargs)
             more = (str(args[1]),) if name in ("replace", "rename") else ()
             number = self._event(name, path, *more)
-            result = function(*args, **kwargs)
-            self._after(number)
-            return result
+            try:
+                return function(*args, **kwargs)
+            finally:  # a folder that is there already is an error that most callers expect
+                self._after(number)
 
         return around
 
