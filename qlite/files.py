@@ -88,14 +88,14 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Give an empty folder in ``parent``, so in its file system, that is gone on leaving; ``keep`` takes files out of it."""
+    """Give an empty folder in ``parent``, so in its file system, that is gone on leaving; ``keep_file`` takes files out of it."""
     with _explained(parent):
         _make(parent)
         with tempfile.TemporaryDirectory(prefix=f".scratch.tmp-{_me()}_", dir=parent) as scratch:
             yield Path(scratch)
 
 
-def keep(temporary: Path, path: Path) -> None:
+def keep_file(temporary: Path, path: Path) -> None:
     """Give the finished file ``temporary`` its final name, in the same file system."""
     with _explained(path):
         _make(path.parent)

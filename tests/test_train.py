@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from qlite.files import is_whole, sha256
 from qlite.recipe.read import build_recipe
 from qlite.train import main
 from qlite.training import run as train_module
+from qlite.training import run_folder
 from qlite.training.report import EvalReport
 from qlite.training.run_folder import RunFolder, TrainState, find_run
 from tests.tiny_run import STEPS, run, tiny_recipe, tiny_tables
@@ -218,6 +220,39 @@ def test_a_line_of_metrics_cut_short_by_a_crash_stops_nothing(tmp_path):
     assert run(recipe).steps[-1].step == STEPS
 
 
+def test_a_long_log_is_continued_in_another_file_and_read_as_one(whole, tmp_path, monkeypatch):
+    folder, _, _ = whole
+    monkeypatch.setattr(run_folder, "LOG_BYTES", 500)
+    recipe = tiny_recipe(tmp_path, output={"save_every": 1, "keep": 9})
+    run(recipe, stop_after=4)
+    logs = sorted(path.name for path in (tmp_path / "run").glob("metrics*"))
+    assert logs[:2] == ["metrics-0001.jsonl", "metrics-0002.jsonl"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000003")  # the second is what is gone on with: older files are cut, too
+    run(recipe)
+    assert losses(tmp_path) == losses(folder)
+    assert RunFolder(tmp_path / "run").result["steps"] == STEPS
+    RunFolder(tmp_path / "run").discard()
+    assert not list((tmp_path / "run").glob("metrics*"))
+
+
+@pytest.mark.parametrize("jump", [-86_400, 10 * 365 * 86_400])
+def test_a_clock_that_jumps_changes_nothing(whole, tmp_path, monkeypatch, jump):
+    """Which checkpoint is the newest is a matter of steps; and what is measured is measured by a clock that nobody sets."""
+    folder, _, _ = whole
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, stop_after=5)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    for number, path in enumerate(reversed(checkpoints)):  # the newest looks oldest
+        os.utime(path, (number, number))
+        os.utime(path / "manifest.json", (number, number))
+    seen = run(recipe)
+    assert seen.steps[0].step == 5
+    assert adapter_sum(tmp_path) == adapter_sum(folder)
+    assert all(record["seconds"] >= 0 for record in RunFolder(tmp_path / "run").records() if "seconds" in record)
+
+
 @pytest.mark.parametrize("name", ["recipe.toml", "run.json", "result.json"])
 def test_damaged_files_of_a_run_are_named(tmp_path, name):
     recipe = tiny_recipe(tmp_path, train={"steps": 2})
@@ -400,6 +435,7 @@ def kill_once(command: list[str], folder: Path, delay: float) -> bool:
     return in_time
 
 
+@pytest.mark.crash
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are of POSIX")
 def test_killed_with_sigkill_the_same_command_gives_the_same_bytes(tmp_path):
     changes = {"train": {"steps": 60, "eval_every": 0, "exact_match_rows": 0}, "output": {"save_every": 7}}

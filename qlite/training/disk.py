@@ -6,8 +6,11 @@ from torch import nn
 
 from qlite.files import require_space
 from qlite.formats.peft import adapter_tensors
+from qlite.memory import terms
+from qlite.memory.plan import MemoryPlan
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.schema import Output
+from qlite.training.forecast import STEP
 from qlite.units import MIB
 
 SMALL_FILES = 16 * MIB
@@ -17,6 +20,12 @@ SMALL_FILES = 16 * MIB
 def checkpoint_bytes(model: nn.Module, optimizer: FlatOptimizer) -> tuple[int, int]:
     """Return the bytes of what is trained, and of the optimizer's state: a checkpoint holds both."""
     return sum(tensor.nbytes for tensor in adapter_tensors(model).values()), sum(tensor.nbytes for tensor in optimizer.state()[0].values())
+
+
+def planned_bytes(plan: MemoryPlan) -> tuple[int, int]:
+    """Return the same by plan, before a weight is read."""
+    held = plan.phases[STEP].terms
+    return held.get(terms.ADAPTER, 0), held.get(terms.OPTIMIZER, 0)
 
 
 def require_room(output: Output, sizes: tuple[int, int]) -> None:

@@ -34,7 +34,7 @@ class StepReport:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+        return self.tokens / max(self.seconds, 1e-9)  # a clock may be coarse
 
     def as_record(self) -> dict:
         """Return the step as one flat record for metrics.jsonl."""

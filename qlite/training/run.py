@@ -133,6 +133,8 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
         notes.append(f'memory.checkpointing = "auto": "{recipe.memory.checkpointing}"')
     planner = Planner(recipe, where, console.phase)
     meter.plan = planner.plan_run(data, batches, notes.append)
+    if meter.plan:
+        disk.require_room(recipe.output, disk.planned_bytes(meter.plan))
     with meter.loading():
         model = recipe.base.load(where, console.phase, recipe.memory).model
     kernels = recipe.base.compile(where, console.phase)

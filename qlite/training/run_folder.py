@@ -28,6 +28,7 @@ from qlite.files import (
     append_line,
     flush,
     is_whole,
+    keep_file,
     new_folder,
     remove_file,
     remove_folder,
@@ -43,7 +44,10 @@ from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_differences, recipe_toml
 from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
+from qlite.units import MIB
 
+LOG_BYTES = 16 * MIB
+"""Size of metrics.jsonl beyond which it is continued in a new file."""
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
 
 
@@ -156,7 +160,9 @@ class RunFolder:
         """Delete the run that was begun here: what qlite wrote while training, and nothing else (exports stay)."""
         if self.is_begun:
             # First what makes it count as finished.
-            for name in ("result.json", "memory.json", "recipe.toml", "metrics.jsonl", "run.json", "data.json", "template.jinja"):
+            for path in self._logs():
+                remove_file(path)
+            for name in ("result.json", "memory.json", "recipe.toml", "run.json", "data.json", "template.jinja"):
                 remove_file(self.path / name)
             for folder in (self.path, self.path / "checkpoints", self.path / "best"):
                 sweep(folder)
@@ -201,14 +207,8 @@ class RunFolder:
         self._log(report.as_record())
 
     def records(self) -> list[dict]:
-        """Return the records of metrics.jsonl; a last line cut short by a crash is left out."""
-        if not self.metrics.is_file():
-            return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with suppress(ValueError):
-                records.append(json.loads(line))
-        return records
+        """Return the records of metrics.jsonl, and of the files that it has been continued in; a line cut short by a crash is left out."""
+        return [record for path in self._logs() for record in _records_of(path)]
 
     def save(self, state: TrainState, model: nn.Module, optimizer: FlatOptimizer, keep: int) -> None:
         """Write a checkpoint, whole or not at all, then drop all but the ``keep`` newest. One that is there already stays as it is.
@@ -226,6 +226,7 @@ class RunFolder:
         if path.exists():
             set_aside(path)
         flush(self.metrics)  # what a checkpoint has behind it is told there
+        self._rotate_log()
         with new_folder(path) as folder:
             write_tensors(folder / WEIGHTS, weights)
             write_tensors(folder / "optimizer.safetensors", tensors)
@@ -325,10 +326,18 @@ class RunFolder:
     def _rewind(self, state: TrainState) -> None:
         """Drop what metrics.jsonl says of steps and evaluations after ``state``: they will be made again."""
         last = {"step": state.step, "eval": state.measured, "samples": state.measured, "answers": 0 if state.step >= 0 else -1}
-        records = [record for record in self.records() if record.get("step", -1) <= last.get(record.get("kind"), state.step)]
-        kept = [json.dumps(record, ensure_ascii=False) for record in records]
-        if self.metrics.is_file():
-            write_text(self.metrics, "".join(line + "\n" for line in kept))
+        for path in self._logs():
+            kept = [record for record in _records_of(path) if record.get("step", -1) <= last.get(record.get("kind"), state.step)]
+            write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+    def _logs(self) -> list[Path]:
+        """Return metrics.jsonl and, before it, what has become too long for one file."""
+        older = sorted(self.path.glob("metrics-" + "[0-9]" * 4 + ".jsonl"))
+        return [*older, self.metrics] if self.metrics.is_file() else older
+
+    def _rotate_log(self) -> None:
+        if self.metrics.is_file() and self.metrics.stat().st_size > LOG_BYTES:
+            keep_file(self.metrics, self.path / f"metrics-{len(self._logs()):04d}.jsonl")
 
     def _best(self, step: int) -> Path:
         return self.path / "best" / f"step-{step:08d}"
@@ -342,6 +351,14 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         """Return the checkpoints, newest first, by step and never by clock."""
         return sorted((self.path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def _records_of(path: Path) -> list[dict]:
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def _may_change(difference: str) -> bool:

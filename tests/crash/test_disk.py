@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from qlite.files import is_whole, sha256
+from qlite.methods.base import trainable_count
+from qlite.training import disk
+from qlite.training.run import prepare
 from tests.crash.faults import said
 from tests.crash.test_kills import ROOT, SHORT, fresh, sums
+from tests.tiny_run import Watcher, tiny_recipe
 
 pytestmark = pytest.mark.crash
 
@@ -105,10 +109,21 @@ def test_a_file_limit_of_the_system(server, whole, tmp_path):
     assert "File too large" in said(folder / "told")[-1]
 
 
-def test_too_little_room_is_known_before_the_first_step(server, whole, tmp_path):
+@pytest.mark.parametrize("plan", ["off", "tell"])
+def test_too_little_room_is_known_before_the_first_step(server, whole, tmp_path, plan):
+    """With a plan, before a weight is read."""
     folder = fresh(whole, tmp_path / "victim")
-    ended = server(folder, {"output": {"keep": 10**9}})
+    ended = server(folder, {"output": {"keep": 10**9}, "memory": {"plan": plan}})
     assert ended["code"] == 3
     *_, line = said(folder / "told")
     assert "a run that keeps 1000000000 checkpoints (output.keep) would need" in line
     assert not (folder / "run").exists()
+
+
+def test_the_room_that_is_planned_is_the_room_that_is_taken(tmp_path):
+    recipe = tiny_recipe(tmp_path, memory={"plan": "tell"}, base={"dtype": "bfloat16"})
+    parts = prepare(recipe, Watcher())
+    adapter, state = disk.checkpoint_bytes(parts.model, parts.optimizer)
+    planned = disk.planned_bytes(parts.meter.plan)
+    assert planned == (adapter, state)
+    assert adapter == 2 * trainable_count(parts.model)
