@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Those that this system has: SIGHUP is no word of Windows', SIGBREAK of no other's.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+
+def signals() -> list[int]:
+    """Return those that this system has: Windows knows no SIGHUP, and no other a SIGBREAK."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
 class Stopped(KeyboardInterrupt):
@@ -68,7 +70,7 @@ def stopping_softly() -> Iterator[Stop]:
 @contextmanager
 def _handled_by(handler: Callable) -> Iterator[None]:
     # Python hands signals to the main thread alone; and what was ignored from outside (nohup) stays so.
-    mine = SIGNALS if threading.current_thread() is threading.main_thread() else []
+    mine = signals() if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in mine}
     changed = [number for number, old in before.items() if old is not signal.SIG_IGN]
     for number in changed:
