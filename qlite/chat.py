@@ -16,9 +16,9 @@ from io import TextIOWrapper
 
 from qlite.device import seed_all
 from qlite.errors import QliteError
-from qlite.generate import add_answer_options, clean_lines, open_dialogue, speed_of, write_answer
+from qlite.generate import add_answer_options, open_dialogue, speed_of, write_answer
 from qlite.serving.dialogue import Dialogue, Reply
-from qlite.training.console import clean
+from qlite.streams import clean, clean_lines
 from qlite.training.run_folder import find_run
 from qlite.verb import run_verb
 

@@ -10,7 +10,7 @@ import sys
 from qlite.device import MemoryMeter, peak_process_bytes, seed_all
 from qlite.serving.answer import Sampling
 from qlite.serving.dialogue import Dialogue, Reply
-from qlite.training.console import clean
+from qlite.streams import clean_lines
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.units import format_bytes
@@ -86,11 +86,6 @@ def write_answer(text: str) -> None:
 def speed_of(reply: Reply) -> str:
     """Return how long an answer is and how fast it came."""
     return f"{reply.tokens} {'token' if reply.tokens == 1 else 'tokens'}, {reply.tokens / reply.seconds:.1f} tokens/s"
-
-
-def clean_lines(text: str) -> str:
-    """Return ``text`` with line breaks and tabs kept and whatever would steer the terminal removed."""
-    return "\n".join("\t".join(clean(part, limit=len(part) + 1) for part in line.split("\t")) for line in text.split("\n"))
 
 
 if __name__ == "__main__":

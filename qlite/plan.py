@@ -24,9 +24,10 @@ from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, VISIBLE_SHARE, MemoryP
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
+from qlite.streams import clean
 from qlite.training.automatic import settled
 from qlite.training.budget import fit_words
-from qlite.training.console import clean, open_console
+from qlite.training.console import open_console
 from qlite.training.fit import fit
 from qlite.training.forecast import Forecast, worst_workload
 from qlite.training.gauges import COLOURS, LETTERS

@@ -19,7 +19,8 @@ from qlite.data.figures import Spread, histogram, spans, useful_share
 from qlite.errors import RecipeError
 from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
-from qlite.training.console import clean, open_console
+from qlite.streams import clean
+from qlite.training.console import open_console
 from qlite.verb import run_verb
 
 BINS, BAR = 12, 40

@@ -1,8 +1,9 @@
-"""Output that nobody can take: a closed pipe, a vanished terminal, a full disk behind ``>``. It ends no run."""
+"""Text on its way to a terminal: strangers' texts must not steer it, and output that nobody can take ends no run."""
 
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import TextIO
@@ -69,3 +70,20 @@ def forgiving_output() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """Return ``text`` as one line of at most ``limit`` characters that cannot steer a terminal.
+
+    Escape sequences, C0/C1 controls, bidirectional overrides and lone surrogates go; line ends show as "\\n".
+    """
+    # Cut first: a regular expression over megabytes would hold up the step that reports them.
+    shown = re.sub(r"\r?\n", r"\\n", text[: 2 * limit])
+    shown = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?", "", shown).replace("\t", " ")
+    shown = re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", "", shown)
+    return shown if len(shown) <= limit and len(text) <= 2 * limit else shown[: limit - 1] + "…"
+
+
+def clean_lines(text: str) -> str:
+    """Return ``text`` with its line ends and tabs, and nothing that can steer a terminal."""
+    return "\n".join("\t".join(clean(part, limit=len(part) + 1) for part in line.split("\t")) for line in text.split("\n"))

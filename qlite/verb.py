@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from qlite.errors import MachineError, QliteError
 from qlite.stopping import Stopped, stopping_at_once
-from qlite.streams import forgiving_output
+from qlite.streams import clean_lines, forgiving_output
 
 
 def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted") -> None:
@@ -29,7 +29,7 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
             message, code = interrupted, stopped.exit_code
         except Exception as error:
             message, code = _other(error)
-        print(message, file=sys.stderr)
+        print(clean_lines(message), file=sys.stderr)  # files, rows and models are named in it by their own words
     sys.exit(code)
 
 

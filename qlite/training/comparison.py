@@ -20,7 +20,7 @@ from qlite.files import write_json
 from qlite.serving.metrics import LIBRARIES as METRIC_LIBRARIES
 from qlite.serving.metrics import Score
 from qlite.serving.questions import ChoiceQuestion, Question, last_said
-from qlite.training.console import clean
+from qlite.streams import clean
 from qlite.training.progress import format_perplexity
 from qlite.training.run_folder import LIBRARIES, RunFolder
 from qlite.units import format_seconds

@@ -5,7 +5,6 @@ refresh thread, text from outside is stripped of control characters, and output 
 """
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from qlite.streams import ForgivingStream
+from qlite.streams import ForgivingStream, clean
 from qlite.training.gauges import tensor_line
 from qlite.training.panel import Screen
 from qlite.training.progress import Phase, RunView, format_perplexity, short_seconds
@@ -149,18 +148,6 @@ class LiveConsole:
         for phase in phases:
             if phase.is_first_run:
                 self._screen.print(Text.assemble(("✓ ", "green"), phase.name, (f"  {phase.summary}", "dim")))
-
-
-def clean(text: str, limit: int = 200) -> str:
-    """Return ``text`` as one line of at most ``limit`` characters that cannot steer a terminal.
-
-    Escape sequences, C0/C1 controls, bidirectional overrides and lone surrogates go; line ends show as "\\n".
-    """
-    # Cut first: a regular expression over megabytes would hold up the step that reports them.
-    shown = re.sub(r"\r?\n", r"\\n", text[: 2 * limit])
-    shown = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?", "", shown).replace("\t", " ")
-    shown = re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", "", shown)
-    return shown if len(shown) <= limit and len(text) <= 2 * limit else shown[: limit - 1] + "…"
 
 
 # Lines that both consoles write, and how they are written.

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlite.device import MemoryUse, peak_process_bytes
-from qlite.training.console import clean
+from qlite.streams import clean
 from qlite.training.planning import planned_and_measured
 from qlite.training.run_folder import RunFolder, TrainState
 from qlite.units import format_bytes, format_seconds

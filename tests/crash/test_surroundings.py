@@ -108,3 +108,30 @@ def test_a_mistake_of_our_own_is_one_line_with_a_report(server, whole, tmp_path)
     assert "Traceback" in report.read_text()
     assert "no clock" in report.read_text()
     assert os.fspath(report) in message
+
+
+EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m[red][/]\u202egpj.exe\x00" + "x" * 10_000
+STEERING = {"\x1b", "\x9b", "\x07", "\x00", "\u202e"}
+
+
+def test_strangers_texts_do_not_steer_the_terminal(server, whole, tmp_path):
+    """In rows, prompts, names of files and of keys: on the screen, in plain lines and in messages there is no raw escape."""
+    folder = fresh(whole, tmp_path / "victim")
+    for part in ("train.jsonl", "test.jsonl"):
+        (folder / part).unlink()
+        (folder / part).write_text("".join(json.dumps({"prompt": EVIL[:60] + str(n), "completion": EVIL[:40]}) + "\n" for n in range(9)))
+    train = {**SHORT["train"], "tokens": 256, "samples": [EVIL[:60]], "exact_match_rows": 2}
+    argv = typed(
+        folder, {"train": train, "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "allow": ["control"]}}
+    )
+    ended = server(folder, SHORT, argv=argv)
+    shown = (folder / "stdout").read_text(encoding="utf-8")
+    assert ended["code"] == 0, (folder / "stderr").read_text()
+    assert not set(shown) & STEERING
+    assert "[red][/]" in shown  # shown as it is, and no markup of ours
+    for argument in (f"train.{EVIL[:80]}=1", f"data.train={EVIL[:80].replace(chr(0), '')}", f"base.model={EVIL[:90].replace(chr(0), '')}"):
+        ended = server(folder, SHORT, argv=[*argv, argument, f"output.dir={folder / 'other'}"])
+        message = (folder / "stderr").read_text(encoding="utf-8")
+        assert ended["code"] == 2, message
+        assert not set(message) & STEERING
+        assert len(message) < 3000

@@ -14,7 +14,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from qlite.device import MemoryUse
-from qlite.training.console import LiveConsole, PlainConsole, clean, open_console
+from qlite.streams import clean
+from qlite.training.console import LiveConsole, PlainConsole, open_console
 from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
 from qlite.units import GIB
 
