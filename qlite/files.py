@@ -21,15 +21,14 @@ from typing import BinaryIO
 
 import platformdirs
 import psutil
-from filelock import lock_descriptor
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlite.errors import DiskError, MachineError, RunError
+from qlite.errors import DiskError, MachineError
 from qlite.units import format_bytes
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST = "manifest.json"
 LEFT_OVER = re.compile(r"\..+\.(tmp|old)-([0-9a-f]{8})-(\d+)\w*")
 """Names of what is being made or deleted: by which machine, and by which process of it."""
 KEPT_REPORTS = 10
@@ -38,7 +37,7 @@ KEPT_REPORTS = 10
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as the whole of ``path``."""
     content = text.encode()
-    with _explained(path, len(content)), _replacing(path) as temporary:
+    with explained(path, len(content)), _replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
@@ -56,13 +55,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         is_its_own = memory.nbytes() == tensor.nbytes and memory.data_ptr() not in taken
         taken.add(memory.data_ptr())
         own[name] = tensor if is_its_own else tensor.clone()
-    with _explained(path, sum(tensor.nbytes for tensor in own.values())), _replacing(path) as temporary:
+    with explained(path, sum(tensor.nbytes for tensor in own.values())), _replacing(path) as temporary:
         save_file(own, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def append_line(path: Path, line: str) -> None:
     """Append one line to a log. A log is no truth to resume from, so it is not flushed to the device."""
-    with _explained(path, len(line)), path.open("a", encoding="utf-8", newline="\n") as file:
+    with explained(path, len(line)), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(line + "\n")
 
 
@@ -75,13 +74,13 @@ def cache_folder() -> Path:
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Give a binary stream whose content becomes ``path`` on leaving; for what is too large to be held in memory first."""
-    with _explained(path), _replacing(path) as temporary, temporary.open("wb") as stream:
+    with explained(path), _replacing(path) as temporary, temporary.open("wb") as stream:
         yield stream
 
 
 def flush(path: Path) -> None:
     """Wait until a log, if there is one, is on the device as it stands."""
-    with _explained(path):
+    with explained(path):
         if path.exists():
             _flush(path)
 
@@ -89,16 +88,16 @@ def flush(path: Path) -> None:
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Give an empty folder in ``parent``, so in its file system, that is gone on leaving; ``keep_file`` takes files out of it."""
-    with _explained(parent):
-        _make(parent)
+    with explained(parent):
+        make_folder(parent)
         with tempfile.TemporaryDirectory(prefix=f".scratch.tmp-{_me()}_", dir=parent) as scratch:
             yield Path(scratch)
 
 
 def keep_file(temporary: Path, path: Path) -> None:
     """Give the finished file ``temporary`` its final name, in the same file system."""
-    with _explained(path):
-        _make(path.parent)
+    with explained(path):
+        make_folder(path.parent)
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
@@ -106,7 +105,7 @@ def keep_file(temporary: Path, path: Path) -> None:
 
 def remove_file(path: Path) -> None:
     """Delete a file of ours, if it is there."""
-    with _explained(path):
+    with explained(path):
         path.unlink(missing_ok=True)
 
 
@@ -118,7 +117,7 @@ def remove_folder(folder: Path) -> bool:
     if not _is_ours(folder):
         return False
     gone = folder.with_name(f".{folder.name}.old-{_me()}")
-    with _explained(folder):
+    with explained(folder):
         os.replace(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
     return True
@@ -127,7 +126,7 @@ def remove_folder(folder: Path) -> bool:
 def set_aside(folder: Path) -> Path:
     """Rename a damaged ``folder`` so that nothing takes it for a whole one, and return its new name."""
     aside = folder.with_name(f"damaged-{folder.name}")
-    with _explained(folder):
+    with explained(folder):
         if aside.exists():
             shutil.rmtree(aside)
         os.replace(folder, aside)
@@ -149,75 +148,6 @@ def sweep(folder: Path) -> list[str]:
     return sorted(path.name for path in left)
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process alone until leaving. It is made if need be, and gone again if nothing is in it then.
-
-    The system gives the lock up when its holder ends, however it ends: there are no stale ones.
-
-    Raises:
-        RunError: another process holds it, or it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f'"{folder}" is a file, and a folder is to be written there; choose another output.dir')
-    with _explained(folder):
-        above = [each for each in folder.parents if not each.exists()]
-        handle = _lock(folder)
-    try:
-        yield
-    finally:
-        # While it is held, so that who waits for it sees that this file is no longer the folder's; on Windows an open file has to stay.
-        steps = [lambda: (folder / LOCK).unlink(), lambda: os.close(handle)]
-        for step in reversed(steps) if os.name == "nt" else steps:
-            with suppress(OSError):
-                step()
-        for each in (folder, *above):
-            with suppress(OSError):  # something is in it
-                each.rmdir()
-
-
-def _lock(folder: Path) -> int:
-    """Return a handle of the folder's lock file, locked by this process, with its number in it."""
-    path = folder / LOCK
-    while True:
-        _make(folder)
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # who held the folder has just removed it
-            continue
-        try:
-            if not _is_locked(handle):
-                raise RunError(f'"{folder}": process {_holder(path)} is training there; wait for it, stop it, or choose another output.dir')
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), path.stat()):  # else who held it has just deleted it
-                    os.truncate(handle, 0)
-                    os.write(handle, f" {os.getpid()}\n".encode())  # the first byte is what Windows locks
-                    return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _is_locked(handle: int) -> bool:
-    try:
-        return lock_descriptor(handle, blocking=False)
-    except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            return True  # a file system without locks: as alone there as one can be
-        raise
-
-
-def _holder(path: Path) -> str:
-    for _ in range(20):
-        with suppress(OSError), path.open("rb") as file:
-            file.seek(1)
-            if number := file.read(20).strip():
-                return number.decode(errors="replace")
-        time.sleep(0.05)  # it has locked the file and not yet written its number
-    return "of an unknown number"
-
-
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Raise DiskError unless ``needed_bytes`` can be written to ``folder``, which need not be there yet."""
     free = free_disk(folder)
@@ -236,6 +166,26 @@ def keep_report(text: str) -> Path:
     for old in sorted(folder.glob("*.txt"))[:-KEPT_REPORTS]:
         remove_file(old)
     return path
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` with all above it, and flush the names of those that were not there."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        _flush(each.parent)
+
+
+@contextmanager
+def explained(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn what the system says of a write into words; ``needed_bytes``: its size."""
+    try:
+        yield
+    except SafetensorError as error:  # the library has its own words: "I/O error: No space left on device (os error 28)"
+        code = re.search(r"os error (\d+)", str(error))
+        raise _refused(path, int(code[1]) if code else None, str(error), needed_bytes) from error
+    except OSError as error:
+        raise _refused(path, error.errno, error.strerror or str(error), needed_bytes) from error
 
 
 def drop_oldest(folder: Path, budget_bytes: int, keep: Path) -> None:
@@ -285,10 +235,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         MachineError: the disk does not take it, or ``path`` holds something else.
     """
-    with _explained(path):
+    with explained(path):
         if path.exists() and not _is_ours(path):
             raise MachineError(f'"{path}" holds files that qlite did not write there; choose another folder')
-        _make(path.parent)
+        make_folder(path.parent)
         _clear(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-{_me()}_", dir=path.parent))
         try:
@@ -334,7 +284,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     if LEFT_OVER.fullmatch(path.parent.name):  # the folder is being made: it is flushed, and gets its name, as a whole
         yield path
         return
-    _make(path.parent)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp-{_me()}")
     try:
         yield temporary
@@ -399,26 +349,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _make(folder: Path) -> None:
-    """Make ``folder`` with all above it, and flush the names of those that were not there."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)
-        _flush(each.parent)
-
-
-@contextmanager
-def _explained(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn what the system says of a write into words; ``needed_bytes``: its size."""
-    try:
-        yield
-    except SafetensorError as error:  # the library has its own words: "I/O error: No space left on device (os error 28)"
-        code = re.search(r"os error (\d+)", str(error))
-        raise _refused(path, int(code[1]) if code else None, str(error), needed_bytes) from error
-    except OSError as error:
-        raise _refused(path, error.errno, error.strerror or str(error), needed_bytes) from error
 
 
 def _refused(path: Path, code: int | None, reason: str, needed_bytes: int | None) -> MachineError:

@@ -8,8 +8,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qlite"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# Beside files.py: transformers writes its own files, into a folder that files.py gave; and what is dropped goes to the null device.
-WRITERS = {("formats/merged.py", ".save_pretrained"), ("streams.py", "os.open")}
+# Beside files.py: transformers writes its own files, into a folder that files.py gave; a lock is a file that nobody reads; and what is
+# dropped goes to the null device.
+WRITERS = {
+    ("formats/merged.py", ".save_pretrained"),
+    *(("lock.py", call) for call in ("os.open", "os.truncate", ".unlink", ".rmdir")),
+    ("streams.py", "os.open"),
+}
 WRITING = {
     ".write_text", ".write_bytes", ".mkdir", ".rmdir", ".unlink", ".touch", ".save_pretrained", ".symlink_to", ".hardlink_to", ".chmod",
     "save_file", "os.open", "os.replace",

@@ -19,8 +19,7 @@ from qlite.errors import QliteError, RecipeError, RunError
 from qlite.files import is_whole, sha256
 from qlite.recipe.read import build_recipe
 from qlite.train import main
-from qlite.training import run as train_module
-from qlite.training import run_folder
+from qlite.training import run_folder, steps
 from qlite.training.report import EvalReport
 from qlite.training.run_folder import RunFolder, TrainState, find_run
 from tests.tiny_run import STEPS, run, tiny_recipe, tiny_tables
@@ -372,7 +371,7 @@ def test_a_run_that_has_stopped_early_does_not_go_on_when_it_is_finished_later(t
 def test_the_best_adapter_survives_a_resume_whose_evaluations_come_out_otherwise(tmp_path, monkeypatch):
     # As on a GPU: step 3 was the best before the stop, and is not when it is done again.
     losses = {1: 5.0, 2: 4.0, 3: 3.0}
-    monkeypatch.setattr(train_module, "evaluate", lambda *_: EvalReport(_[3], losses.get(_[3], 4.5), 1.0, 7, 1, 0.0))
+    monkeypatch.setattr(steps, "evaluate", lambda *_: EvalReport(_[3], losses.get(_[3], 4.5), 1.0, 7, 1, 0.0))
     changes = {"train": {"eval_every": 1, "exact_match_rows": 0}, "output": {"adapter": "best", "save_every": 2}}
     run(tiny_recipe(tmp_path, **changes), stop_after=4)
     kept = sha256(tmp_path / "run" / "best" / "step-00000002" / "adapter_model.safetensors")
@@ -383,7 +382,7 @@ def test_the_best_adapter_survives_a_resume_whose_evaluations_come_out_otherwise
 
 
 def test_best_adapters_that_no_checkpoint_knows_are_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "evaluate", lambda *_: EvalReport(_[3], 10.0 - _[3], 1.0, 7, 1, 0.0))
+    monkeypatch.setattr(steps, "evaluate", lambda *_: EvalReport(_[3], 10.0 - _[3], 1.0, 7, 1, 0.0))
     changes = {"train": {"eval_every": 1, "exact_match_rows": 0}, "output": {"adapter": "best", "save_every": 2, "keep": 1}}
     run(tiny_recipe(tmp_path, **changes))
     assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["step-00000006"]

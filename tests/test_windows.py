@@ -7,10 +7,11 @@ from pathlib import PureWindowsPath
 
 import pytest
 
-from qlite import files, stopping
+from qlite import files, lock, stopping
 from qlite.data.sources import is_hub
 from qlite.errors import ModelError
-from qlite.files import held, new_folder, write_text
+from qlite.files import new_folder, write_text
+from qlite.lock import held
 from qlite.model import wheel
 from qlite.model.checkpoint import INDEX_FILE, open_checkpoint
 from qlite.model.source import ModelFiles, locate
@@ -57,7 +58,7 @@ def test_our_own_names_are_names_on_windows(tmp_path):
     with new_folder(tmp_path / "step-00000001") as folder:
         write_text(folder / "state.json", "{}")
         temporary = folder.name
-    for name in (temporary, "step-00000001", files.LOCK, files.MANIFEST, "metrics-0001.jsonl", f".x.old-{files._me()}"):
+    for name in (temporary, "step-00000001", lock.LOCK, files.MANIFEST, "metrics-0001.jsonl", f".x.old-{files._me()}"):
         assert not set(name) & set('<>:"/\\|?*')
         assert not name.endswith((".", " "))
         assert not PureWindowsPath(name).is_reserved()
@@ -78,6 +79,6 @@ def test_a_lock_file_is_closed_before_it_is_deleted_on_windows(tmp_path, monkeyp
         for system in ("nt", "posix"):
             with held(tmp_path / system):
                 done.clear()
-                patch.setattr(files.os, "name", system)
-            patch.setattr(files.os, "name", "posix")
+                patch.setattr(lock.os, "name", system)
+            patch.setattr(lock.os, "name", "posix")
             assert done[:2] == (["close", "unlink"] if system == "nt" else ["unlink", "close"])

@@ -78,8 +78,9 @@ def run_qlite(work: dict, turns: Turns) -> None:
     """Train as ``python -m qlite.train`` does; the steps are the run's own."""
     from qlite import device
     from qlite.recipe.read import build_recipe
-    from qlite.training.run import TrainState, prepare, take_steps
-    from qlite.training.run_folder import RunFolder
+    from qlite.training.run import prepare
+    from qlite.training.run_folder import RunFolder, TrainState
+    from qlite.training.steps import take_steps
 
     if work["allocator"] == "untouched":
         device.keep_freed_memory = device.give_back_freed = lambda *_: None

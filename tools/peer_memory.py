@@ -207,8 +207,9 @@ def run_qlite(case: Case, out: Path) -> dict:
 
     from qlite.recipe.read import build_recipe
     from qlite.training.forecast import adopt_all
-    from qlite.training.run import TrainState, prepare, take_steps
-    from qlite.training.run_folder import RunFolder
+    from qlite.training.run import prepare
+    from qlite.training.run_folder import RunFolder, TrainState
+    from qlite.training.steps import take_steps
 
     recipe = build_recipe(bench_sides.recipe_tables(_work(case, out)), "peer_memory")
     run, told = RunFolder(Path(recipe.output.dir)), _Told()

@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 from qlite.errors import RunError
-from qlite.files import held
+from qlite.lock import held
 from tests.crash.test_kills import ROOT
 from tests.tiny_run import tiny_tables
 

@@ -22,7 +22,7 @@ import psutil
 from qlite import export
 from qlite.cpu_products import multiply_in_float32
 from qlite.errors import QliteError
-from qlite.files import held
+from qlite.lock import held
 from qlite.model import load
 from qlite.stopping import Stopped, stopping_at_once
 from qlite.training.run import train

@@ -1,0 +1,113 @@
+"""Step after step: each with its evaluation, its checkpoint, and an end in good order whatever ends it."""
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qlite.data.ahead import Ahead
+from qlite.data.batches import Batch
+from qlite.errors import DiskError, Diverged
+from qlite.recipe.schema import Recipe
+from qlite.stopping import Stopped, StoppedAtOnce, stopping_softly
+from qlite.training import divergence
+from qlite.training.evaluate import compare_answers, evaluate, sample
+from qlite.training.report import Broadcast, Observer, StepReport, StopWatch, is_due
+from qlite.training.run_folder import RunFolder, TrainState
+
+if TYPE_CHECKING:
+    from qlite.training.run import Parts
+
+
+def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
+    """Train on from ``state`` to the last step, or until the held-out loss has stopped falling; return the state then.
+
+    Raises:
+        Stopped: a signal asked for it; what was learned is in a checkpoint.
+        Diverged: too many steps in a row could not be made.
+    """
+    plan, batches = recipe.train, Ahead(parts.batches, parts.steps)
+    with stopping_softly() as stop:
+        parts.stepper.between = stop.check
+        observer = Broadcast(observer, StopWatch(stop.check))
+        try:
+            if state.step and state.measured < state.step and is_due(plan.eval_every, state.step, parts.steps):
+                state = measure(recipe, parts, run, observer, state)
+            for step in range(state.step + 1, parts.steps + 1):
+                if plan.patience and state.stale >= plan.patience:
+                    told = f"{state.stale} evaluations without a lower held-out loss (train.patience)"
+                    observer.note(f"stopped after step {state.step}: {told}")
+                    break
+                limits = replace(parts.stepper.limits)
+                state = advance(recipe, parts, run, observer, state, batches.step(step))
+                if is_due(plan.eval_every, step, parts.steps):
+                    state = measure(recipe, parts, run, observer, state)
+                is_last = plan.patience and state.stale >= plan.patience
+                # What was learned of the machine is kept at once: it decides how the next steps are cut, and so their bits.
+                has_learned = parts.stepper.limits != limits
+                if has_learned or is_last or is_due(recipe.output.save_every, step, parts.steps):
+                    save(recipe, parts, run, observer, state)
+        except StoppedAtOnce:
+            raise
+        except Stopped as stopped:
+            parts.optimizer.zero_grad()
+            if state.step:
+                save(recipe, parts, run, observer, state)
+            observer.note(f"stopped by {stopped.name} after step {state.step}")
+            raise
+    return state
+
+
+def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch]) -> TrainState:
+    """Make the step after ``state``, or skip it where its loss or gradient is no number; return the state then."""
+    plan, step, started = recipe.train, state.step + 1, time.perf_counter()
+    lr, seed = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps)), (plan.seed, step)
+    try:
+        with parts.meter.step():
+            most_loss = divergence.most_loss(plan, state)
+            result = parts.stepper.step(batches, parts.optimizer, plan.clip_norm, seed, most_loss)
+    except Diverged as fault:
+        rows = divergence.rows_of(step, parts.batches, parts.data)
+        state = replace(state, step=step, **vars(parts.stepper.limits))
+        state, told = divergence.after_fault(plan, state, fault, rows, run)
+        observer.note(told)
+        return state
+    recipe.method.after_step(parts.model, parts.optimizer, step)
+    seconds, epoch = time.perf_counter() - started, step / parts.batches.steps_per_epoch
+    report = StepReport(**vars(result), step=step, steps=parts.steps, epoch=epoch, lr=lr, seconds=seconds, memory=parts.meter.read())
+    observer.step(report)
+    state = replace(state, step=step, tokens=state.tokens + report.tokens, **vars(parts.stepper.limits))
+    return divergence.after_loss(plan, state, report.loss)
+
+
+def save(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState) -> None:
+    """Write a checkpoint of ``state``, if there is none yet. Raises DiskError, unless output.on_full_disk is "continue"."""
+    try:
+        run.save(state, parts.model, parts.optimizer, recipe.output.keep)
+        run.write_memory(parts.meter.compared())
+    except DiskError as error:
+        if recipe.output.on_full_disk == "stop":
+            raise
+        observer.note(f'{error}. Going on without it (output.on_full_disk = "continue")')
+
+
+def measure(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
+    """Evaluate on the held-out rows and let the model answer the recipe's samples; return the state with what was found."""
+    if recipe.train.samples:
+        with parts.meter.answering():
+            observer.sampled(sample(parts.model, parts.data, recipe.train, state.step, observer))
+    if not len(parts.data.test):
+        return replace(state, measured=state.step)
+    with parts.meter.evaluating():
+        evaluation = evaluate(parts.stepper, parts.data, recipe.train, state.step, observer)
+    observer.evaluated(evaluation)
+    state = state.after(evaluation.loss)
+    if recipe.output.adapter == "best" and state.best_step == state.step:
+        run.save_best(state, parts.model)
+    return state
+
+
+def answer(recipe: Recipe, parts: "Parts", observer: Observer, step: int) -> None:
+    """Let the model answer held-out prompts, if the recipe asks for it."""
+    if recipe.train.exact_match_rows:
+        with parts.meter.answering():
+            observer.answered(compare_answers(parts.model, parts.data, recipe.train, step, observer))
