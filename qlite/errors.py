@@ -2,20 +2,43 @@
 
 from collections.abc import Sequence
 
+SHOWN_CHARACTERS = 80
+MOST_PROBLEMS = 20
+"""Of a recipe, in one message."""
+
+
+def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
+    """Return ``text`` as a message can hold it: on one line, printable, not longer than ``limit``."""
+    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return printable(text).replace("\n", "\\n")
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with all but its line breaks escaped that a terminal would not show, or would obey."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
 
 class QliteError(Exception):
     """Base of every error that a verb prints as its message alone; ``exit_code`` is the process's exit status."""
 
     exit_code = 2
 
+    def __init__(self, message: str = ""):
+        # Here, for all: names of files and tensors, keys, rows and templates are a stranger's, and end up in messages.
+        super().__init__(printable(message))
+
 
 class RecipeError(QliteError):
     """A recipe's keys are unknown, missing, of the wrong type, out of range or at odds: every problem at once."""
 
     def __init__(self, problems: str | Sequence[str], path: str = ""):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [printable(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         prefix = f"{path}: " if path else ""
-        super().__init__("\n".join(prefix + problem for problem in self.problems))
+        told = [prefix + problem for problem in self.problems[:MOST_PROBLEMS]]
+        more = len(self.problems) - len(told)
+        super().__init__("\n".join([*told, f"{prefix}and {more} more"] if more else told))
 
 
 class ModelError(QliteError):

@@ -165,7 +165,7 @@ def held_out(opened: OpenRun, count: int | None, console: Observer) -> Material:
     part = "test" if data.test else "train"
     loaded = data.load(opened.base.tokenizer, tokens, lambda _: None, console.phase, opened.encoder)
     try:
-        opened.run.check_data(loaded.identity)
+        opened.run.check_identity({**loaded.identity, "base.model": opened.base.identity})
     except RunError:
         console.note("the data or its encoding is not what it was when the run began: rows held out now may have been trained on")
     test = loaded.test.take(np.arange(min(count or len(loaded.test), len(loaded.test))))

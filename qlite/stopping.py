@@ -13,7 +13,7 @@ def signals() -> list[int]:
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(BaseException):
     """The process was asked to stop by the signal ``number``."""
 
     def __init__(self, number: int):
@@ -25,6 +25,10 @@ class Stopped(KeyboardInterrupt):
     def exit_code(self) -> int:
         """128 and the signal's number, as shells have it."""
         return 128 + self.number
+
+
+class Interrupted(Stopped, KeyboardInterrupt):
+    """By Ctrl-C: a chat that is answering takes it as an end of the answer, not of itself."""
 
 
 class StoppedAtOnce(Stopped):
@@ -40,7 +44,7 @@ class Stop:
     def check(self) -> None:
         """Raise Stopped if it was."""
         if self.number is not None:
-            raise Stopped(self.number)
+            raise _stopped(self.number)
 
     def _hear(self, number: int, _frame: object) -> None:
         if self.number is not None:
@@ -53,7 +57,7 @@ def stopping_at_once() -> Iterator[None]:
     """Raise Stopped wherever the process is when a signal comes, so that what was begun is cleaned up."""
 
     def stop(number: int, _frame: object) -> None:
-        raise Stopped(number)
+        raise _stopped(number)
 
     with _handled_by(stop):
         yield
@@ -65,6 +69,10 @@ def stopping_softly() -> Iterator[Stop]:
     stop = Stop()
     with _handled_by(stop._hear):
         yield stop
+
+
+def _stopped(number: int) -> Stopped:
+    return (Interrupted if number == signal.SIGINT else Stopped)(number)
 
 
 @contextmanager

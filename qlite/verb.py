@@ -25,8 +25,8 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
             return
         except QliteError as error:
             message, code = str(error), error.exit_code
-        except Stopped as stopped:
-            message, code = interrupted, stopped.exit_code
+        except (Stopped, KeyboardInterrupt) as stopped:
+            message, code = interrupted, getattr(stopped, "exit_code", 130)
         except Exception as error:
             message, code = _other(error)
         print(clean_lines(message), file=sys.stderr)  # files, rows and models are named in it by their own words

@@ -35,7 +35,7 @@ OWNERS = {
     "psutil": {"device.py", "files.py"},
     "filelock": {"lock.py"},
     "jinja2": {"data/sandbox.py", "data/template.py", "data/encode.py"},
-    "huggingface_hub": {"model/source.py", "model/checkpoint.py", "model/gguf_architecture.py"},
+    "huggingface_hub": {"model/source.py", "model/gguf_architecture.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/tables.py"},
     "rich": {

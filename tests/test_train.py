@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlite.data.batches import TokenBatches
 from qlite.errors import QliteError, RecipeError, RunError
@@ -21,7 +21,8 @@ from qlite.recipe.read import build_recipe
 from qlite.train import main
 from qlite.training import run_folder, steps
 from qlite.training.report import EvalReport
-from qlite.training.run_folder import RunFolder, TrainState, find_run
+from qlite.training.run_folder import RunFolder, find_run
+from qlite.training.state import TrainState
 from tests.tiny_run import STEPS, run, tiny_recipe, tiny_tables
 
 
@@ -145,6 +146,21 @@ def test_a_run_that_cannot_begin_leaves_no_folder_behind(tmp_path, changes):
     with pytest.raises(QliteError):
         run(tiny_recipe(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stop_after", range(1, 7))
+def test_so_it_does_over_the_edges_of_epochs(tmp_path, stop_after):
+    """Two steps an epoch: stops in the middle of one, on its edge, and after the very last step."""
+    sums, changes = [], {"train": {"accumulation": 10, "steps": 6, "eval_every": 0, "exact_match_rows": 0}, "output": {"save_every": 1}}
+    for name, stop in (("through", None), ("stopped", stop_after)):
+        (tmp_path / name).mkdir()
+        recipe = tiny_recipe(tmp_path / name, **changes)
+        if stop:
+            run(recipe, stop)
+        seen = run(recipe)
+        sums.append((adapter_sum(tmp_path / name), losses(tmp_path / name)))
+    assert sums[0] == sums[1]
+    assert [report.epoch for report in seen.steps] == [step / 2 for step in range(max(1, stop_after), 7)]
 
 
 def test_another_machine_is_said_on_resuming(tmp_path):
@@ -302,7 +318,15 @@ def template_changed(folder: Path) -> None:
     path.write_text(path.read_text() + "{# of another release #}")
 
 
-@pytest.mark.parametrize(("change", "key"), [(rows_changed, "data.train"), (template_changed, "data.template")])
+def base_trained_further(folder: Path) -> None:
+    path = folder / "base" / "model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+CHANGES = [(rows_changed, "data.train"), (template_changed, "data.template"), (base_trained_further, "base.model")]
+
+
+@pytest.mark.parametrize(("change", "key"), CHANGES)
 def test_changed_data_and_templates_are_refused_with_key_old_and_new(tmp_path, change, key):
     recipe = tiny_recipe(tmp_path)
     run(recipe, stop_after=3)

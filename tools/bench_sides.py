@@ -79,7 +79,8 @@ def run_qlite(work: dict, turns: Turns) -> None:
     from qlite import device
     from qlite.recipe.read import build_recipe
     from qlite.training.run import prepare
-    from qlite.training.run_folder import RunFolder, TrainState
+    from qlite.training.run_folder import RunFolder
+    from qlite.training.state import TrainState
     from qlite.training.steps import take_steps
 
     if work["allocator"] == "untouched":
@@ -98,7 +99,7 @@ def run_qlite(work: dict, turns: Turns) -> None:
     run, watching = RunFolder(Path(recipe.output.dir)), Watching()
     parts = prepare(recipe, watching)
     run.discard()
-    run.begin(recipe, parts.data, parts.machine)
+    run.begin(recipe, parts.identity, parts.data.encoder.template, parts.machine)
     turns.ready()
     take_steps(recipe, parts, run, watching, TrainState())
 

@@ -208,7 +208,8 @@ def run_qlite(case: Case, out: Path) -> dict:
     from qlite.recipe.read import build_recipe
     from qlite.training.forecast import adopt_all
     from qlite.training.run import prepare
-    from qlite.training.run_folder import RunFolder, TrainState
+    from qlite.training.run_folder import RunFolder
+    from qlite.training.state import TrainState
     from qlite.training.steps import take_steps
 
     recipe = build_recipe(bench_sides.recipe_tables(_work(case, out)), "peer_memory")
@@ -217,7 +218,7 @@ def run_qlite(case: Case, out: Path) -> dict:
     ids = json.loads((out / "ids.json").read_text(encoding="utf-8"))
     assert sorted(list(map(int, parts.data.train[index].ids)) for index in range(len(parts.data.train))) == sorted(ids)
     run.discard()
-    run.begin(recipe, parts.data, parts.machine)
+    run.begin(recipe, parts.identity, parts.data.encoder.template, parts.machine)
     followed = Followed(lambda ledger: adopt_all(ledger, parts.model, parts.optimizer), parts.model)
     with followed:
         take_steps(recipe, parts, run, told, TrainState())

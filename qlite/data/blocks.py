@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from qlite.errors import DataError
+from qlite.errors import DataError, shown
+from qlite.given import sort_of
 from qlite.units import MIB, format_bytes
 
 BLOCK_BYTES = MIB
 LONGEST_LINE_BYTES = 64 * MIB
 HEAD_BYTES = 512
-SHOWN_CHARACTERS = 80
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Told = Callable[[int], None]
@@ -76,7 +76,7 @@ def opened(file: DataFile) -> Iterator[BinaryIO]:
     try:
         mode = file.path.stat().st_mode
         if not stat.S_ISREG(mode):
-            raise DataError(f"{file.name}: is {_sort_of(mode)}, and only regular files are read; write its content to a file")
+            raise DataError(f"{file.name}: is {sort_of(mode)}, and only regular files are read; write its content to a file")
         with file.path.open("rb") as stream:
             yield stream
     except OSError as error:
@@ -99,12 +99,6 @@ def what_it_is(head: bytes) -> str | None:
         order = "le" if odd.count(0) > even.count(0) else "be"
         return f"is UTF-16 text; save it as UTF-8: iconv -f utf-16{order} -t utf-8"
     return None
-
-
-def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """Return ``text`` as a message can hold it: on one line, printable, not longer than ``limit``."""
-    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _whole_lines(stream: BinaryIO, file: DataFile, any_line: bool) -> Iterator[bytes]:
@@ -163,8 +157,3 @@ def _place(file: DataFile, at: int) -> str:
             lines += block.count(b"\n")
             left -= len(block)
     return f"{file.name} line {lines + 1}, byte {at}"
-
-
-def _sort_of(mode: int) -> str:
-    sorts = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-    return "a folder" if stat.S_ISDIR(mode) else sorts.get(stat.S_IFMT(mode), "no file")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from qlite.data.formats import Conversation, Messages
@@ -188,7 +188,12 @@ class Encoder:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        return Renderer(self._frozen)
+        try:
+            return Renderer(self._frozen)
+        except TEMPLATE_FAULTS as error:  # one out of a file has been looked at when it was read
+            place = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+            why = f"{place}{type(error).__name__ if not str(error) else error}"
+            raise DataError(f"base.model: its tokenizer's chat template cannot be rendered ({why}); give data.template") from error
 
     @cached_property
     def _tokens(self) -> dict[str, str]:

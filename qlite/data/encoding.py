@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qlite.data.encode import Encoded, Encoder, texts_of
-from qlite.data.formats import ROLE_NAMES, Conversation, Reading, detect_format, unread_mapping
+from qlite.data.formats import Conversation, Reading, detect_format, unread_mapping
 from qlite.data.rows import Row
 from qlite.data.sources import Source, fingerprint, read_rows, source_bytes, source_files
 from qlite.data.store import META, StoreWriter, TokenStore, writing_store
@@ -126,8 +126,9 @@ def unread_mappings(readings: list[Reading]) -> list[str]:
     # One that the table has for all sources need not be of use to each.
     found = {entry for reading in readings for entry in reading.found}
     unread = {entry: why for reading in readings for entry, why in unread_mapping(reading).items() if entry not in found}
-    tables = {ours: "roles" if ours in ROLE_NAMES else "columns" for ours, _ in unread}
-    return [f'data.{tables[ours]}.{ours} = "{theirs}": {why}' for (ours, theirs), why in unread.items()]
+    columns = {entry for reading in readings for entry in reading.columns.items()}  # "system" is a column's name and a role's
+    tables = {entry: "columns" if entry in columns else "roles" for entry in unread}
+    return [f'data.{tables[entry]}.{entry[0]} = "{entry[1]}": {why}' for entry, why in unread.items()]
 
 
 def _read(reading: Reading, row: Row, key: str) -> Conversation | DataError:

@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qlite.data.sandbox import Renderer
 from qlite.errors import DataError
+from qlite.given import read_given
+from qlite.units import MIB
 
 TEMPLATES: dict[str, str] = {
     # Taori et al. 2023: the two prompts, word for word, that the original Alpaca run was trained with.
@@ -33,6 +35,8 @@ TEMPLATES: dict[str, str] = {
 }
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 SUFFIXES = (".jinja", ".jinja2", ".j2")
+MOST_TEMPLATE_BYTES = 4 * MIB
+"""Of a template's file: as many as the characters that the sandbox reads can take."""
 # Llama 3's own date where a template's program has no clock. Any will do, if training and asking agree on it.
 FROZEN_DATE = {"d": "26", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24", "A": "Friday", "a": "Fri", "H": "12", "M": "00"}
 
@@ -50,7 +54,10 @@ def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """
     if name == "auto":
         own = tokenizer.chat_template
-        return (own.get("default") if isinstance(own, dict) else own) or None
+        own = own.get("default") if isinstance(own, dict) else own
+        if not isinstance(own, str | None):
+            raise DataError(f"base.model: its tokenizer's chat template is no text but {str(own)[:40]}; give data.template")
+        return own or None
     if name in TEMPLATES:
         missing = [token for token in CHATML_TOKENS if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
         if name == "chatml" and missing:
@@ -60,7 +67,7 @@ def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
             )
         return TEMPLATES[name]
     try:
-        text = Path(name).read_text(encoding="utf-8-sig")
+        text = read_given(name, MOST_TEMPLATE_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise DataError(f'data.template: cannot read "{name}" ({error.strerror}); the folder looked in is {Path.cwd()}') from error
     except UnicodeDecodeError as error:
@@ -86,7 +93,8 @@ def freeze_date(template: str) -> str:
 
     A prompt with the date of training in it would never be asked again.
     """
-    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda found: f"{found[1]}{_date(found[2])}{found[1]}", template)
+    # Of at most 200 characters: what is never closed would be looked for to the end of the line, from every place it may begin.
+    return re.sub(r"strftime_now\(\s{0,20}(['\"])(.{0,200}?)\1\s{0,20}\)", lambda found: f"{found[1]}{_date(found[2])}{found[1]}", template)
 
 
 def _date(format: str) -> str:

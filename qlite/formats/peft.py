@@ -1,6 +1,6 @@
 """Adapters as PEFT's two files: adapter_config.json and adapter_model.safetensors. Written and read without PEFT."""
 
-import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlite.errors import AdapterError
+from qlite.errors import AdapterError, RecipeError, shown
 from qlite.files import write_json, write_tensors
+from qlite.given import MOST_JSON_BYTES, parse_json, read_given, require_sound_table
 from qlite.methods.base import Method, adapted_linears, trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.quant.linear import is_linear
@@ -26,6 +27,9 @@ READ_OR_WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SHOWN_NAME = 200
+"""Characters of a tensor's name in a message."""
 # The other named starts (pissa, olora, corda, loftq, lora_ga, mica) take something from the base's weights or out of training.
 STARTS_THAT_LEAVE_THE_BASE = {"gaussian", "eva", "orthogonal"}
 
@@ -86,13 +90,13 @@ def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path, kee
     """
     own = adapter_tensors(model)
     problems = [f"lacks {name}" for name in own.keys() - tensors.keys()]
-    problems += [f"has {name}, which nothing here takes" for name in tensors.keys() - own.keys()]
+    problems += [f"has {shown(name, SHOWN_NAME)}, which nothing here takes" for name in tensors.keys() - own.keys()]
     problems += [
         f"{name} is {list(tensors[name].shape)}, needed is {list(p.shape)}"
         for name, p in own.items()
         if name in tensors and tensors[name].shape != p.shape
     ]
-    problems += [f"{name} has values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
+    problems += [f"{shown(name, SHOWN_NAME)} has values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise AdapterError(f"{origin}: the adapter does not fit this base: {'; '.join(sorted(problems)[:5])}{more}")
@@ -110,9 +114,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file() and any(folder.glob("adapter_model.bin")):
         raise AdapterError(f"{folder}: has only adapter_model.bin, which is pickle and never read; save it as safetensors")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: cannot be read as safetensors: {error}") from error
+        require_sound_table(path)
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:  # KeyError: a dtype that torch has not
+        why = getattr(error, "strerror", None) or error
+        raise AdapterError(f"{path}: cannot be read as safetensors: {why}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise AdapterError(f"{path}: {shown(name, SHOWN_NAME)} is {str(tensor.dtype)[6:]}, and adapters are 16 or 32 bit floats")
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -132,14 +142,18 @@ class ForeignAdapter:
         unknown = [name for name in self.layers if name not in layers]
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            raise AdapterError(f"{origin}: the adapter does not fit this base: it has no linear layer {unknown[0]}{more}")
-        self.method.attach(model)
+            name = shown(unknown[0], SHOWN_NAME)
+            raise AdapterError(f"{origin}: the adapter does not fit this base: it has no linear layer {name}{more}")
+        try:
+            self.method.attach(model)
+        except RecipeError as error:
+            raise AdapterError(f"{origin}: the adapter does not fit this base: {error}") from error
         copy_adapter(self.tensors, model, origin, keep_dtype=True)
 
     @property
     def layers(self) -> list[str]:
         """The dotted names of the adapted linears."""
-        return [name[len(PREFIX) : -len(LORA_A)] for name in self.tensors if name.endswith(LORA_A)]
+        return list(_lora_A(self.tensors))
 
 
 def read_foreign_adapter(folder: Path) -> ForeignAdapter:
@@ -150,9 +164,14 @@ def read_foreign_adapter(folder: Path) -> ForeignAdapter:
     """
     config, tensors = _read_config(folder / CONFIG), read_tensors(folder)
     _refuse_unsupported(config, folder / CONFIG)
-    ranks = {name[len(PREFIX) : -len(LORA_A)]: t.shape[0] for name, t in tensors.items() if name.endswith(LORA_A)}
+    ranks = {name: t.shape[0] if t.dim() == 2 else 0 for name, t in _lora_A(tensors).items()}
     if not ranks:
         raise AdapterError(f"{folder / WEIGHTS}: holds no tensor called *.lora_A.weight; is it a LoRA adapter?")
+    said = {config["r"], *(config.get("rank_pattern") or {}).values()}
+    for name, rank in ranks.items():
+        if rank not in said:
+            told = f"{shown(name, SHOWN_NAME)} has rank {rank}, and {CONFIG} says r = {config['r']} and no such rank_pattern"
+            raise AdapterError(f"{folder / WEIGHTS}: {told}; the two files are not of one adapter")
     method = LoRA(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
@@ -164,15 +183,31 @@ def read_foreign_adapter(folder: Path) -> ForeignAdapter:
     return ForeignAdapter(method, tensors)
 
 
+def _lora_A(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each adapted layer's A by the layer's dotted name."""
+    return {name[len(PREFIX) : -len(LORA_A)]: t for name, t in tensors.items() if name.startswith(PREFIX) and name.endswith(LORA_A)}
+
+
 def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_given(path, MOST_JSON_BYTES), says_once=True)
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error.strerror}); a PEFT adapter has this file") from error
     except ValueError as error:
         raise AdapterError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+    rank, alpha = (config.get("r"), config.get("lora_alpha")) if isinstance(config, dict) else (None, None)
+    if type(rank) is not int or type(alpha) not in (int, float):
         raise AdapterError(f'{path}: "r" and "lora_alpha" must be numbers')
+    if rank < 1 or not 0 < alpha <= sys.float_info.max:
+        raise AdapterError(
+            f'{path}: "r" must be 1 or more and "lora_alpha" more than 0 and finite; these are {shown(str(rank)[:20])} and {alpha}'
+        )
+    ranks = config.get("rank_pattern") or {}
+    if not isinstance(ranks, dict) or not all(type(each) is int for each in ranks.values()):
+        raise AdapterError(f"{path}: rank_pattern must be an object of whole numbers")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key), bool | None):
+            raise AdapterError(f"{path}: {key} must be true or false")
     return config
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from qlite.errors import NotMergeable, RecipeError
+from qlite.errors import NotMergeable, RecipeError, shown
 from qlite.quant.linear import is_linear
 from qlite.table import Table
 
@@ -146,4 +146,4 @@ def _unmatched(target: str, linears: list[str]) -> str | None:
     leaves = sorted({name.rpartition(".")[2] for name in linears})
     close = get_close_matches(target, [*leaves, "all-linear", "attention"], n=1)
     hint = f'did you mean "{close[0]}"?' if close else f"this model has: {', '.join(leaves)}"
-    return f'method.targets: no linear layer is called "{target}"; {hint}'
+    return f'method.targets: no linear layer is called "{shown(target)}"; {hint}'

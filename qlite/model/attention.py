@@ -6,7 +6,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from qlite.errors import ModelError
+from qlite.errors import ModelError, shown
 from qlite.model.documents import attend_by_documents
 
 Attention = Literal["auto", "eager", "sdpa", "flex", "flash"]
@@ -27,6 +27,9 @@ def meta_model(config: PreTrainedConfig, attention: Attention, dtype: torch.dtyp
             if name and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
                 raise _refused(attention, f'the family "{config.model_type}" has none: {reason}') from error
             raise ModelError(f'base.model: "{config.model_type}" is no causal language model: {reason}') from error
+        except Exception as error:  # of numbers that fit no model, each family's code fails in its own way
+            reason = shown(f"{type(error).__name__}: {error}".splitlines()[0], 200)
+            raise ModelError(f'base.model: its config.json describes no "{config.model_type}" that can be made ({reason})') from error
     if attention == "auto":
         attend_by_documents(model)
     return model

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qlite.errors import ModelError
+from qlite.model.checkpoint import require_finite
 from qlite.model.gguf_architecture import (
     ROPE_TENSORS,
     GgufModel,
@@ -86,6 +87,7 @@ class GgufCheckpoint:
             # float32: a norm is stored as 1 + weight, and bfloat16 near 1 has lost the weight's digits.
             rounded = (values - offset).to(torch.bfloat16)
             rows[span if places is None else places[span]] = rounded.view(torch.int16).numpy()
+        require_finite(result, f"{self._path}: {stored.name}")
         return result
 
     def weight_files(self) -> list[Path]:
@@ -105,7 +107,7 @@ class GgufCheckpoint:
         try:
             # Not from_pretrained: that would also read another model's tokenizer files lying in the same folder.
             tokenizer = PreTrainedTokenizerFast(gguf_file=self.files.gguf, name_or_path=str(self.files.folder))
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except Exception as error:  # the tokenizers library raises bare Exception for a malformed vocabulary
             raise self._model.error(f"has no tokenizer that can be read ({error!r})") from error
         tokenizer.name_or_path = self.files.name
         return tokenizer

@@ -20,7 +20,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
 from qlite.device import give_back_freed
-from qlite.errors import ModelError
+from qlite.errors import ModelError, shown
+from qlite.files import sampled_hash
 from qlite.model.attention import Attention, meta_model
 from qlite.model.base_cache import BaseCache
 from qlite.model.checkpoint import open_checkpoint, read_tokenizer
@@ -57,6 +58,11 @@ class LoadedBase:
     checkpoint: "SafetensorsCheckpoint | GgufCheckpoint"
     name: str
     """The model as the recipe names it."""
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells this model's files from others of the same name."""
+        return sampled_hash(self.checkpoint.weight_files())
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -210,7 +216,7 @@ def _refuse_unreachable_weights(model: PreTrainedModel) -> None:
     names = {p: name for name, p in model.named_parameters()}
     held = {p for module in model.modules() if isinstance(module, usual) for p in module.parameters(recurse=False)}
     outside = [p for p in names if p not in held and p.dim() > 1]
-    share = sum(p.numel() for p in outside) / model.num_parameters()
+    share = sum(p.numel() for p in outside) / max(1, model.num_parameters())
     if share > LARGEST_SHARE_OUTSIDE:
         raise ModelError(
             f'base.model: "{model.config.model_type}" keeps {share:.0%} of its weights outside of linear layers '
@@ -238,7 +244,7 @@ def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Pro
     for source in checkpoint.order():
         name = _own_name(model, source, expected, renamings)
         if name is None:
-            problems += [] if _may_be_ignored(model, source) else [f"unknown tensor {source}"]
+            problems += [] if _may_be_ignored(model, source) else [f"unknown tensor {shown(source, 200)}"]
         elif shapes[source] != expected[name]:
             problems.append(f"{source} is {list(shapes[source])}, the model needs {list(expected[name])}")
             found.add(name)

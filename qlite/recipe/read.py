@@ -3,19 +3,26 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import tomllib
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from qlite.errors import RecipeError
+from qlite.errors import RecipeError, shown
+from qlite.given import read_given
 from qlite.methods import METHODS
 from qlite.recipe.keys import closest, describe, one_of, table_adapter, table_in_list, table_keys, table_schema, toml_key, toml_value
-from qlite.recipe.schema import TABLES, Recipe, table_class
+from qlite.recipe.schema import TABLES, Recipe, is_utf8, table_class
+from qlite.units import KIB
 
 SHOWN_CHARACTERS = 80
 """Longest value that a message repeats."""
+MOST_RECIPE_BYTES = 64 * KIB
+"""A recipe has a few thousand; Python's reader of hostile ones needs a time that grows with the square of the size."""
+# So it does for a key of thousands of parts; none of a recipe's has more than four. Whether it stands in a text is not asked.
+LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*"|'[^'\n]*')[ \t]*+\.[ \t]*+){100}""")
 
 # What other trainers call our keys (PEFT, transformers, alpaca-lora, axolotl), where letters alone would not lead there.
 OTHER_NAMES = {
@@ -154,14 +161,14 @@ def _explain_key(table: str, values: dict, place: list, entries: dict, own: list
     name, *inner = place
     key = f"{table}.{name}"
     if name not in entries:
-        return {key: f"{table}.{toml_key(name)} = {_shown(values[name])}: no such key; {_right_key(table, own, name)}"}
+        return {key: f"{table}.{shown(toml_key(name))} = {_shown(values[name])}: no such key; {_right_key(table, own, name)}"}
     if name not in values:
         return {key: f"{key}: must be given. {entries[name]['description']}"}
     # A key that may be left out takes "nothing" beside its table.
     parts = [part for part in [entries[name], *entries[name].get("anyOf", ())] if "additionalProperties" in part]
     inner = [part for part in inner if part in values[name]] if isinstance(values[name], dict) else []
     if parts and inner:
-        part = f"{key}.{toml_key(inner[0])}"
+        part = f"{key}.{shown(toml_key(inner[0]))}"
         return {part: _misfit(part, values[name][inner[0]], parts[0]["additionalProperties"])}
     return {key: _misfit(key, values[name], entries[name])}
 
@@ -207,11 +214,11 @@ def _right_key(table: str, own: list[str], name: str) -> str:
 def _unknown_table(table: str, value: object) -> str:
     if isinstance(value, dict):
         near = closest(table, TABLES)
-        return f"[{toml_key(table)}]: no such table; " + (f"did you mean [{near}]?" if near else f"there are: {', '.join(TABLES)}")
+        return f"[{shown(toml_key(table))}]: no such table; " + (f"did you mean [{near}]?" if near else f"there are: {', '.join(TABLES)}")
     found = _tables_with(table)
     known = OTHER_NAMES.get(table.lower(), f"{found[0]}.{table}" if found else "")
     fix = f"write it as {known.partition('.')[2]} under [{known.partition('.')[0]}]" if known else f"there are: {', '.join(TABLES)}"
-    return f"{toml_key(table)} = {_shown(value)}: stands above all tables; {fix}"
+    return f"{shown(toml_key(table))} = {_shown(value)}: stands above all tables; {fix}"
 
 
 def _tables_with(name: str) -> list[str]:
@@ -239,11 +246,14 @@ def _shown(value: object) -> str:
 def _parse(path: Path) -> dict:
     try:
         # utf-8-sig: editors on Windows put a byte order mark in front.
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_given(path, MOST_RECIPE_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise RecipeError(f"cannot read the recipe ({error.strerror}){_near_files(path)}", str(path)) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"byte {error.start}: not UTF-8; save the recipe as UTF-8", str(path)) from error
+    if found := LONG_KEY.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise RecipeError(f"line {line}: not TOML that can be read: a key of more than 100 parts", str(path))
     try:
         return tomllib.loads(text)
     except RecursionError as error:
@@ -256,6 +266,8 @@ def _toml_problem(text: str, message: str) -> str:
     """Return what is not TOML, with its line and the likely fix."""
     hint = next((f"; {hint}" for part, hint in TOML_HINTS.items() if part in message), "")
     place = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", message)
+    if place is None and message.endswith(" (at end of document)"):
+        return f"line {len(text.splitlines())}: not TOML ({message.removesuffix(' (at end of document)')}): the recipe ends there{hint}"
     if place is None:
         return f"not TOML: {message}{hint}"
     what, line, column = place[1], int(place[2]), place[3]
@@ -264,16 +276,24 @@ def _toml_problem(text: str, message: str) -> str:
 
 def _near_files(path: Path) -> str:
     """Return which recipe was probably meant: a close name beside ``path``, or the same name in recipes/."""
-    if path.is_dir():
+    if os.path.isdir(path):  # not path.is_dir(), which fails on a name that is too long
         found = sorted(path.glob("*.toml"))
         return f'; give a recipe in it, for example "{found[0]}"' if found else ""
-    files = {file.name: file for folder in (Path("recipes"), path.parent) if folder.is_dir() for file in folder.glob("*.toml")}
+    files = {
+        file.name: file
+        for folder in (Path("recipes"), path.parent)
+        if os.path.isdir(folder)
+        for file in folder.glob("*.toml")
+        if file != path
+    }
     near = closest(f"{path.stem}.toml", files, likeness=0.7)  # the ending, which all share, is a third of a short name
     return f'; did you mean "{files[near]}"?' if near else ""
 
 
 def _override(tables: dict, text: str) -> str | None:
     """Put one "table.key=value" into ``tables``; return what is wrong with it, or None."""
+    if not is_utf8(text):
+        return f"{shown(text)}: holds bytes that are not UTF-8, and no recipe can; give what is called so another name"
     key, equals, value = text.partition("=")
     try:
         path = _key_path(key) if equals else []
@@ -282,7 +302,7 @@ def _override(tables: dict, text: str) -> str | None:
     if len(path) < 2:
         found = _tables_with(key.strip())
         example = f"{found[0]}.{key.strip()}={value or '...'}" if found else "train.steps=20"
-        return f"{text}: an override is table.key=value, for example {example}"
+        return f"{shown(text)}: an override is table.key=value, for example {example}"
     *outer, last = path
     for name in outer:
         tables = tables.setdefault(name, {})

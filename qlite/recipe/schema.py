@@ -139,7 +139,20 @@ class Recipe:
 
     def problems(self) -> list[str]:
         """Return what no single key shows: contradictions between keys, each with the keys' full names and the fix."""
-        return [*self._training_problems(), *self._data_problems(), *self._memory_problems(), *self._unused_keys()]
+        return [*self._path_problems(), *self._training_problems(), *self._data_problems(), *self._memory_problems(), *self._unused_keys()]
+
+    def _path_problems(self) -> Iterator[str]:
+        """Yield the paths that no file can have, or no recipe can hold."""
+        paths = {"base.model": self.base.model, "data.template": self.data.template, "output.dir": self.output.dir}
+        for part in ("train", "test"):
+            given = getattr(self.data, part) or ()
+            single = {f"data.{part}": given} if isinstance(given, str) else {}
+            paths |= single or {f"data.{part}[{i}].path": source.path for i, source in enumerate(given, start=1)}
+        for key, value in paths.items():
+            if "\0" in value:
+                yield f"{key} = {json.dumps(value)}: no file's name holds a NUL byte; write the path anew"
+            if not is_utf8(value):
+                yield f"{key} = {json.dumps(value)}: holds bytes that are not UTF-8, and no recipe can; give {key} another name"
 
     def _training_problems(self) -> Iterator[str]:
         train, warmup = self.train, self.schedule.warmup_steps
@@ -269,6 +282,15 @@ def table_class(table: str, values: dict) -> type[Table]:
     if table == "method":
         return METHODS[values.get("name", "lora")]
     return TABLES[table]
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether ``text`` can be written: one from the command line may hold halves of characters, for bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _absolute_sources(given: str | tuple[Source, ...]) -> str | tuple[Source, ...]:

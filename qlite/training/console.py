@@ -13,6 +13,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
+from qlite.stopping import Stopped
 from qlite.streams import ForgivingStream, clean
 from qlite.training.gauges import tensor_line
 from qlite.training.panel import Screen
@@ -166,7 +167,7 @@ def _outcome(kind: type[BaseException] | None, run: RunView) -> str:
     if kind is None:
         return "finished"
     at = f" at step {run.last.step}" if run.last else ""
-    return f"interrupted{at}" if issubclass(kind, KeyboardInterrupt) else f"stopped{at} by {kind.__name__}"
+    return f"interrupted{at}" if issubclass(kind, Stopped | KeyboardInterrupt) else f"stopped{at} by {kind.__name__}"
 
 
 def _step_line(run: RunView) -> str:

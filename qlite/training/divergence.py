@@ -7,7 +7,8 @@ from qlite.data.batches import TokenBatches
 from qlite.data.dataset import DataSet
 from qlite.errors import Diverged
 from qlite.recipe.schema import Train
-from qlite.training.run_folder import RunFolder, TrainState
+from qlite.training.run_folder import RunFolder
+from qlite.training.state import TrainState
 
 REMEMBERED = 50
 """Losses whose median a loss is held against."""

@@ -64,6 +64,8 @@ class Parts:
     optimizer: FlatOptimizer
     meter: Meter
     machine: dict[str, str | int]
+    identity: dict[str, str]
+    """What is behind data.train, data.test, data.template and base.model."""
     notes: list[str]
 
 
@@ -80,9 +82,9 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         run.discard()
     else:
         run.check(recipe)
-        run.check_data(parts.data.identity)
+        run.check_identity(parts.identity)
     differences = run.changes(recipe)
-    changed = run.begin(recipe, parts.data, parts.machine)
+    changed = run.begin(recipe, parts.identity, parts.data.encoder.template, parts.machine)
     observer = Broadcast(console, run, SpillWatch(console, run))
     state = run.resume(parts.model, parts.optimizer, observer.note)
     run.rotate(recipe.output.keep)  # a kill may have come between a save and this
@@ -133,7 +135,8 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     if meter.plan:
         disk.require_room(recipe.output, disk.planned_bytes(meter.plan))
     with meter.loading():
-        model = recipe.base.load(where, console.phase, recipe.memory).model
+        base = recipe.base.load(where, console.phase, recipe.memory)
+    model, identity = base.model, {**data.identity, "base.model": base.identity}
     kernels = recipe.base.compile(where, console.phase)
     device.seed_all(plan.seed)
     with meter.attaching():
@@ -149,4 +152,4 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     meter.follow(stepper, optimizer)
     disk.require_room(recipe.output, disk.checkpoint_bytes(model, optimizer))
     machine = {"device": device.describe(where), "threads": threads, "kernels": kernels}
-    return Parts(recipe, model, data, batches, steps, stepper, optimizer, meter, machine, notes)
+    return Parts(recipe, model, data, batches, steps, stepper, optimizer, meter, machine, identity, notes)

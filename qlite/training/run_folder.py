@@ -2,7 +2,7 @@
 
 runs/quickstart/
   recipe.toml     every key, paths absolute      run.json        versions, device, threads
-  template.jinja  the chat template, if any      data.json       hashes of data and template
+  template.jinja  the chat template, if any      data.json       hashes of data, template, base
   metrics.jsonl   one record a step              result.json     written last: the run is finished
   checkpoints/step-00000020/                     adapter/        PEFT's two files
   memory.json     plan against measured, by phase and term
@@ -13,16 +13,15 @@ import json
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlite import __version__
-from qlite.data.dataset import DataSet
 from qlite.errors import Diverged, RunError
 from qlite.files import (
     append_line,
@@ -38,47 +37,18 @@ from qlite.files import (
     write_tensors,
     write_text,
 )
-from qlite.formats.peft import WEIGHTS, adapter_tensors, copy_adapter, write_adapter
+from qlite.formats.peft import WEIGHTS, adapter_tensors, copy_adapter, read_tensors, write_adapter
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_differences, recipe_toml
 from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
+from qlite.training.state import TrainState
 from qlite.units import MIB
 
 LOG_BYTES = 16 * MIB
 """Size of metrics.jsonl beyond which it is continued in a new file."""
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands. Order of rows and dropout are functions of the seed and the step, so nothing else is needed."""
-
-    step: int = 0
-    tokens: int = 0
-    """Tokens read so far, padding not counted."""
-    best_loss: float | None = None
-    """Lowest held-out loss so far, in nats."""
-    best_step: int = 0
-    stale: int = 0
-    """Evaluations since then."""
-    measured: int = 0
-    """The step of the last evaluation that is in this state: a run that was stopped before or in one that is due begins with it."""
-    recent: tuple[float, ...] = ()
-    """Losses of the last steps, by which train.spike_factor knows a jump."""
-    skipped: int = 0
-    """Steps up to this one, in a row, that were not made because they were not finite, or a jump."""
-    loss_chunk: int | None = None
-    """Like ``most_tokens``, a limit of training.limits, lowered where memory ran out: what is cut elsewhere sums in another order."""
-    most_tokens: int | None = None
-
-    def after(self, loss: float) -> "TrainState":
-        """Return the state after an evaluation of held-out ``loss`` at this step."""
-        measured = replace(self, measured=self.step)
-        if isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            return replace(measured, best_loss=loss, best_step=self.step, stale=0)
-        return replace(measured, stale=self.stale + 1)
 
 
 MAY_CHANGE = (
@@ -145,14 +115,14 @@ class RunFolder:
         found = recipe_differences(self.recipe(), recipe) if self.is_begun else []
         return [text for text in found if not text.startswith("output.")]
 
-    def check_data(self, identity: dict[str, str]) -> None:
-        """Raise RunError if the run was begun with rows or a template other than those of ``identity``."""
+    def check_identity(self, identity: dict[str, str]) -> None:
+        """Raise RunError if the run was begun with rows, a template or a base other than those of ``identity``."""
         then = self._read("data.json") if self.is_begun else identity
         changed = [key for key in {**then, **identity} if then.get(key) != identity.get(key)]
         if changed:
             told = "; ".join(f"{key}: {then.get(key)} -> {identity.get(key)}" for key in changed)
             raise RunError(
-                f'"{self.path}" was begun with other data: what is behind {", ".join(changed)} has '
+                f'"{self.path}" was begun with something else: what is behind {", ".join(changed)} has '
                 f"changed since ({told}). Put it back, choose another output.dir, or start afresh with --fresh"
             )
 
@@ -170,7 +140,7 @@ class RunFolder:
                 if folder.exists() and not remove_folder(folder):
                     set_aside(folder)
 
-    def begin(self, recipe: Recipe, data: DataSet, machine: dict[str, str | int]) -> list[str]:
+    def begin(self, recipe: Recipe, identity: dict[str, str], template: str | None, machine: dict[str, str | int]) -> list[str]:
         """Make the folder for ``recipe``, if it is not there yet; called when all that can be wrong with a run has been read.
 
         Returns what differs from the machine it began on ("torch: 2.12.0 -> 2.13.0"): with it the last bits will, too.
@@ -178,9 +148,9 @@ class RunFolder:
         facts = {"qlite": __version__, **{name: version(name) for name in LIBRARIES}, **machine}
         if not self.is_begun:
             write_json(self.path / "run.json", facts)
-            write_json(self.path / "data.json", data.identity)
-            if data.encoder.template is not None:
-                write_text(self.path / "template.jinja", data.encoder.template)
+            write_json(self.path / "data.json", identity)
+            if template is not None:
+                write_text(self.path / "template.jinja", template)
             write_text(self.path / "recipe.toml", recipe_toml(recipe))  # last: with it the folder is this run's
         elif recipe_differences(self.recipe(), recipe):  # in what may change
             write_text(self.path / "recipe.toml", recipe_toml(recipe))
@@ -266,15 +236,25 @@ class RunFolder:
             if not is_whole(folder):
                 note(f"{folder} is damaged: what is in it is not what was written; it is now {set_aside(folder).name}")
                 continue
-            saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            numbers = saved.pop("optimizer")
-            copy_adapter(load_file(folder / WEIGHTS), model, folder)
-            optimizer.load_state(load_file(folder / "optimizer.safetensors"), numbers)
-            state = TrainState(**{**saved, "recent": tuple(saved["recent"])})
+            state = self._load(folder, model, optimizer)
             self._rewind(state)
             return state
         self._rewind(TrainState(step=-1, measured=-1))
         return TrainState()
+
+    def _load(self, folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> TrainState:
+        """Return the state of a whole checkpoint, with its tensors put into ``model`` and ``optimizer``."""
+        try:
+            saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            numbers = saved.pop("optimizer")
+            state = TrainState(**{**saved, "recent": tuple(saved["recent"])})
+            tensors = load_file(folder / "optimizer.safetensors")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            # The sums are right, so qlite never wrote it: another version did, or somebody else.
+            raise RunError(f'"{folder}" is no checkpoint of this version ({error}); start afresh with --fresh') from error
+        copy_adapter(read_tensors(folder), model, folder)
+        optimizer.load_state(tensors, numbers)
+        return state
 
     @property
     def newest(self) -> Path | None:
@@ -291,7 +271,7 @@ class RunFolder:
         folder = self._best(state.best_step)
         if not is_whole(folder):
             raise RunError(f'"{folder}" is damaged or missing; take output.adapter = "last"')
-        copy_adapter(load_file(folder / WEIGHTS), model, folder)
+        copy_adapter(read_tensors(folder), model, folder)
 
     def write_adapter(self, recipe: Recipe, model: nn.Module) -> None:
         """Write what was trained."""

@@ -12,7 +12,8 @@ from qlite.stopping import Stopped, StoppedAtOnce, stopping_softly
 from qlite.training import divergence
 from qlite.training.evaluate import compare_answers, evaluate, sample
 from qlite.training.report import Broadcast, Observer, StepReport, StopWatch, is_due
-from qlite.training.run_folder import RunFolder, TrainState
+from qlite.training.run_folder import RunFolder
+from qlite.training.state import TrainState
 
 if TYPE_CHECKING:
     from qlite.training.run import Parts

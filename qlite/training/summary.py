@@ -10,7 +10,8 @@ from rich.text import Text
 from qlite.device import MemoryUse, peak_process_bytes
 from qlite.streams import clean
 from qlite.training.planning import planned_and_measured
-from qlite.training.run_folder import RunFolder, TrainState
+from qlite.training.run_folder import RunFolder
+from qlite.training.state import TrainState
 from qlite.units import format_bytes, format_seconds
 
 

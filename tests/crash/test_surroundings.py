@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tomli_w
 
-from tests.crash.test_kills import SHORT, fresh, sums
+from tests.crash.test_kills import ROOT, SHORT, fresh, sums
 from tests.tiny_run import tiny_tables
 
 pytestmark = pytest.mark.crash
@@ -108,6 +110,21 @@ def test_a_mistake_of_our_own_is_one_line_with_a_report(server, whole, tmp_path)
     assert "Traceback" in report.read_text()
     assert "no clock" in report.read_text()
     assert os.fspath(report) in message
+
+
+def test_two_processes_with_one_seed_compute_the_same_bytes(tmp_path, tell):
+    """Other hash seed, working folder and locale."""
+    changes, found = {**SHORT, "base": {"fused": False}}, []
+    for name, env in (("one", {"PYTHONHASHSEED": "1"}), ("two", {"PYTHONHASHSEED": "777", "LC_ALL": "C", "TZ": "Asia/Tokyo"})):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = folder / "mine.toml"
+        recipe.write_text(tomli_w.dumps(tiny_tables(folder, **changes)))
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "QLITE_CACHE": str(folder / "cache"), **env}
+        subprocess.run([sys.executable, "-m", "qlite.train", str(recipe)], cwd=folder, env=variables, check=True, capture_output=True)
+        found.append(sums(folder))
+    tell("two processes, other hash seed, folder, locale and cache: the same bytes")
+    assert found[0] == found[1]
 
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m[red][/]\u202egpj.exe\x00" + "x" * 10_000

@@ -154,33 +154,33 @@ def test_roles_are_named_by_the_recipe():
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("fields", "format", "words"),
-    [
-        ({"question": "q"}, None, "fields 'question' fit no format"),
-        ({}, None, "no fields fit no format"),
-        ({"prompt": None, "completion": "c"}, None, "fit no format"),
-        ({"prompt": "p"}, "prompt", 'no field "completion", which format "prompt" needs; it has \'prompt\''),
-        ({"prompt": "p", "completion": 3}, "prompt", 'field "completion" is a number, not text'),
-        ({"prompt": "p", "completion": "\ud800"}, "prompt", 'field "completion" holds half a surrogate pair (\\ud800)'),
-        ({"messages": []}, "messages", 'field "messages" is a list; it should be a list of messages'),
-        ({"messages": "text"}, "messages", 'field "messages" is a text'),
-        ({"messages": [{"role": "user"}]}, "messages", 'message 1 should have "role" and "content", and has \'role\''),
-        ({"messages": [USER, "a"]}, "messages", "message 2 should have"),
-        ({"messages": [{"role": "narrator", "content": "n"}]}, "messages", 'message 1 is of role "narrator", which is unknown'),
-        ({"messages": [{"role": ["user"], "content": "n"}]}, "messages", "which is unknown"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, "messages", "only text can be trained on"),
-        ({"messages": [{"from": "human", "value": "h"}]}, "messages", 'data.columns = { role = "…", content = "…" }'),
-        ({"messages": [USER, {**REPLY, "tool_calls": "oops"}]}, "messages", "tool_calls of message 2 is a text; it should be a list"),
-        ({"messages": [USER, {**REPLY, "tool_calls": [3]}]}, "messages", "a tool call of message 2 is a number"),
-        ({"messages": [USER]}, "messages", "the assistant says nothing in it"),
-        ({"messages": [USER, REPLY], "tools": "no json"}, "messages", 'field "tools" is a text'),
-        ({"question": "q", "choices": ["x"], "answer": 0}, "choice", "two texts or more"),
-        ({"question": "q", "choices": ["x", "y"], "answer": 2}, "choice", "answer 2 is none of the 2 choices"),
-        ({"question": "q", "choices": ["x", "y"], "answer": True}, "choice", "answer true is none of the 2 choices"),
-        ({"question": "q", "choices": ["x", 5], "answer": 0}, "choice", "choice 2 is a number"),
-    ],
-)
+BAD_ROWS = [
+    ({"question": "q"}, None, "fields 'question' fit no format"),
+    ({}, None, "no fields fit no format"),
+    ({"prompt": None, "completion": "c"}, None, "fit no format"),
+    ({"prompt": "p"}, "prompt", 'no field "completion", which format "prompt" needs; it has \'prompt\''),
+    ({"prompt": "p", "completion": 3}, "prompt", 'field "completion" is a number, not text'),
+    ({"prompt": "p", "completion": "\ud800"}, "prompt", 'field "completion" holds half a surrogate pair (\\ud800)'),
+    ({"messages": []}, "messages", 'field "messages" is a list; it should be a list of messages'),
+    ({"messages": "text"}, "messages", 'field "messages" is a text'),
+    ({"messages": [{"role": "user"}]}, "messages", 'message 1 should have "role" and "content", and has \'role\''),
+    ({"messages": [USER, "a"]}, "messages", "message 2 should have"),
+    ({"messages": [{"role": "narrator", "content": "n"}]}, "messages", 'message 1 is of role "narrator", which is unknown'),
+    ({"messages": [{"role": ["user"], "content": "n"}]}, "messages", "which is unknown"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, "messages", "only text can be trained on"),
+    ({"messages": [{"from": "human", "value": "h"}]}, "messages", 'data.columns = { role = "…", content = "…" }'),
+    ({"messages": [USER, {**REPLY, "tool_calls": "oops"}]}, "messages", "tool_calls of message 2 is a text; it should be a list"),
+    ({"messages": [USER, {**REPLY, "tool_calls": [3]}]}, "messages", "a tool call of message 2 is a number"),
+    ({"messages": [USER]}, "messages", "the assistant says nothing in it"),
+    ({"messages": [USER, REPLY], "tools": "no json"}, "messages", 'field "tools" is a text'),
+    ({"question": "q", "choices": ["x"], "answer": 0}, "choice", "two texts or more"),
+    ({"question": "q", "choices": ["x", "y"], "answer": 2}, "choice", "answer 2 is none of the 2 choices"),
+    ({"question": "q", "choices": ["x", "y"], "answer": True}, "choice", "answer true is none of the 2 choices"),
+    ({"question": "q", "choices": ["x", 5], "answer": 0}, "choice", "choice 2 is a number"),
+]
+
+
+@pytest.mark.parametrize(("fields", "format", "words"), BAD_ROWS)
 def test_bad_rows_are_named_by_file_and_line(fields, format, words):
     with pytest.raises(DataError) as error:
         Reading(format).to_conversation(row(fields)) if format else detect_format([row(fields)], {})

@@ -314,18 +314,17 @@ def test_pefts_own_pissa_adapter_would_lose_what_it_took_out_of_the_base(folders
     assert not torch.allclose(logits_of(put_on(ours(folders["llama"]), tmp_path)), expected, atol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (None, "cannot be read"),
-        ("{", "not JSON"),
-        ("[]", '"r" and "lora_alpha" must be numbers'),
-        ('{"peft_type": "LORA", "lora_alpha": 8}', '"r" and "lora_alpha" must be numbers'),
-        ('{"peft_type": "LORA", "r": 4}', '"r" and "lora_alpha" must be numbers'),
-        ('{"peft_type": "LORA", "r": "4", "lora_alpha": 8}', '"r" and "lora_alpha" must be numbers'),
-    ],
-    ids=["missing", "cut", "list", "no-r", "no-alpha", "r-as-text"],
-)
+MALFORMED_CONFIGS = [
+    (None, "cannot be read"),
+    ("{", "not JSON"),
+    ("[]", '"r" and "lora_alpha" must be numbers'),
+    ('{"peft_type": "LORA", "lora_alpha": 8}', '"r" and "lora_alpha" must be numbers'),
+    ('{"peft_type": "LORA", "r": 4}', '"r" and "lora_alpha" must be numbers'),
+    ('{"peft_type": "LORA", "r": "4", "lora_alpha": 8}', '"r" and "lora_alpha" must be numbers'),
+]
+
+
+@pytest.mark.parametrize(("content", "problem"), MALFORMED_CONFIGS, ids=["missing", "cut", "list", "no-r", "no-alpha", "r-as-text"])
 def test_a_malformed_config_is_refused_by_its_path(content, problem, good, tmp_path):
     folder = spoilt(good, tmp_path)
     (folder / CONFIG).unlink()
@@ -371,19 +370,22 @@ def test_weights_without_a_lora_tensor_are_refused(good, tmp_path):
 Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
 
 
+UNFIT_TENSORS = [
+    (lambda t: t.pop(f"{Q}.lora_B.weight"), f"lacks {Q}.lora_B.weight"),
+    (lambda t: t.pop(f"{Q}.lora_A.weight"), f"has {Q}.lora_B.weight, which nothing here takes"),
+    (lambda t: t.update({f"{PREFIX}extra": torch.zeros(2)}), f"has {PREFIX}extra, which nothing here takes"),
+    (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(64)}), f"has {Q}.lora_magnitude_vector, which nothing"),
+    (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 63)}), f"{Q}.lora_A.weight is [4, 63], needed is [4, 64]"),
+    (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(5, 64)}), "q_proj has rank 5, and adapter_config.json says r = 4"),
+    (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(64, 4, 1)}), f"{Q}.lora_B.weight is [64, 4, 1], needed is [64, 4]"),
+    (lambda t: t[f"{Q}.lora_B.weight"].fill_(float("nan")), f"{Q}.lora_B.weight has values that are not finite"),
+    (lambda t: t[f"{Q}.lora_A.weight"][0, 0].fill_(float("-inf")), f"{Q}.lora_A.weight has values that are not finite"),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
-    [
-        (lambda t: t.pop(f"{Q}.lora_B.weight"), f"lacks {Q}.lora_B.weight"),
-        (lambda t: t.pop(f"{Q}.lora_A.weight"), f"has {Q}.lora_B.weight, which nothing here takes"),
-        (lambda t: t.update({f"{PREFIX}extra": torch.zeros(2)}), f"has {PREFIX}extra, which nothing here takes"),
-        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(64)}), f"has {Q}.lora_magnitude_vector, which nothing"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 63)}), f"{Q}.lora_A.weight is [4, 63], needed is [4, 64]"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(5, 64)}), f"{Q}.lora_B.weight is [64, 4], needed is [64, 5]"),
-        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(64, 4, 1)}), f"{Q}.lora_B.weight is [64, 4, 1], needed is [64, 4]"),
-        (lambda t: t[f"{Q}.lora_B.weight"].fill_(float("nan")), f"{Q}.lora_B.weight has values that are not finite"),
-        (lambda t: t[f"{Q}.lora_A.weight"][0, 0].fill_(float("-inf")), f"{Q}.lora_A.weight has values that are not finite"),
-    ],
+    UNFIT_TENSORS,
     ids=["lacks-B", "lacks-A", "extra", "magnitude-without-dora", "width", "rank", "three-dimensions", "nan", "infinity"],
 )
 def test_a_tensor_that_does_not_fit_is_refused_by_name(change, problem, good, folders, tmp_path):

@@ -53,7 +53,7 @@ MALFORMED = [
     ("optimizer", "learning_rate = 1e-3", "optimizer.learning_rate = 0.001: no such key; here it is called optimizer.lr"),
     ("train", "warmup_steps = 5", "train.warmup_steps = 5: no such key; it stands in [schedule]"),
     ("train", "num_epochs = 5", "train.num_epochs = 5: no such key; here it is called train.epochs"),
-    ("output", "zzz = true", "output.zzz = true: no such key; [output] has: dir, save_every, keep, adapter"),
+    ("output", "zzz = true", "output.zzz = true: no such key; [output] has: dir, save_every, keep, on_full_disk, adapter"),
     ("data", '"" = 1', 'data."" = 1: no such key; [data] has: train, test, held_out_rows, split, revision, format, columns'),
     # Wrong types
     ("train", 'micro_batch = "4"', 'train.micro_batch = "4": should be a whole number, 1 or more; remove the quotes: 4'),
@@ -169,9 +169,7 @@ def test_there_are_enough_malformed_recipes():
     assert len(MALFORMED) >= 40
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
+MALFORMED_FILES = [
         (GOOD.replace('model = "some/model"', ""), ["base.model: must be given. Folder with safetensors, hub id"]),
         ("", ["base.model: must be given.", "data.train: must be given.", "train.steps and train.epochs: neither is given"]),
         ("steps = 3\n" + GOOD, ["steps = 3: stands above all tables; write it as steps under [train]"]),
@@ -187,9 +185,12 @@ def test_there_are_enough_malformed_recipes():
         (GOOD.replace("some/model", "C:\\models"), ["""(Unescaped '\\' in a string): model = "C:\\models"; in "..." a backslash"""]),
         (GOOD + "keep\n", ["in a key/value pair): keep; a line is key = value, or [table]"]),
         (GOOD + "seed = 1" + "0" * 5000, ["not TOML: Exceeds the limit"]),
-        (GOOD + f"seed = {'[' * 100000}", ["not TOML that can be read: brackets are nested too deeply"]),
-    ],
-)  # fmt: skip
+        (GOOD + f"seed = {'[' * 50000}", ["not TOML that can be read: brackets are nested too deeply"]),
+        (GOOD + 'seed = """', ["line 9: not TOML (Unterminated string): the recipe ends there"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), MALFORMED_FILES)
 def test_malformed_file_is_answered_with_place_and_fix(tmp_path, text, expected):
     found = problems(write(tmp_path, text))
     assert len(found) == len(expected)
@@ -323,25 +324,25 @@ def test_none_leaves_a_key_out_so_that_steps_can_become_epochs(tmp_path):
     assert (train.steps, train.epochs) == (None, 2)
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("train.steps", "train.steps: an override is table.key=value, for example train.steps=20"),
-        ("steps", "steps: an override is table.key=value, for example train.steps=..."),
-        ("lr=1e-4", "lr=1e-4: an override is table.key=value, for example optimizer.lr=1e-4"),
-        ("=5", "=5: an override is table.key=value, for example train.steps=20"),
-        (".steps=5", ".steps=5: an override is table.key=value, for example train.steps=20"),
-        ("train.=5", "train.=5: an override is table.key=value, for example train.steps=20"),
-        ("train steps=5", "train steps=5: an override is table.key=value, for example train.steps=20"),
-        ("train.steps.x=5", "train.steps.x=5: train.steps is no table, so it has no key x"),
-        ("train.steps=", 'train.steps = "": should be a whole number, 1 or more'),
-        ("train.steps=many", 'train.steps = "many": should be a whole number, 1 or more'),
-        ("train.steps=5\nseed=3", 'train.steps = "5\\nseed=3": should be a whole number, 1 or more'),
-        ("train.micro_batch=none", "train.micro_batch = none: should be a whole number, 1 or more"),
-        ("trian.steps=5", "[trian]: no such table; did you mean [train]?"),
-        ("train.stpes=5", 'train.stpes = 5: no such key; did you mean "steps"?'),
-    ],
-)
+MALFORMED_OVERRIDES = [
+    ("train.steps", "train.steps: an override is table.key=value, for example train.steps=20"),
+    ("steps", "steps: an override is table.key=value, for example train.steps=..."),
+    ("lr=1e-4", "lr=1e-4: an override is table.key=value, for example optimizer.lr=1e-4"),
+    ("=5", "=5: an override is table.key=value, for example train.steps=20"),
+    (".steps=5", ".steps=5: an override is table.key=value, for example train.steps=20"),
+    ("train.=5", "train.=5: an override is table.key=value, for example train.steps=20"),
+    ("train steps=5", "train steps=5: an override is table.key=value, for example train.steps=20"),
+    ("train.steps.x=5", "train.steps.x=5: train.steps is no table, so it has no key x"),
+    ("train.steps=", 'train.steps = "": should be a whole number, 1 or more'),
+    ("train.steps=many", 'train.steps = "many": should be a whole number, 1 or more'),
+    ("train.steps=5\nseed=3", 'train.steps = "5\\nseed=3": should be a whole number, 1 or more'),
+    ("train.micro_batch=none", "train.micro_batch = none: should be a whole number, 1 or more"),
+    ("trian.steps=5", "[trian]: no such table; did you mean [train]?"),
+    ("train.stpes=5", 'train.stpes = 5: no such key; did you mean "steps"?'),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), MALFORMED_OVERRIDES)
 def test_malformed_override_is_answered_with_the_fix(tmp_path, override, expected):
     assert problems(write(tmp_path, GOOD), override) == [expected]
 
@@ -366,6 +367,8 @@ def test_command_line_ends_with_status_2_and_no_traceback(tmp_path):
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NAME = TEXT.filter(bool)
+PATH = TEXT.map(lambda text: text.replace("\0", ""))
+FULL_PATH = PATH.filter(bool)
 RATIO = st.floats(0, 1, exclude_max=True)
 POSITIVE = st.floats(0, 1e6, exclude_min=True)
 COUNT = st.integers(1, 10**6)
@@ -375,7 +378,7 @@ COUNT = st.integers(1, 10**6)
 def recipes(draw) -> dict:
     """Draw the tables of a recipe that is right."""
     bits, has_test, rows = draw(st.sampled_from([4, 8, 16])), draw(st.booleans()), draw(st.integers(0, 9))
-    base = {"model": draw(NAME), "bits": bits, "dtype": draw(st.sampled_from(["bfloat16", "float32"])), "revision": draw(NAME)}
+    base = {"model": draw(FULL_PATH), "bits": bits, "dtype": draw(st.sampled_from(["bfloat16", "float32"])), "revision": draw(NAME)}
     if bits == 4:
         base |= {"quant_type": draw(st.sampled_from(["nf4", "fp4"])), "double_quant": draw(st.booleans()), "block_size": 128}
     method = {"name": "lora", "rank": draw(COUNT), "alpha": draw(POSITIVE), "dropout": draw(RATIO), "dora": draw(st.booleans())}
@@ -383,7 +386,7 @@ def recipes(draw) -> dict:
     optimizer = {"name": "adamw", "lr": draw(POSITIVE), "betas": [draw(RATIO), draw(RATIO)], "eps": draw(POSITIVE)}
     schedule = {"name": draw(st.sampled_from(["linear", "cosine"])), "final_ratio": draw(st.floats(0, 1))}
     source = {"path": "org/name", "weight": draw(POSITIVE), "columns": {"prompt": draw(TEXT)}, "stream": draw(st.booleans())}
-    data = {"train": draw(NAME | st.just([source]))} | ({"test": draw(NAME)} if has_test else {"held_out_rows": rows})
+    data = {"train": draw(FULL_PATH | st.just([source]))} | ({"test": draw(FULL_PATH)} if has_test else {"held_out_rows": rows})
     train = {
         draw(st.sampled_from(["steps", "epochs"])): draw(COUNT),
         "tokens": draw(st.integers(2, 10**6)),
@@ -391,7 +394,7 @@ def recipes(draw) -> dict:
     }
     train["eval_every"] = draw(COUNT) if has_test or rows else 0
     tables = {"base": base, "method": method, "optimizer": optimizer, "schedule": schedule, "data": data, "train": train}
-    return tables | {"parallel": {"device": draw(st.sampled_from(["auto", "cpu", "cuda:3"]))}, "output": {"dir": draw(TEXT)}}
+    return tables | {"parallel": {"device": draw(st.sampled_from(["auto", "cpu", "cuda:3"]))}, "output": {"dir": draw(PATH)}}
 
 
 @given(recipes())

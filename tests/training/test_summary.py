@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qlite.device import MemoryUse
-from qlite.training.run_folder import RunFolder, TrainState
+from qlite.training.run_folder import RunFolder
+from qlite.training.state import TrainState
 from qlite.training.summary import print_summary, summarise
 from qlite.units import GIB, MIB
 from tests.training.test_console import CPU, GPU, step_report

@@ -3,15 +3,22 @@
 import gzip
 import io
 import json
+import os
 import random
 import re
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qlite.data import blocks, find, rows, tables
+from qlite.units import GIB
 from tests.data.data_files import GOOD, lines_of, parquet_bytes, read, read_or_refusal, refusal, shared, written
+from tests.data.test_dataset import load
+from tests.data.test_formats import BAD_ROWS
+from tests.malformed import Case, count_refused
 
 
 def zipped(name: str) -> bytes:
@@ -145,9 +152,116 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "words"), MALFORMED, ids=range(len(MALFORMED)))
-def test_malformed_files_are_named_with_their_place_and_the_fix(tmp_path, name, content, words):
-    assert words in refusal(written(tmp_path / name, content))
+def file(name: str, content: bytes | str) -> Callable[[Path], Callable[[], object]]:
+    return lambda folder: partial(read, written(folder / name, content))
+
+
+def made(name: str, make: Callable[[Path], object]) -> Callable[[Path], Callable[[], object]]:
+    """Return what makes something else than a file under ``name``."""
+
+    def give(folder: Path) -> Callable[[], object]:
+        make(folder / name)
+        return partial(read, folder / name)
+
+    return give
+
+
+def large(name: str, size: int) -> Callable[[Path], Callable[[], object]]:
+    """Return what makes a file of ``size`` bytes, all of them NUL, that takes no room on the disk."""
+
+    def make(path: Path) -> None:
+        with path.open("wb") as stream:
+            stream.truncate(size)
+
+    return made(name, make)
+
+
+def named(path: str) -> Callable[[Path], Callable[[], object]]:
+    return lambda folder: partial(read, path.replace("HERE", str(folder)))
+
+
+PLACES = {
+    "a pipe": (made("a.jsonl", os.mkfifo), "a.jsonl: is a named pipe, and only regular files are read"),
+    "a pipe in a folder": (
+        lambda folder: (os.mkfifo(folder / "a.csv"), partial(read, folder))[1],
+        "a.csv: is a named pipe, and only regular files are read",
+    ),
+    "a device without an end": (made("a.txt", lambda path: path.symlink_to("/dev/zero")), "a.txt: is a device"),
+    "a device of its own name": (named("/dev/zero"), "is a device"),
+    "a folder called like a file": (made("a.jsonl", Path.mkdir), "holds no file"),
+    "a link to itself": (made("a.jsonl", lambda path: path.symlink_to(path)), "Too many levels of symbolic links"),
+    "a link to nothing": (made("a.jsonl", lambda path: path.symlink_to("gone")), "which is a link to gone (No such file or directory)"),
+    "a folder in itself": (made("a", lambda path: (path.mkdir(), (path / "b").symlink_to(path))), "leads back to a folder that it lies in"),
+    "no such file": (named("HERE/a.jsonl"), "there is no"),
+    "no such folder": (named("HERE/b/a.jsonl"), "there is no folder"),
+    "a pattern that matches nothing": (named("HERE/*.jsonl"), "no file is called like"),
+    "a home of nobody": (named("~nobody-of-that-name/a.jsonl"), 'there is no "~nobody-of-that-name/a.jsonl"'),
+    "a name of 5,000 characters": (named("a" * 5000 + ".jsonl"), "there is no"),
+    "NUL in a name": (named("a\0b.jsonl"), 'there is no "a\\x00b.jsonl"'),
+    "escape codes in a name": (file("a\x1b[2J.jsonl", "x"), "a\\x1b[2J.jsonl line 1: not JSON"),
+    "bytes that are no text in a name": (file(os.fsdecode(b"a\xff.jsonl"), "x"), "a\\udcff.jsonl line 1: not JSON"),
+    "a line of a gigabyte": (large("a.jsonl", GIB), "a.jsonl line 1, byte 0: this line is longer than 64.0 MiB"),
+    "a table of a gigabyte in one cell": (large("a.csv", GIB), "a.csv line 1, byte 0: this line is longer than 64.0 MiB"),
+    "a list of three gigabytes": (large("a.json", 3 * GIB), "a.json: 3.00 GiB, and a .json file is read whole; make it .jsonl"),
+    "a Parquet file of NUL": (large("a.parquet", 10**6), "a.parquet: is UTF-16 text"),
+    "an Arrow file": (file("a.parquet", b"ARROW1\0\0"), "a.parquet: is an Arrow file; write it as Parquet"),
+    "a pointer instead of the file": (
+        file("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "a.parquet: is not Parquet",
+    ),
+    "a page instead of the file": (file("a.jsonl", "<!DOCTYPE html>\n<html>\n"), "a.jsonl line 1: not JSON"),
+    "a Parquet file cut short": (file("a.parquet", parquet_bytes([GOOD] * 100)[:-20]), "a.parquet: damaged Parquet ("),
+    "a Parquet file without its middle": (
+        lambda folder: partial(read, written(folder / "a.parquet", (whole := parquet_bytes([GOOD] * 100))[:40] + whole[80:])),
+        "a.parquet: damaged Parquet (",
+    ),
+}  # fmt: skip
+
+
+def rows_of(*rows: dict, **keys: object) -> Callable[[Path], Callable[[], object]]:
+    return lambda folder: partial(load, str(written(folder / "rows.jsonl", lines_of(*rows))), **keys)
+
+
+USER, REPLY = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+LONG = {"prompt": "p", "completion": "c" * 100_000}
+# What is JSON and could not be trained on.
+ROWS = {
+    "nobody answers": (rows_of({"messages": [USER, USER]}), "rows.jsonl line 1: the assistant says nothing in it"),
+    "only empty answers": (rows_of({"prompt": "p", "completion": ""}), "no row is left to train on"),
+    "only answers of blanks": (rows_of({"prompt": "p", "completion": " \n"}), "no row is left to train on"),
+    "an empty answer among others": (rows_of(GOOD, {"prompt": "p", "completion": ""}), "1 of 2 rows (50 %) have no token to learn"),
+    "every answer switched off": (rows_of({"messages": [USER, {**REPLY, "weight": 0}]}), "no row is left to train on"),
+    "a row of 100,000 tokens": (rows_of(GOOD, LONG), "train.tokens = 200: 1 of 2 rows (50 %) of data.train are longer"),
+    "nothing that is short enough": (rows_of(LONG), "train.tokens = 200: data.train has no row with an answer that is that short"),
+    "two formats": (rows_of(GOOD, {"text": "t"}), "split the file, or give data.format"),
+    "a field that goes missing": (rows_of(*[GOOD] * 30, {"prompt": "p"}), 'rows.jsonl line 31: no field "completion"'),
+    "a field that changes its type": (rows_of(*[GOOD] * 30, {**GOOD, "completion": 3}), 'line 31: field "completion" is a number'),
+    "a token of the model's own": (rows_of({"prompt": "p", "completion": "<|im_end|>"}), "rows.jsonl line 1 (<|im_end|>)"),
+    "fewer rows than are held out": (rows_of(GOOD, held_out_rows=5), "data.held_out_rows = 5: there are only 1 rows in all"),
+    "a column that no row has": (rows_of(GOOD, columns={"system": "sys"}), 'data.columns.system = "sys": no row has it'),
+    "a role that nobody has": (rows_of({"messages": [USER, REPLY]}, roles={"user": "me"}), "nobody in the data is called so"),
+    "no template for a conversation": (rows_of(GOOD, template=None), "there is no chat template to write a conversation with"),
+    "windows of conversations": (rows_of(GOOD, stride=5), "data.stride = 5: only raw text is split into windows"),
+    "a nested answer": (rows_of({"prompt": "p", "completion": {"a": {"b": "c"}}}), 'field "completion" is an object, not text'),
+    "tools without a place": (rows_of({"messages": [USER, REPLY], "tools": [{"name": "f"}]}), "the chat template has no place for them"),
+}  # fmt: skip
+
+
+def cases() -> list[Case]:
+    files = [Case(f"file {number} {words[:60]}", file(name, content), (words,)) for number, (name, content, words) in enumerate(MALFORMED)]
+    bad = [
+        Case(f"row {number} {words}", rows_of(fields, format=format or "auto"), ("rows.jsonl line 1: ", words))
+        for number, (fields, format, words) in enumerate(BAD_ROWS)
+        if "surrogate" not in words  # no JSON text holds one
+    ]
+    groups = (PLACES, ROWS)
+    return [*files, *bad, *(Case(name, give, ("data.", said)) for group in groups for name, (give, said) in group.items())]
+
+
+def test_every_malformed_file_and_row_is_named_with_its_place_and_the_fix(tmp_path, record_property):
+    found = cases()
+    assert len(found) == 150
+    count_refused("data files and rows", found, tmp_path, record_property)
 
 
 def test_faults_of_all_kinds_of_files_are_tried():
@@ -244,65 +358,6 @@ def test_parquet_that_lies_is_refused_with_its_row(tmp_path):
     assert refusal(tmp_path / "c.parquet") == "c.parquet: holds no rows; fill or remove it"
     written(tmp_path / "d.parquet", parquet_bytes([GOOD] * 100)[:-20])
     assert refusal(tmp_path / "d.parquet").startswith("d.parquet: damaged Parquet (")
-
-
-SUITE = "json_test_suite/test_parsing"
-
-
-def test_the_json_test_suite_is_whole():
-    assert {sort: len(list(shared(SUITE).glob(f"{sort}_*.json"))) for sort in "yni"} == {"y": 95, "n": 188, "i": 35}
-
-
-@pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_nothing_that_is_not_json_is_read_as_a_row_or_as_a_value(tmp_path, ending):
-    refused = 0
-    for file in sorted(shared(SUITE).glob("n_*.json")):
-        content = file.read_bytes()
-        before, after = (b"[", b"]") if ending == "json" else (b"", b"")
-        for text in (content, before + b'{"value": ' + content + b"}" + after):
-            refusal(written(tmp_path / f"a.{ending}", text))
-            refused += 1
-    assert refused == 2 * 188
-
-
-def test_all_that_is_json_is_read_as_a_value_but_for_keys_that_stand_twice(tmp_path):
-    twice = []
-    for file in sorted(shared(SUITE).glob("y_*.json")):
-        content = file.read_bytes()
-        found = read_or_refusal(written(tmp_path / "a.json", b'[{"value": ' + content + b"}]"))
-        if "stands twice" in found:
-            twice.append(file.name)
-        else:
-            assert [row.fields for row in found] == [{"value": json.loads(content)}]
-    assert twice == ["y_object_duplicated_key.json", "y_object_duplicated_key_and_value.json"]
-
-
-def test_of_all_that_is_json_only_objects_are_rows(tmp_path):
-    objects = 0
-    for file in sorted(shared(SUITE).glob("y_*.json")):
-        content = file.read_bytes()
-        is_object = isinstance(json.loads(content), dict) and "duplicated" not in file.name
-        found = read_or_refusal(written(tmp_path / "a.jsonl", content.replace(b"\n", b" ")))
-        assert isinstance(found, list) == is_object, file.name
-        objects += is_object
-    assert objects == 10
-
-
-def test_what_json_leaves_open_is_read_or_refused_and_stays_so(tmp_path):
-    read_as_values = []
-    for file in sorted(shared(SUITE).glob("i_*.json")):
-        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-        if isinstance(read_or_refusal(written(tmp_path / "a.json", b'[{"value": ' + content + b"}]")), list):
-            read_as_values.append(file.stem)
-    assert read_as_values == [
-        "i_number_double_huge_neg_exp",
-        "i_number_real_underflow",
-        "i_number_too_big_neg_int",
-        "i_number_too_big_pos_int",
-        "i_number_very_big_negative_int",
-        "i_structure_500_nested_arrays",
-        "i_structure_UTF-8_BOM_empty_object",
-    ]
 
 
 def test_a_real_file_that_is_not_utf8_is_named_with_line_and_byte():

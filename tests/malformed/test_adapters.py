@@ -1,0 +1,191 @@
+"""LoRA adapters in PEFT's format that do not fit themselves, the base, or what is read: refused with file, key or tensor."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlite.formats.peft import CONFIG, PREFIX, WEIGHTS, read_foreign_adapter
+from tests.formats.test_peft import MALFORMED_CONFIGS, UNFIT_TENSORS, UNSUPPORTED, Q
+from tests.malformed import Case, count_refused
+from tests.malformed.test_safetensors import make_good
+from tests.tiny import tiny_llama
+
+A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+
+
+def put_on(folder: Path) -> Callable[[], object]:
+    return lambda: read_foreign_adapter(folder).put_on(tiny_llama(), folder)
+
+
+def given(good: Path, spoil: Callable[[Path], object], folder: Path) -> Callable[[], object]:
+    """Return what reads a copy of the good adapter that ``spoil`` has changed."""
+    adapter = Path(shutil.copytree(good / "adapter", folder / "adapter"))
+    spoil(adapter)
+    return put_on(adapter)
+
+
+def configured(**changes: object) -> Callable[[Path], object]:
+    """Return what changes keys of adapter_config.json."""
+
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        (folder / CONFIG).write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+    return spoil
+
+
+def config_of(content: str | bytes | None) -> Callable[[Path], object]:
+    """Return what replaces adapter_config.json; None: it is deleted."""
+
+    def spoil(folder: Path) -> None:
+        (folder / CONFIG).unlink()
+        if content is not None:
+            (folder / CONFIG).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return spoil
+
+
+def changed(change: Callable[[dict], object], **keys: object) -> Callable[[Path], object]:
+    """Return what changes the tensors, and keys of adapter_config.json."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+        configured(**keys)(folder)
+
+    return spoil
+
+
+def both(one: Callable[[Path], object], other: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: (one(folder), other(folder))
+
+
+def moved(name: str, to: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).rename(folder / to)
+
+
+NUMBERS = '"r" and "lora_alpha" must be numbers'
+BOUNDS = '"r" must be 1 or more and "lora_alpha" more than 0 and finite'
+CONFIGS = {
+    "rank 0": (configured(r=0), BOUNDS),
+    "a negative rank": (configured(r=-4), BOUNDS),
+    "a rank in halves": (configured(r=4.5), NUMBERS),
+    "true as the rank": (configured(r=True), NUMBERS),
+    "no rank": (configured(r=None), NUMBERS),
+    "alpha 0": (configured(lora_alpha=0), BOUNDS),
+    "a negative alpha": (configured(lora_alpha=-8), BOUNDS),
+    "NaN as alpha": (configured(lora_alpha=float("nan")), BOUNDS),
+    "infinity as alpha": (configured(lora_alpha=float("inf")), BOUNDS),
+    "an alpha of 400 digits": (configured(lora_alpha=10**400), BOUNDS),
+    "an alpha of 5,000 digits": (config_of(f'{{"peft_type": "LORA", "r": 4, "lora_alpha": {"9" * 5000}}}'), "not JSON"),
+    "true as alpha": (configured(lora_alpha=True), NUMBERS),
+    "a list as alpha": (configured(lora_alpha=[8]), NUMBERS),
+    "the rank twice": (config_of('{"peft_type": "LORA", "r": 4, "r": 8, "lora_alpha": 8}'), '"r" stands twice'),
+    "another rank than the tensors have": (configured(r=8), "has rank 4, and adapter_config.json says r = 8 and no such rank_pattern"),
+    "ranks in a list": (configured(rank_pattern=[4]), "rank_pattern must be an object of whole numbers"),
+    "ranks as texts": (configured(rank_pattern={"q_proj": "4"}), "rank_pattern must be an object of whole numbers"),
+    "a text as use_dora": (configured(use_dora="false"), "use_dora must be true or false"),
+    "a number as use_rslora": (configured(use_rslora=1), "use_rslora must be true or false"),
+    "DoRA without magnitudes": (configured(use_dora=True), "lora_magnitude_vector"),
+    "an unknown type": (configured(peft_type="\x1b[2J"), "peft_type is '\\x1b[2J'"),
+    "no type": (configured(peft_type=None), 'peft_type is None, only "LORA" is read'),
+    "no bias": (configured(bias=None), "bias = None"),
+    "a config that is null": (config_of("null"), NUMBERS),
+    "a config that is text": (config_of('"LORA"'), NUMBERS),
+    "a config 100,000 deep": (config_of("[" * 100_000), "not JSON (its brackets are nested too deeply)"),
+    "a config of 40 MB": (config_of(b" " * 40_000_000), "cannot be read (it has 38.1 MiB, and at most 32.0 MiB of such a file are read)"),
+    "a config in UTF-16": (config_of("{}".encode("utf-16")), "not JSON"),
+    "a config that is a pipe": (both(config_of(None), lambda folder: os.mkfifo(folder / CONFIG)), "it is a named pipe"),
+    "a config that is a folder": (both(config_of(None), lambda folder: (folder / CONFIG).mkdir()), "cannot be read (Is a directory"),
+    "a config without an end": (both(config_of(None), lambda folder: (folder / CONFIG).symlink_to("/dev/zero")), "it is a device"),
+}  # fmt: skip
+TENSORS = {
+    "no layer": (changed(dict.clear), "holds no tensor called *.lora_A.weight"),
+    "a layer that the base has not": (
+        changed(lambda t: t.update({A.replace("layers.0", "layers.9"): t.pop(A), B.replace("layers.0", "layers.9"): t.pop(B)})),
+        "it has no linear layer model.layers.9.self_attn.q_proj",
+    ),
+    "a layer that is no linear": (
+        changed(lambda t: t.update({f"{PREFIX}model.embed_tokens.lora_A.weight": torch.zeros(4, 64)})),
+        "it has no linear layer model.embed_tokens",
+    ),
+    "a pattern for a layer": (changed(lambda t: t.update({f"{PREFIX}*.lora_A.weight": torch.zeros(4, 64)})), "it has no linear layer *"),
+    "names without PEFT's prefix": (
+        changed(lambda t: [t.update({name.removeprefix(PREFIX): t.pop(name)}) for name in list(t)]),
+        "holds no tensor called *.lora_A.weight",
+    ),
+    "names with the adapter's name in them": (
+        changed(lambda t: [t.update({name.replace(".weight", ".default.weight"): t.pop(name)}) for name in list(t)]),
+        "holds no tensor called *.lora_A.weight",
+    ),
+    "A without B": (changed(lambda t: t.pop(B)), f"lacks {B}"),
+    "A of no rank": (changed(lambda t: t.update({A: torch.zeros(0, 64), B: torch.zeros(64, 0)})), "q_proj has rank 0"),
+    "A without dimensions": (changed(lambda t: t.update({A: torch.zeros(())})), "q_proj has rank 0"),
+    "A of one dimension": (changed(lambda t: t.update({A: torch.zeros(4)})), "q_proj has rank 0"),
+    "A turned over": (changed(lambda t: t.update({A: t[A].T.contiguous()})), "q_proj has rank 64"),
+    "B turned over": (changed(lambda t: t.update({B: t[B].T.contiguous()})), f"{B} is [4, 64], needed is [64, 4]"),
+    "B of another rank": (changed(lambda t: t.update({B: torch.zeros(64, 3)})), f"{B} is [64, 3], needed is [64, 4]"),
+    "more rank than the layer has": (
+        changed(lambda t: t.update({A: torch.zeros(65, 64), B: torch.zeros(64, 65)}), rank_pattern={"q_proj": 65}),
+        "the adapter does not fit this base: method.rank: 65 is more than",
+    ),
+    "a base twice as wide": (changed(lambda t: [t.update({n: x.repeat(1, 2)}) for n, x in list(t.items()) if "A" in n]), "needed is [4, "),
+    "whole numbers": (changed(lambda t: t.update({A: t[A].to(torch.int32)})), f"{A} is int32, and adapters are 16 or 32 bit floats"),
+    "true and false": (changed(lambda t: t.update({A: t[A] > 0})), f"{A} is bool"),
+    "8-bit floats": (changed(lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)})), f"{A} is float8_e4m3fn"),
+    "complex numbers": (changed(lambda t: t.update({A: t[A].to(torch.complex64)})), f"{A} is complex64"),
+    "NaN in 16 bit": (changed(lambda t: t.update({B: torch.full((64, 4), float("nan")).bfloat16()})), "values that are not finite"),
+    "infinity in 16 bit": (changed(lambda t: t.update({B: torch.full((64, 4), float("inf")).half()})), "values that are not finite"),
+    "an embedding": (changed(lambda t: t.update({f"{PREFIX}embed_tokens.lora_embedding_A": torch.zeros(4, 9)})), "nothing here takes"),
+    "a whole head": (changed(lambda t: t.update({f"{PREFIX}lm_head.weight": torch.zeros(100, 64)})), "nothing here takes"),
+    "a thousand tensors too many": (changed(lambda t: t.update({f"{n}": torch.zeros(1) for n in range(1000)})), "(and 995 more)"),
+    "escape codes in a name": (changed(lambda t: t.update({"\x1b[2J": torch.zeros(1)})), "has \\x1b[2J, which nothing here takes"),
+    "a way out of the folder": (changed(lambda t: t.update({"../../x": torch.zeros(1)})), "has ../../x, which nothing here takes"),
+    "a name of 10,000 characters": (changed(lambda t: t.update({"x" * 10_000: torch.zeros(1)})), "xxx..., which nothing here takes"),
+}  # fmt: skip
+FOLDERS = {
+    "weights as pickle": (moved(WEIGHTS, "adapter_model.bin"), "has only adapter_model.bin, which is pickle and never read"),
+    "no weights": (moved(WEIGHTS, "weights.safetensors"), "adapter_model.safetensors: cannot be read as safetensors"),
+    "weights and no config": (moved(CONFIG, "config.json"), "adapter_config.json: cannot be read (No such file or directory)"),
+}
+
+
+def cases(good: Path = Path()) -> list[Case]:
+    configs = [
+        Case(f"config {n}", partial(given, good, config_of(content)), (CONFIG, said)) for n, (content, said) in enumerate(MALFORMED_CONFIGS)
+    ]
+    options = [Case(f"option {key}", partial(given, good, configured(**{key: value})), (CONFIG, key)) for key, value in UNSUPPORTED.items()]
+    unfit = [
+        Case(f"tensor {n}", partial(given, good, changed(change)), ("/adapter", said)) for n, (change, said) in enumerate(UNFIT_TENSORS)
+    ]
+    own = [
+        Case(name, partial(given, good, spoil), ("/adapter", said))
+        for each in (CONFIGS, TENSORS, FOLDERS)
+        for name, (spoil, said) in each.items()
+    ]
+    places = [
+        Case("no folder", lambda folder: put_on(folder / "adapter"), ("/adapter/adapter_config.json: cannot be read (No such file",)),
+        Case("a file as the folder", lambda folder: put_on(good / "adapter" / WEIGHTS), ("cannot be read (Not a directory)",)),
+        Case("a whole model", lambda folder: put_on(good / "base"), ("adapter_config.json: cannot be read",)),
+        Case("NUL in the folder's name", lambda folder: put_on(Path("a\0b")), ("a\\x00b/adapter_config.json: cannot be read",)),
+    ]
+    return [*configs, *options, *unfit, *own, *places]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    return make_good(tmp_path_factory.mktemp("good"))
+
+
+def test_every_malformed_adapter_is_refused_with_file_and_key_or_tensor(good, tmp_path, record_property):
+    found = cases(good)
+    assert len(found) == 98
+    count_refused("adapters", found, tmp_path, record_property)
