@@ -136,9 +136,9 @@ def set_aside(folder: Path) -> Path:
 def sweep(folder: Path) -> list[str]:
     """Delete what a process that was killed has left half made or half deleted in ``folder``; return the names.
 
-    Only for who holds ``folder`` alone: others may be making what looks like it.
+    Only for who holds ``folder``: of other machines' processes nobody knows whether they have ended.
     """
-    left = [path for path in folder.iterdir() if LEFT_OVER.fullmatch(path.name)] if folder.is_dir() else []
+    left = [path for path in folder.iterdir() if _is_left_over(path)] if folder.is_dir() else []
     for path in left:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -319,6 +319,16 @@ def _me() -> str:
     return f"{short_hash(platform.node())[:8]}-{os.getpid()}"
 
 
+def _is_left_over(path: Path) -> bool:
+    """Return whether ``path`` is half made or half deleted, and not by a process of this machine that is still there (an export)."""
+    found = LEFT_OVER.fullmatch(path.name)
+    return found is not None and not (_is_mine(found) and psutil.pid_exists(int(found[3])))
+
+
+def _is_mine(found: re.Match) -> bool:
+    return _me().startswith(f"{found[2]}-")
+
+
 def _clear(path: Path) -> None:
     """Delete what a process of this machine that has ended has left half made or half deleted of ``path``.
 
@@ -326,8 +336,7 @@ def _clear(path: Path) -> None:
     """
     for other in path.parent.iterdir():
         found = LEFT_OVER.fullmatch(other.name)
-        is_of_path = found and other.name.startswith(f".{path.name}.{found[1]}-") and _me().startswith(f"{found[2]}-")
-        if not is_of_path or psutil.pid_exists(int(found[3])):
+        if not found or not other.name.startswith(f".{path.name}.{found[1]}-") or not _is_mine(found) or not _is_left_over(other):
             continue
         if found[1] == "old" and not path.exists() and is_whole(other):
             os.replace(other, path)

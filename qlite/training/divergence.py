@@ -50,6 +50,14 @@ def after_fault(train: Train, state: TrainState, fault: Diverged, rows: list[str
     return state, f"step {state.step} is skipped, {state.skipped} of at most {train.max_skipped} in a row: {fault}. Its rows: {named}"
 
 
+def require_any_step(state: TrainState) -> None:
+    """Raise Diverged if a run is at its end and none of its steps could be made."""
+    if state.step and state.skipped == state.step:
+        raise Diverged(
+            f"none of {state.step} steps could be made, so nothing was trained. Lower optimizer.lr, or look at the base and the rows"
+        )
+
+
 def rows_of(step: int, batches: TokenBatches, data: DataSet) -> list[str]:
     """Return where the rows of ``step`` stand: "train.jsonl line 17"."""
     return [data.train.where(row) for micro_batch in batches.plan(step) for line in micro_batch for row in line]

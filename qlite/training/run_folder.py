@@ -129,16 +129,17 @@ class RunFolder:
     def discard(self) -> None:
         """Delete the run that was begun here: what qlite wrote while training, and nothing else (exports stay)."""
         if self.is_begun:
-            # First what makes it count as finished.
-            for path in self._logs():
-                remove_file(path)
-            for name in ("result.json", "memory.json", "recipe.toml", "run.json", "data.json", "template.jinja"):
-                remove_file(self.path / name)
+            # First what makes it count as finished, and last what makes it count as begun: a kill in between leaves a run to be discarded.
+            remove_file(self.path / "result.json")
             for folder in (self.path, self.path / "checkpoints", self.path / "best"):
                 sweep(folder)
-            for folder in (self.adapter, *self._checkpoints(), *self._bests()):
+            for folder in (*self._checkpoints(), *self._bests(), self.adapter):
                 if folder.exists() and not remove_folder(folder):
                     set_aside(folder)
+            for path in (*self._logs(), *(self.path / name for name in ("memory.json", "data.json", "template.jinja"))):
+                remove_file(path)
+            for name in ("recipe.toml", "run.json"):
+                remove_file(self.path / name)
 
     def begin(self, recipe: Recipe, identity: dict[str, str], template: str | None, machine: dict[str, str | int]) -> list[str]:
         """Make the folder for ``recipe``, if it is not there yet; called when all that can be wrong with a run has been read.
@@ -281,7 +282,7 @@ class RunFolder:
     def write_memory(self, record: dict) -> dict:
         """Write plan against measured memory, by phase and term, in bytes; return it with what was measured before a stop."""
         path = self.path / "memory.json"
-        if path.is_file():
+        with suppress(RunError, KeyError, TypeError, AttributeError):  # none yet, or damaged: what is measured now is told alone
             before = self._read("memory.json")
             measured, earlier = record["measured"], before["measured"]
             larger = {phase: max((measured.get(phase), earlier.get(phase)), key=_bytes) for phase in {**earlier, **measured}}

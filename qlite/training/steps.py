@@ -55,6 +55,7 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
                 save(recipe, parts, run, observer, state)
             observer.note(f"stopped by {stopped.name} after step {state.step}")
             raise
+    divergence.require_any_step(state)
     return state
 
 

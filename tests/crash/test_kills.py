@@ -97,3 +97,21 @@ def test_killed_ten_times_in_one_run_and_while_going_on(server, whole, tmp_path,
     assert sums(folder) == sums(expected)
     tell(f"killed {killed} times in one run, by chance also while it went on: the same bytes")
     assert killed >= 5
+
+
+def test_killed_while_an_old_run_is_discarded_the_same_command_discards_the_rest(server, whole, tmp_path, tell):
+    """``--fresh``: at no time is what is left taken for somebody else's folder, or for a finished run."""
+    folder = fresh(whole, tmp_path / "victim")
+    assert server(folder, SHORT)["code"] == 0
+    shutil.copytree(folder / "run", tmp_path / "kept")
+    assert server(folder, SHORT, fresh=True, log=str(folder / "log"))["code"] == 0
+    log = json.loads((folder / "log").read_text())
+    calls, good = next(number for number, call in enumerate(log) if "run.json" in call[1] and call[0] == "unlink") + 1, 0
+    for number in range(calls):
+        shutil.rmtree(folder / "run")
+        shutil.copytree(tmp_path / "kept", folder / "run")
+        assert server(folder, SHORT, fresh=True, faults={"die_after": number})["code"] == KILLED
+        assert server(folder, SHORT, fresh=True)["code"] == 0
+        good += sums(folder) == sums(whole)
+    tell(f"killed while --fresh discards a run: {good}/{calls} runs then ended with the same bytes")
+    assert good == calls

@@ -77,8 +77,10 @@ def victim(job: dict, faulty: bool = True) -> int:
                 export.main([str(run.path), "--merge", "--dtype", "fp32", "--out", job["export"], *job.get("options", [])])
                 return 0
             with held(run.path):
-                if not run.is_finished:
+                if not run.is_finished and not job.get("fresh"):
                     train(recipe, run, watching)
+                elif job.get("fresh"):
+                    train(recipe, run, watching, fresh=True)
         return 0
     except QliteError as error:
         watching.note(str(error))

@@ -88,6 +88,13 @@ def test_without_any_checkpoint_it_is_said(tmp_path, monkeypatch):
         run(tiny_recipe(tmp_path, train={**QUIET, "max_skipped": 0}))
 
 
+def test_a_run_in_which_no_step_could_be_made_has_trained_nothing(tmp_path, monkeypatch):
+    spoil(monkeypatch, {1, 2})
+    with pytest.raises(Diverged, match="none of 2 steps could be made"):
+        run(tiny_recipe(tmp_path, train={**QUIET, "steps": 2}))
+    assert not RunFolder(tmp_path / "run").is_finished
+
+
 def test_steps_in_a_row_are_counted_over_a_stop(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, train={**QUIET, "max_skipped": 1}, output={"save_every": 1})
     run(recipe, stop_after=2)
