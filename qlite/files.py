@@ -1,11 +1,12 @@
 """Every write to disk: under a temporary name, flushed to the device, then renamed, so that no half file bears a final name.
 
 What a kill can leave behind has a name that begins with a dot and says that it is temporary; ``sweep`` deletes it. A folder that
-bears its final name is whole and lists its files with their SHA-256 in its manifest. Nothing else in the package writes or deletes.
+bears its final name is whole and lists its files with their SHA-256 in its manifest. Nothing else writes or deletes, but lock.py.
 """
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -109,6 +110,12 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_empty(folder: Path) -> None:
+    """Delete ``folder`` if it is there and nothing is in it."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def remove_folder(folder: Path) -> bool:
     """Delete a folder that ``new_folder`` made, and return whether it was one; what somebody else has put something into stays.
 
@@ -124,11 +131,10 @@ def remove_folder(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged ``folder`` so that nothing takes it for a whole one, and return its new name."""
-    aside = folder.with_name(f"damaged-{folder.name}")
+    """Rename a damaged ``folder``, so that nothing takes it for a whole one, to a name that is free, and return that."""
+    names = (f"damaged-{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
     with explained(folder):
-        if aside.exists():
-            shutil.rmtree(aside)
         os.replace(folder, aside)
     return aside
 
@@ -370,11 +376,17 @@ def _flush(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the device."""
     if path.is_dir() and os.name == "nt":  # Windows has no handle for a folder
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    is_folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        # Some file systems (FUSE, SMB) know no flush of a folder, and some folders can be written to and not read.
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM):
+            raise
 
 
 def _refused(path: Path, code: int | None, reason: str, needed_bytes: int | None) -> MachineError:
@@ -384,5 +396,5 @@ def _refused(path: Path, code: int | None, reason: str, needed_bytes: int | None
     needed = "" if needed_bytes is None else f"it needs {format_bytes(needed_bytes)}, and "
     with suppress(OSError):
         message += f"; {needed}{format_bytes(free_disk(path))} are free there"
-    fix = {errno.EIO: "The disk may be failing: look at it", errno.EROFS: "The disk is mounted read-only"}
+    fix = {errno.EIO: "The disk may be failing: look at it", errno.EROFS: "The disk is read-only: mount it so that it can be written"}
     return DiskError(f"{message}. {fix.get(code, 'Make room')}, then give the same command again: what was written before is whole")

@@ -27,7 +27,7 @@ def held(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise RunError(f'"{folder}" is a file, and a folder is to be written there; choose another output.dir')
     with explained(folder):
-        above = [each for each in folder.parents if not each.exists()]
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         handle = _lock(folder)
     try:
         yield
@@ -37,7 +37,7 @@ def held(folder: Path) -> Iterator[None]:
         for step in reversed(steps) if os.name == "nt" else steps:
             with suppress(OSError):
                 step()
-        for each in (folder, *above):
+        for each in made:
             with suppress(OSError):  # something is in it
                 each.rmdir()
 

@@ -1,5 +1,5 @@
 """Signals that ask a process to stop: Ctrl-C, a closing terminal, a shutdown. Answered at once or, while a run takes steps, at the
-next micro-batch, so that all that was learned can be written first; the second one is always answered at once.
+next micro-batch, so that all that was learned can be written first; a second Ctrl-C is always answered at once.
 """
 
 import signal
@@ -47,9 +47,10 @@ class Stop:
             raise _stopped(self.number)
 
     def _hear(self, number: int, _frame: object) -> None:
-        if self.number is not None:
+        if self.number is None:
+            self.number = number
+        elif number == signal.SIGINT:  # a closing terminal sends SIGHUP twice, and a shutdown several kinds
             raise StoppedAtOnce(number)
-        self.number = number
 
 
 @contextmanager
@@ -57,6 +58,9 @@ def stopping_at_once() -> Iterator[None]:
     """Raise Stopped wherever the process is when a signal comes, so that what was begun is cleaned up."""
 
     def stop(number: int, _frame: object) -> None:
+        for other in signals():
+            if other != signal.SIGINT and signal.getsignal(other) is stop:
+                signal.signal(other, signal.SIG_IGN)  # what follows is no reason to break off the cleaning up
         raise _stopped(number)
 
     with _handled_by(stop):
@@ -65,7 +69,7 @@ def stopping_at_once() -> Iterator[None]:
 
 @contextmanager
 def stopping_softly() -> Iterator[Stop]:
-    """Give what hears of the first signal; a second one raises StoppedAtOnce wherever the process is."""
+    """Give what hears of the first signal; a Ctrl-C after it raises StoppedAtOnce wherever the process is."""
     stop = Stop()
     with _handled_by(stop._hear):
         yield stop

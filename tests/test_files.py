@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from qlite import files
 from qlite.errors import MachineError
 from qlite.files import MANIFEST, drop_oldest, is_whole, new_folder, write_json, write_tensors, write_text
+from qlite.lock import held
 
 
 def test_a_folder_appears_whole_with_the_sums_of_its_files(tmp_path):
@@ -95,3 +96,23 @@ def test_numbers_that_are_not_json_are_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_set_aside_never_gives_way(tmp_path):
+    for number in range(3):
+        (tmp_path / "f").mkdir()
+        (tmp_path / "f" / "note.txt").write_text(str(number))
+        files.set_aside(tmp_path / "f")
+    assert {path.name: (path / "note.txt").read_text() for path in tmp_path.iterdir()} == {
+        "damaged-f": "0",
+        "damaged-f-1": "1",
+        "damaged-f-2": "2",
+    }
+
+
+def test_a_folder_that_was_there_before_stays_when_it_is_let_go(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "mine", tmp_path / "new" / "run"):
+        with held(folder):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

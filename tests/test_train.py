@@ -21,9 +21,10 @@ from qlite.recipe.read import build_recipe
 from qlite.train import main
 from qlite.training import run_folder, steps
 from qlite.training.report import EvalReport
+from qlite.training.run import train
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.training.state import TrainState
-from tests.tiny_run import STEPS, run, tiny_recipe, tiny_tables
+from tests.tiny_run import STEPS, Watcher, run, tiny_recipe, tiny_tables
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +267,17 @@ def test_a_clock_that_jumps_changes_nothing(whole, tmp_path, monkeypatch, jump):
     assert seen.steps[0].step == 5
     assert adapter_sum(tmp_path) == adapter_sum(folder)
     assert all(record["seconds"] >= 0 for record in RunFolder(tmp_path / "run").records() if "seconds" in record)
+
+
+@pytest.mark.parametrize("name", ["data.json", "template.jinja", "run.json", "recipe.toml", "adapter"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_files_of_the_users_own_are_never_written_over(tmp_path, name, fresh):
+    recipe = tiny_recipe(tmp_path, train={"steps": 2})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(RunError, match=f"holds something else .{name}"):
+        train(recipe, RunFolder(tmp_path / "run"), Watcher(), fresh)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "mine")]
 
 
 @pytest.mark.parametrize("name", ["recipe.toml", "run.json", "result.json"])

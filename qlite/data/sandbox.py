@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import wraps
+from types import GeneratorType
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -103,6 +104,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.bounds.tick()
         method = getattr(obj, "__wrapped__", obj)  # jinja gives its own str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        args = tuple(self._weighed_parts(value) if isinstance(value, GeneratorType) else value for value in args)
         if isinstance(owner, str):
             _weigh_ahead(name, owner, args, kwargs)
         return weighed(super().call(context, obj, *args, **kwargs))
@@ -113,7 +115,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             _weigh_ahead("format", left, right if isinstance(right, tuple) else (right,), {})
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _require(left.bit_length() * right)
-        elif operator == "*":
+        elif operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
             _require(_length(left) * _length(right))
         return weighed(super().call_binop(context, operator, left, right))
 
@@ -124,11 +126,23 @@ class _Environment(ImmutableSandboxedEnvironment):
         @wraps(function)  # with the mark by which jinja knows that it wants a context first
         def bounded(*args, **kwargs):
             self.bounds.tick()
-            value, *others = args[1:] if hasattr(function, "jinja_pass_arg") else args
-            _weigh_ahead(name, weighed(value), others, kwargs)
+            first = 1 if hasattr(function, "jinja_pass_arg") else 0
+            value = args[first]
+            if isinstance(value, GeneratorType):  # what a filter before this one makes, part by part: weighed as it comes
+                value = self._weighed_parts(value)
+                args = (*args[:first], value, *args[first + 1 :])
+            _weigh_ahead(name, weighed(value), args[first + 1 :], kwargs)
             return weighed(function(*args, **kwargs))
 
         return bounded
+
+    def _weighed_parts(self, values: Iterator) -> Iterator:
+        weight = 0
+        for value in values:
+            self.bounds.tick()
+            weight += _weight(value) + 8
+            _require(weight)
+            yield value
 
     def _turns(self, values: Iterable, written: int) -> Iterator:
         """Yield ``values``, in each turn of the loop that writes so many characters of the template's own."""
@@ -149,6 +163,8 @@ class _Bounding(NodeTransformer):
     """Makes loops count their turns; and texts and lists that a template puts together go through filters, which are bounded."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
+        if node.recursive:
+            raise TemplateError("it has a recursive loop, which no chat template needs")
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         node = self.generic_visit(node)
         node.iter = _filtered("_turns", node.iter, [nodes.Const(written, lineno=node.lineno)])
@@ -179,11 +195,12 @@ def weighed(value: object) -> object:
     if kind is str:
         _require(len(value))
     elif kind is not bool and kind is not type(None):
-        _require_parts(value)
+        _weight(value)
     return value
 
 
-def _require_parts(value: object) -> None:
+def _weight(value: object) -> int:
+    """Return the characters and parts of ``value``. Raises SecurityError if they are too many to be counted."""
     weight, open_values = 0, [value]
     while open_values:
         part = open_values.pop()
@@ -200,6 +217,7 @@ def _require_parts(value: object) -> None:
         elif isinstance(part, Namespace):
             open_values.append(part._Namespace__attrs)
         _require(weight)
+    return weight
 
 
 def _weigh_ahead(name: str, owner: object, args: Iterable, kwargs: dict) -> None:

@@ -15,6 +15,7 @@ from qlite.units import MIB
 
 SMALL_FILES = 16 * MIB
 """Room for metrics, tables of tensors and whatever else is small."""
+OWN = ("checkpoints", "best", "adapter")
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: FlatOptimizer) -> tuple[int, int]:
@@ -35,5 +36,8 @@ def require_room(output: Output, sizes: tuple[int, int]) -> None:
     """
     adapter, state = sizes
     best = 2 * adapter if output.adapter == "best" else 0
+    folder = Path(output.dir)
+    # What the run has written before is a part of what it writes at most.
+    own = sum(file.stat().st_size for name in OWN for file in folder.glob(f"{name}/**/*") if file.is_file())
     needed = (output.keep + 1) * (adapter + state) + adapter + best + SMALL_FILES
-    require_space(Path(output.dir), needed, f"a run that keeps {output.keep} checkpoints (output.keep)")
+    require_space(folder, max(SMALL_FILES, needed - own), f"a run that keeps {output.keep} checkpoints (output.keep)")

@@ -78,7 +78,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     parts = prepare(recipe, console)
     recipe = parts.recipe
     # Only now is anything written or deleted: a mistyped path or target has shown itself by here.
-    if fresh:
+    if fresh and run.is_begun:
         run.discard()
     else:
         run.check(recipe)

@@ -22,13 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlite import __version__
-from qlite.errors import Diverged, RunError
+from qlite.errors import DiskError, Diverged, RunError
 from qlite.files import (
     append_line,
     flush,
     is_whole,
     keep_file,
     new_folder,
+    remove_empty,
     remove_file,
     remove_folder,
     set_aside,
@@ -46,6 +47,8 @@ from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepRe
 from qlite.training.state import TrainState
 from qlite.units import MIB
 
+BEGINNING = ("run.json", "data.json", "template.jinja")
+"""What is written before recipe.toml, with which a run is begun."""
 LOG_BYTES = 16 * MIB
 """Size of metrics.jsonl beyond which it is continued in a new file."""
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
@@ -64,6 +67,8 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.metrics, self.adapter = path / "metrics.jsonl", path / "adapter"
+        self.may_lose_lines = False
+        """Whether a line of metrics.jsonl that a full disk does not take ends nothing."""
 
     @property
     def is_begun(self) -> bool:
@@ -98,8 +103,10 @@ class RunFolder:
     def check(self, recipe: Recipe) -> None:
         """Raise RunError if the folder belongs to another recipe or holds something else. Nothing is written."""
         if not self.is_begun:
-            inside = list(self.path.iterdir()) if self.path.is_dir() else []
-            others = [path.name for path in inside if not path.name.startswith((".", "run.json", "data.json", "template.jinja"))]
+            inside = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+            # A run that was killed while it began: run.json is written first.
+            own = BEGINNING if "run.json" in inside and self._is_run_json() else ()
+            others = [name for name in inside if not name.startswith(".") and name not in own]
             if others or self.path.is_file():
                 raise RunError(f'output.dir = "{self.path}": exists and holds something else ({", ".join(others[:3])}); choose another')
             return
@@ -109,6 +116,12 @@ class RunFolder:
                 f'"{self.path}" holds a run of another recipe ({"; ".join(differences)}). '
                 "Go on with the old recipe, choose another output.dir, or start afresh with --fresh"
             )
+
+    def _is_run_json(self) -> bool:
+        with suppress(RunError):
+            facts = self._read("run.json")
+            return isinstance(facts, dict) and {"qlite", *LIBRARIES} <= facts.keys()
+        return False
 
     def changes(self, recipe: Recipe) -> list[str]:
         """Return in what ``recipe`` differs from the one that the run goes by, but for where and how often it is written."""
@@ -138,6 +151,8 @@ class RunFolder:
                     set_aside(folder)
             for path in (*self._logs(), *(self.path / name for name in ("memory.json", "data.json", "template.jinja"))):
                 remove_file(path)
+            for folder in (self.path / "checkpoints", self.path / "best"):
+                remove_empty(folder)
             for name in ("recipe.toml", "run.json"):
                 remove_file(self.path / name)
 
@@ -152,6 +167,8 @@ class RunFolder:
             write_json(self.path / "data.json", identity)
             if template is not None:
                 write_text(self.path / "template.jinja", template)
+            else:
+                remove_file(self.path / "template.jinja")
             write_text(self.path / "recipe.toml", recipe_toml(recipe))  # last: with it the folder is this run's
         elif recipe_differences(self.recipe(), recipe):  # in what may change
             write_text(self.path / "recipe.toml", recipe_toml(recipe))
@@ -222,7 +239,8 @@ class RunFolder:
         if bad is not None:
             raise Diverged(
                 f"after step {step}, {bad} holds values that are not finite, so nothing of it was saved; the last good checkpoint is "
-                f"{self.newest or 'not there: none was written yet'}. Lower optimizer.lr or raise schedule.warmup_steps"
+                f"{self.newest or 'not there: none was written yet'}. Lower optimizer.lr or raise "
+                "schedule.warmup_steps, with --fresh or another output.dir"
             )
 
     def resume(self, model: nn.Module, optimizer: FlatOptimizer, note: Callable[[str], None] = print) -> TrainState:
@@ -302,7 +320,11 @@ class RunFolder:
             raise RunError(f"{path}: damaged or missing ({error}); start afresh with --fresh") from error
 
     def _log(self, record: dict) -> None:
-        append_line(self.metrics, json.dumps(record, ensure_ascii=False))
+        try:
+            append_line(self.metrics, json.dumps(record, ensure_ascii=False))
+        except DiskError:
+            if not self.may_lose_lines:
+                raise
 
     def _rewind(self, state: TrainState) -> None:
         """Drop what metrics.jsonl says of steps and evaluations after ``state``: they will be made again."""

@@ -1,6 +1,8 @@
 """Step after step: each with its evaluation, its checkpoint, and an end in good order whatever ends it."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
         Diverged: too many steps in a row could not be made.
     """
     plan, batches = recipe.train, Ahead(parts.batches, parts.steps)
+    run.may_lose_lines = recipe.output.on_full_disk == "continue"
     with stopping_softly() as stop:
         parts.stepper.between = stop.check
         observer = Broadcast(observer, StopWatch(stop.check))
@@ -47,6 +50,7 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
                 has_learned = parts.stepper.limits != limits
                 if has_learned or is_last or is_due(recipe.output.save_every, step, parts.steps):
                     save(recipe, parts, run, observer, state)
+            stop.check()  # what came during the last step is heard, too
         except StoppedAtOnce:
             raise
         except Stopped as stopped:
@@ -82,10 +86,17 @@ def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, 
 
 
 def save(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState) -> None:
-    """Write a checkpoint of ``state``, if there is none yet. Raises DiskError, unless output.on_full_disk is "continue"."""
-    try:
+    """Write a checkpoint of ``state``, if there is none yet."""
+    with refusals_told(recipe, observer):
         run.save(state, parts.model, parts.optimizer, recipe.output.keep)
         run.write_memory(parts.meter.compared())
+
+
+@contextmanager
+def refusals_told(recipe: Recipe, observer: Observer) -> Iterator[None]:
+    """Let a disk refuse what is written inside, if output.on_full_disk is "continue"; ``observer`` hears of it."""
+    try:
+        yield
     except DiskError as error:
         if recipe.output.on_full_disk == "stop":
             raise
@@ -104,7 +115,8 @@ def measure(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, 
     observer.evaluated(evaluation)
     state = state.after(evaluation.loss)
     if recipe.output.adapter == "best" and state.best_step == state.step:
-        run.save_best(state, parts.model)
+        with refusals_told(recipe, observer):
+            run.save_best(state, parts.model)
     return state
 
 

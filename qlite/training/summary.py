@@ -1,6 +1,7 @@
 """What a finished run says of itself: result.json, and the closing words on the terminal."""
 
 import shlex
+from math import isfinite
 from statistics import median
 
 from rich.console import Console
@@ -32,8 +33,8 @@ def summarise(records: list[dict], memory: MemoryUse, compared: dict, system: st
         "tokens_per_second": round(median(record["tokens_per_second"] for record in steps), 1),
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
-        "eval_loss": evaluations[-1]["loss"] if evaluations else None,
-        "perplexity": evaluations[-1]["perplexity"] if evaluations else None,
+        "eval_loss": _finite(evaluations[-1]["loss"]) if evaluations else None,
+        "perplexity": _finite(evaluations[-1]["perplexity"]) if evaluations else None,
         "best_loss": state.best_loss,
         "best_step": state.best_step if evaluations else None,
         "peak_memory_bytes": memory.peak if on_gpu else peak_process_bytes(),
@@ -43,6 +44,11 @@ def summarise(records: list[dict], memory: MemoryUse, compared: dict, system: st
         "system": system,
         "answers": answers,
     }
+
+
+def _finite(number: float) -> float | None:
+    """Return ``number``, or None for what JSON has no word for."""
+    return number if isfinite(number) else None
 
 
 def print_summary(run: RunFolder) -> None:

@@ -18,7 +18,7 @@ from tests.tiny_run import tiny_tables
 pytestmark = pytest.mark.crash
 
 HOLD = (
-    "import sys, time\nfrom pathlib import Path\nfrom qlite.errors import RunError\nfrom qlite.files import held\n"
+    "import sys, time\nfrom pathlib import Path\nfrom qlite.errors import RunError\nfrom qlite.lock import held\n"
     "print('ready', flush=True)\nsys.stdin.readline()\n"
     "try:\n    with held(Path(sys.argv[1])):\n        print('mine', flush=True)\n        sys.stdin.readline()\n"
     "except RunError as error:\n    print(error, flush=True)\n    sys.exit(error.exit_code)\n"

@@ -12,9 +12,11 @@ import pytest
 import tomli_w
 
 from qlite.files import is_whole
+from qlite.stopping import Stopped
+from qlite.training.run import train
 from qlite.training.run_folder import RunFolder
 from tests.crash.test_kills import ROOT, fresh, sums
-from tests.tiny_run import tiny_tables
+from tests.tiny_run import Watcher, tiny_recipe, tiny_tables
 
 pytestmark = pytest.mark.crash
 
@@ -88,6 +90,36 @@ def test_the_command_that_a_user_types(tmp_path, name):
     assert err.strip() == "interrupted; the same command goes on from the newest checkpoint, if one was written"
     assert f"stopped by {signal.Signals(name).name} after step" in out
     assert RunFolder(tmp_path / "run").newest is not None
+
+
+def test_a_closing_terminal_that_says_it_twice_loses_nothing(server, whole, tmp_path):
+    """The shell and the kernel both send SIGHUP; a shutdown sends SIGTERM, too."""
+    base, seconds = whole
+    for numbers in ([signal.SIGHUP, signal.SIGHUP], [signal.SIGTERM, signal.SIGHUP], [signal.SIGINT, signal.SIGTERM]):
+        folder = fresh(base, tmp_path / "victim")
+        delay = 0.6 * seconds
+        ended = server(folder, LONG, signals=[[number, delay + 0.001 * place] for place, number in enumerate(numbers)])
+        assert ended.get("code") in (CODES[numbers[0]], 0), ended
+        steps = [record["step"] for record in RunFolder(folder / "run").records() if record["kind"] == "step"]
+        saved = max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
+        assert saved == max(steps)
+        assert server(folder, LONG)["code"] == 0
+        assert sums(folder) == sums(base)
+
+
+def test_a_signal_in_the_last_step_is_heard(tmp_path):
+    class Last(Watcher):
+        def step(self, report) -> None:
+            if report.step == report.steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = tiny_recipe(tmp_path, train={"steps": 2, "exact_match_rows": 0})
+    with pytest.raises(Stopped) as caught:
+        train(recipe, RunFolder(tmp_path / "run"), Last())
+    assert caught.value.exit_code == 143
+    assert RunFolder(tmp_path / "run").newest.name == "step-00000002"
+    train(recipe, RunFolder(tmp_path / "run"), Watcher())
+    assert RunFolder(tmp_path / "run").is_finished
 
 
 def test_what_is_ignored_from_outside_stays_ignored(tmp_path):

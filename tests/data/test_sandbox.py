@@ -37,7 +37,7 @@ WRITTEN = [
     "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}{% break %}{% endif %}{% continue %}{% endfor %}",
     "{% for m in messages %}{% if m.thinking is defined %}{{ m.thinking }}|{{ m.reasoning_content }}{% endif %}{% endfor %}",
     "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}{{ (messages | last).role }}{{ messages | length }}",
-    "{{ messages[1].content.split('3')[0].strip().replace('<', 'less') }}{{ '%s-%d' | format('a', 3) }}{{ '%05.1f' % 2.5 }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ '-' * 8 }}",
+    "{{ messages[1].content.split('3')[0].strip().replace('<', 'less') }}{{ '%s-%d' | format('a', 3) }}{{ '%05.1f' % 2.5 }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ 5000 * 5000 }}{{ '-' * 8 }}",
     "{{ dict(a=1) }}{{ {'b': [1, (2, 3)]}.b }}{% set x, y = 1, 2 %}{{ x + y }}{{ [1] + [2] }}{{ messages[0].get('name', 'none') }}{{ nothing }}{{ nothing is defined }}",
     "{% for key in ['role', 'content'] %}{{ messages[0][key] }}{% endfor %}{% for a, b in [(1, 2), (3, 4)] %}{{ a * b }}{% endfor %}{{ range(3) | list }}",
     "{% set text %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}{{ text | length }}{{ text[:5] }}{{ messages[0].content is string }}{{ messages is iterable }}",
@@ -76,6 +76,10 @@ BOMBS = {
     "written text": "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "a long join": "{{ range(99999) | join('a' * 9999999) }}",
+    "texts of a filter, joined": "{{ range(99999) | map('center', 1000000) | join | length }}",
+    "texts of a filter, listed": "{{ range(99999) | map('center', 1000000) | list | length }}",
+    "texts of a filter, joined by a method": "{{ ''.join(range(99999) | map('center', 1000000)) }}",
+    "loops that call themselves": "{% for a in range(99999) recursive %}" + "x" * 9999 + "{{ loop(range(99999)) }}{% endfor %}",
     "lorem ipsum": "{{ lipsum(n=10000000) }}",
     "a long program": "{# " + "x" * 2_000_000 + " #}messages",
     "blocks in blocks": "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
@@ -110,7 +114,7 @@ def test_what_would_take_the_machine_is_refused(name, monkeypatch):
     finally:
         seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert seconds < 30  # with every allocation followed
+    assert seconds < 90  # with every allocation followed, which is most of it
     assert peak < 400e6
 
 
