@@ -113,11 +113,14 @@ def measure(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, 
     with parts.meter.evaluating():
         evaluation = evaluate(parts.stepper, parts.data, recipe.train, state.step, observer)
     observer.evaluated(evaluation)
-    state = state.after(evaluation.loss)
-    if recipe.output.adapter == "best" and state.best_step == state.step:
+    after = state.after(evaluation.loss)
+    if recipe.output.adapter == "best" and after.best_step == state.step:
         with refusals_told(recipe, observer):
-            run.save_best(state, parts.model)
-    return state
+            run.save_best(after, parts.model)
+            return after
+        # Refused: what is on no disk cannot be the best.
+        return replace(after, best_loss=state.best_loss, best_step=state.best_step)
+    return after
 
 
 def answer(recipe: Recipe, parts: "Parts", observer: Observer, step: int) -> None:

@@ -62,7 +62,7 @@ def test_of_many_at_once_exactly_one_wins(tmp_path, tell):
             _, status = os.wait()
             codes.append(os.waitstatus_to_exitcode(status))
         won += codes == [2] * 19 + [0]
-        assert not folder.exists()
+        assert not folder.exists() or not list(folder.iterdir())  # empty, where it was made by one that came too late
     tell(f"20 processes at once in one folder: exactly one had it in {won}/{rounds} rounds")
     assert won == rounds
 
