@@ -5,9 +5,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from qlite.errors import MachineError, QliteError
+from qlite.errors import MachineError, QliteError, printable
 from qlite.stopping import Stopped, stopping_at_once
-from qlite.streams import clean_lines, forgiving_output
+from qlite.streams import forgiving_output
 
 
 def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted") -> None:
@@ -29,7 +29,7 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
             message, code = interrupted, getattr(stopped, "exit_code", 130)
         except Exception as error:
             message, code = _other(error)
-        print(clean_lines(message), file=sys.stderr)  # files, rows and models are named in it by their own words
+        print(printable(message), file=sys.stderr)
     sys.exit(code)
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from qlite import files
+from qlite.errors import DiskError
 from qlite.files import is_whole, sha256
 from qlite.methods.base import trainable_count
 from qlite.training import disk
 from qlite.training.run import prepare
 from tests.crash.faults import said
 from tests.crash.test_kills import ROOT, SHORT, fresh, sums
-from tests.tiny_run import Watcher, tiny_recipe
+from tests.tiny_run import Watcher, run, tiny_recipe
 
 pytestmark = pytest.mark.crash
 
@@ -118,6 +120,19 @@ def test_too_little_room_is_known_before_the_first_step(server, whole, tmp_path,
     *_, line = said(folder / "told")
     assert "a run that keeps 1000000000 checkpoints (output.keep) would need" in line
     assert not (folder / "run").exists()
+
+
+def test_what_a_run_has_written_before_counts_as_room(tmp_path, monkeypatch):
+    """Else a run that fits at its start could not go on once its checkpoints are there."""
+    run(tiny_recipe(tmp_path), stop_after=5)
+    output, sizes = tiny_recipe(tmp_path).output, (20_000, 40_000)
+    kept = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints").rglob("*") if file.is_file())
+    needed = 3 * sum(sizes) + sizes[0] + disk.SMALL_FILES
+    monkeypatch.setattr(files, "free_disk", lambda _: needed - kept)
+    disk.require_room(output, sizes)
+    monkeypatch.setattr(files, "free_disk", lambda _: needed - kept - 1)
+    with pytest.raises(DiskError, match="output.keep"):
+        disk.require_room(output, sizes)
 
 
 def test_the_room_that_is_planned_is_the_room_that_is_taken(tmp_path):

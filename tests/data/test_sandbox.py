@@ -1,5 +1,4 @@
 """Chat templates of strangers: what they may do is what transformers lets them; what would take the machine is refused."""
-# ruff: noqa: E501
 
 import time
 import tracemalloc
@@ -28,20 +27,54 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 # What the templates of Llama 3, Qwen 3, Mistral, Gemma, Phi and DeepSeek are written with.
 WRITTEN = [
     "{{ bos_token }}{% for m in messages %}{{ loop.index0 }}/{{ loop.length }}{{ m['role'] }}{% if loop.last %}!{% endif %}{% endfor %}",
-    "{% set ns = namespace(n=0, last='') %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% set ns.last = m.content %}{% endfor %}{{ ns.n }}{{ ns.last }}",
-    "{%- if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}{% for m in messages[::-1] %}{{ m.content | trim }}\n{% endfor %}",
+    (
+        "{% set ns = namespace(n=0, last='') %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+        "{% set ns.last = m.content %}{% endfor %}{{ ns.n }}{{ ns.last }}"
+    ),
+    (
+        "{%- if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+        "{% for m in messages[::-1] %}{{ m.content | trim }}\n{% endfor %}"
+    ),
     "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}",
     "{% for m in messages if m.role != 'tool' %}{{ '<' ~ m.role ~ '>' + m.content }}{% else %}none{% endfor %}",
-    "{{ tools | tojson }}{{ tools | tojson(indent=4) }}{% for t in tools %}{{ t.function.parameters.properties.keys() | list | join(', ') }}{% endfor %}",
-    "{% macro say(m, end='.') %}{{ m.role | upper }}: {{ m.content }}{{ end }}{% endmacro %}{% for m in messages %}{{ say(m, end=';') }}{% endfor %}",
-    "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}{% break %}{% endif %}{% continue %}{% endfor %}",
+    (
+        "{{ tools | tojson }}{{ tools | tojson(indent=4) }}{% for t in tools %}"
+        "{{ t.function.parameters.properties.keys() | list | join(', ') }}{% endfor %}"
+    ),
+    (
+        "{% macro say(m, end='.') %}{{ m.role | upper }}: {{ m.content }}{{ end }}{% endmacro %}{% for m in messages %}"
+        "{{ say(m, end=';') }}{% endfor %}"
+    ),
+    (
+        "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+        "{{ c.function.arguments | tojson }}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}"
+        "{% endfor %}{% break %}{% endif %}{% continue %}{% endfor %}"
+    ),
     "{% for m in messages %}{% if m.thinking is defined %}{{ m.thinking }}|{{ m.reasoning_content }}{% endif %}{% endfor %}",
-    "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}{{ (messages | last).role }}{{ messages | length }}",
-    "{{ messages[1].content.split('3')[0].strip().replace('<', 'less') }}{{ '%s-%d' | format('a', 3) }}{{ '%05.1f' % 2.5 }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ 5000 * 5000 }}{{ '-' * 8 }}",
-    "{{ dict(a=1) }}{{ {'b': [1, (2, 3)]}.b }}{% set x, y = 1, 2 %}{{ x + y }}{{ [1] + [2] }}{{ messages[0].get('name', 'none') }}{{ nothing }}{{ nothing is defined }}",
-    "{% for key in ['role', 'content'] %}{{ messages[0][key] }}{% endfor %}{% for a, b in [(1, 2), (3, 4)] %}{{ a * b }}{% endfor %}{{ range(3) | list }}",
-    "{% set text %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}{{ text | length }}{{ text[:5] }}{{ messages[0].content is string }}{{ messages is iterable }}",
-    "{{ 1700000000 | string }}{{ messages | tojson | length }}{% if add_generation_prompt %}ask{% endif %}{{ documents is none }}{{ (messages | first)['content'] | default(1700000000) }}",
+    (
+        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}"
+        "{{ (messages | last).role }}{{ messages | length }}"
+    ),
+    (
+        "{{ messages[1].content.split('3')[0].strip().replace('<', 'less') }}{{ '%s-%d' | format('a', 3) }}"
+        "{{ '%05.1f' % 2.5 }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ 5000 * 5000 }}{{ '-' * 8 }}"
+    ),
+    (
+        "{{ dict(a=1) }}{{ {'b': [1, (2, 3)]}.b }}{% set x, y = 1, 2 %}"
+        "{{ x + y }}{{ [1] + [2] }}{{ messages[0].get('name', 'none') }}{{ nothing }}{{ nothing is defined }}"
+    ),
+    (
+        "{% for key in ['role', 'content'] %}{{ messages[0][key] }}{% endfor %}{% for a, b in [(1, 2), (3, 4)] %}"
+        "{{ a * b }}{% endfor %}{{ range(3) | list }}"
+    ),
+    (
+        "{% set text %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}"
+        "{{ text | length }}{{ text[:5] }}{{ messages[0].content is string }}{{ messages is iterable }}"
+    ),
+    (
+        "{{ 1700000000 | string }}{{ messages | tojson | length }}{% if add_generation_prompt %}ask{% endif %}"
+        "{{ documents is none }}{{ (messages | first)['content'] | default(1700000000) }}"
+    ),
 ]  # fmt: skip
 
 
@@ -63,9 +96,13 @@ BOMBS = {
     "doubling by ~": "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "doubling by +": "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "doubling by join": "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
-    "doubling by replace": "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('a', 'aa' * 99) %}{% endfor %}",
+    "doubling by replace": (
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('a', 'aa' * 99) %}{% endfor %}"
+    ),
     "lists in lists": "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
-    "tables in tables": "{% set ns = namespace(d={}) %}{% for i in range(60) %}{% set ns.d = {'a': ns.d, 'b': ns.d} %}{% endfor %}{{ ns.d }}",
+    "tables in tables": (
+        "{% set ns = namespace(d={}) %}{% for i in range(60) %}{% set ns.d = {'a': ns.d, 'b': ns.d} %}{% endfor %}{{ ns.d }}"
+    ),
     "a width": "{{ 'a' | center(10000000000) }}",
     "a width by a method": "{{ 'a'.ljust(10000000000) }}",
     "a width in a format": "{{ '%10000000000d' % 1 }}",
