@@ -20,7 +20,7 @@ from qlite.errors import MachineError, RecipeError
 from qlite.memory import terms
 from qlite.memory.cards import CARDS, Card, find_card
 from qlite.memory.ledger import Peak
-from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, VISIBLE_SHARE, MemoryPlan
+from qlite.memory.plan import VISIBLE_SHARE, MemoryPlan
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
@@ -57,7 +57,7 @@ class Target:
 
     def plan(self, found: Forecast) -> MemoryPlan:
         """Return ``found`` against this card."""
-        return MemoryPlan(found.peaks(), self.capacity, self.words, CONTEXT_BYTES + SLACK_BYTES + found.int8_bytes)
+        return MemoryPlan.on_card(found.peaks(), self.capacity, self.words, found.int8_bytes)
 
 
 def main(argv: list[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlite.memory import terms
-from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, VISIBLE_SHARE, MemoryPlan
+from qlite.memory.plan import VISIBLE_SHARE, MemoryPlan
 from qlite.model.shapes import base_shapes
 from qlite.recipe.read import read_recipe
 from qlite.training.forecast import STEP, Workload, forecast, worst_workload
@@ -128,7 +128,7 @@ def test_recipe_plans_to_fit_its_card_with_a_twentieth_to_spare(path):
     recipe, card = read_recipe(path), int(re.search(r"_(\d+)gb$", path.stem)[1]) * GIB
     shapes = base_shapes(recipe.base, lambda *_: None)
     found = forecast(recipe, shapes, worst_workload(recipe)).peaks()
-    plan = MemoryPlan(found, int(VISIBLE_SHARE * card), path.stem, CONTEXT_BYTES + SLACK_BYTES)
+    plan = MemoryPlan.on_card(found, int(VISIBLE_SHARE * card), path.stem)
     assert plan.headroom >= 0.05 * card, str(plan)
 
 

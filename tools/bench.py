@@ -3,11 +3,13 @@
     python tools/bench.py --setup                      # the peers' environments, into build/bench (11 GB), and then everything
     python tools/bench.py --only counts,load           # needs no other environment, but: pip install peft accelerate
     python tools/bench.py --only small --dtype float32 --rounds 5
+    python tools/bench.py --device cuda --only small,large,7b --rounds 20
 
 The parts:
   small    SmolLM2-135M, 4 x 512 tokens: qlite, PEFT + Trainer, PEFT + TRL, unsloth (and with UNSLOTH_CPU_COMPILE=1); twice: with the
            allocator that each side chooses, and with glibc's thresholds raised for all, as qlite does for itself
-  large    a random Llama of 1.1 billion weights, 1 x 512 and 2 x 1024: qlite and PEFT + Trainer
+  large    a random Llama of 1.1 billion weights, 1 x 512 and 2 x 1024: qlite and PEFT + Trainer (on a card: all of them)
+  7b       on a card: a random Llama with the sizes of Llama 2 7B, 1 x 2048
   counts   kernels, bytes, FLOPs and dequantisations of one step of qlite and of PEFT + Trainer, and from them a roofline estimate for
            three cards (memory/work.py says how; an estimate, nothing was run on a card)
   load     the 1.1 billion weights quantised to NF4 in a fresh process: transformers, qlite, qlite from its cache
@@ -28,7 +30,7 @@ import venv
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench_pieces import CARDS, LARGE, SMALL, places
+from bench_pieces import CARDS, LARGE, LLAMA7B, SMALL, places
 
 from qlite.errors import MachineError, RecipeError
 from qlite.verb import run_verb
@@ -67,6 +69,7 @@ PEERS = [
     Side("unsloth, CPU backend", "unsloth", "unsloth"),
     Side("unsloth, UNSLOTH_CPU_COMPILE=1", "unsloth", "unsloth", {"UNSLOTH_CPU_COMPILE": "1"}),
 ]
+ON_A_CARD = [QLITE, KEPT, TRAINER, PEERS[1], Side("unsloth", "unsloth", "unsloth"), LIMIT]
 ABLATION = [
     QLITE,
     KEPT,
@@ -98,6 +101,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sides", default="", help="only sides whose names contain one of these words, with commas between them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all sides' arithmetic")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     args = parser.parse_args(argv)
     if not Path("/proc/self/status").is_file():
@@ -110,7 +114,7 @@ def main(argv: list[str]) -> None:
     if args.setup:
         set_up(args.out)
     wanted = [word for word in args.sides.split(",") if word]
-    print(machine(), flush=True)
+    print(machine(args.device), flush=True)
     for part in parts:
         RUN[part](args, lambda sides: [side for side in sides if not wanted or any(word in side.name for word in wanted)])
 
@@ -129,13 +133,14 @@ def python_of(out: Path, environment: str | None) -> Path:
     return Path(sys.executable) if environment is None else out / environment / "bin" / "python"
 
 
-def machine() -> str:
+def machine(where: str) -> str:
     """Return what runs here, in words. Where qlite multiplies bfloat16 "in float32", torch has only slow products of it for the others."""
     import torch
 
     from qlite import device
 
-    return f"{device.describe(torch.device('cpu'))}, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}"
+    capability = "" if where == "cuda" else f", {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.describe(torch.device(where))}{capability}; torch {torch.__version__}"
 
 
 # Steps in turns
@@ -143,6 +148,9 @@ def machine() -> str:
 
 def run_small(args, chosen) -> None:
     work = Work(SMALL, 4, 512)
+    if args.device == "cuda":
+        table(f"{work}", work, in_turns(work, chosen(ON_A_CARD), args), args)
+        return
     for allocator, title in (("own", "each side's own allocator settings"), ("raised", "glibc's thresholds raised for all")):
         sides = [QLITE, KEPT, *(replace(side, allocator=allocator) for side in PEERS), LIMIT]
         table(f"{work}; {title}", work, in_turns(work, chosen(sides), args), args)
@@ -150,7 +158,14 @@ def run_small(args, chosen) -> None:
 
 def run_large(args, chosen) -> None:
     for work in (Work(LARGE, 1, 512), Work(LARGE, 2, 1024)):
-        table(f"{work}; each side's own allocator settings", work, in_turns(work, chosen([QLITE, KEPT, TRAINER, LIMIT]), args), args)
+        sides = ON_A_CARD if args.device == "cuda" else [QLITE, KEPT, TRAINER, LIMIT]
+        table(f"{work}; each side's own allocator settings", work, in_turns(work, chosen(sides), args), args)
+
+
+def run_7b(args, chosen) -> None:
+    if args.device == "cuda":  # on a CPU a step would take a quarter of an hour
+        work = Work(LLAMA7B, 1, 2048)
+        table(f"{work}", work, in_turns(work, chosen(ON_A_CARD), args), args)
 
 
 def run_ablation(args, chosen) -> None:
@@ -198,6 +213,7 @@ def start(side: Side, work: Work, lie: dict[str, str], args) -> subprocess.Popen
         "lr": LR,
         "optimizer": "adamw" if side.runs == "qlite" else "adamw_torch",
         "dtype": args.dtype,
+        "device": args.device,
         "keys": side.keys,
         "allocator": side.allocator,
     }
@@ -226,7 +242,9 @@ def table(title: str, work: Work, found: dict[str, dict], args) -> None:
     tokens = work.micro_batch * work.tokens
     print(f"\n{title}, {args.dtype}, rank {RANK}, checkpointed, {args.rounds} rounds\n")
     columns = ["", "tokens/s (spread)", "qlite's to it, round by round (spread)", "of the products' speed"]
-    columns += ["process MiB at most", "qlite's to it", "anonymous MiB", "s to the first step"]
+    # On a card: what torch reserved there, and of that in tensors; else the process, and of that anonymous.
+    where, most, inner = ("card", "reserved", "allocated") if args.device == "cuda" else ("process", "process", "anonymous")
+    columns += [f"{where} MiB at most", "qlite's to it", f"{inner} MiB", "s to the first step"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     ours, limit = found.get(QLITE.name), found.get(LIMIT.name)
     for name, side in found.items():
@@ -234,8 +252,8 @@ def table(title: str, work: Work, found: dict[str, dict], args) -> None:
         ratios = [b / a for a, b in zip(ours["seconds"], side["seconds"], strict=True)] if ours else []
         share = f"{statistics.median(b / a for a, b in zip(side['seconds'], limit['seconds'], strict=True)):.0%}" if limit else ""
         print(
-            f"| {name} | {spread(speeds, '.0f')} | {spread(ratios, '.2f') if ratios else ''} | {share} | {side['process'] / MIB:.0f} "
-            f"| {ours['process'] / side['process'] if ours else 0:.2f} | {side['anonymous'] / MIB:.0f} "
+            f"| {name} | {spread(speeds, '.0f')} | {spread(ratios, '.2f') if ratios else ''} | {share} | {side[most] / MIB:.0f} "
+            f"| {ours[most] / side[most] if ours else 0:.2f} | {side[inner] / MIB:.0f} "
             f"| {side['load_seconds']:.1f} |",
             flush=True,
         )
@@ -256,7 +274,7 @@ def prepared(work: Work, args) -> dict[str, str]:
 
 def here(piece: str, args, work: Work) -> None:
     """Run a piece of bench_pieces.py in a process of its own."""
-    told = {"out": str(args.out), "dtype": args.dtype, "rank": RANK, "alpha": ALPHA, "lr": LR, **vars(work)}
+    told = {"out": str(args.out), "dtype": args.dtype, "device": args.device, "rank": RANK, "alpha": ALPHA, "lr": LR, **vars(work)}
     told |= {**places(args.out, work.model, work.tokens), "steps": 2}
     with (args.out / "log").open("w", encoding="utf-8") as log:
         done = subprocess.run([sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)], stdout=log, stderr=log)
@@ -312,7 +330,7 @@ def run_load(args, _chosen) -> None:
         )
 
 
-RUN = {"small": run_small, "large": run_large, "counts": run_counts, "load": run_load, "ablation": run_ablation}
+RUN = {"small": run_small, "large": run_large, "7b": run_7b, "counts": run_counts, "load": run_load, "ablation": run_ablation}
 
 if __name__ == "__main__":
     run_verb(main)

@@ -12,7 +12,12 @@ import bench_sides
 
 # Torch and the libraries are imported by the pieces: what one imports is a part of its memory.
 
-SMALL, LARGE = "SmolLM2-135M", "Llama of 1.1 billion weights"
+SMALL, LARGE, LLAMA7B = "SmolLM2-135M", "Llama of 1.1 billion weights", "Llama of 7 billion weights"
+SIZES = {
+    LARGE: {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
+    LLAMA7B: {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+"""TinyLlama's and Llama 2 7B's."""
 CARDS = ("RTX 3060", "RTX 4070", "RTX 4090")
 ROWS = 128
 """Of each length; a run that takes more begins again with the first."""
@@ -35,23 +40,23 @@ def prepare(told: dict) -> None:
     if not is_whole(small):
         peer_memory.write_base(small)
     if not is_whole(base):
-        _write_large(base, small)
+        _write_random(base, SIZES[told["model"]], small)
     if not Path(told["ids"]).is_file():
         peer_memory.write_rows(Path(told["ids"]).parent, AutoTokenizer.from_pretrained(small), ROWS, told["tokens"])
 
 
-def _write_large(folder: Path, tokenizer_of: Path) -> None:
-    """Write a Llama with TinyLlama's sizes, random weights and SmolLM2's tokenizer."""
+def _write_random(folder: Path, sizes: dict[str, int], tokenizer_of: Path) -> None:
+    """Write a Llama of ``sizes`` with random weights and SmolLM2's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from qlite.formats.merged import write_merged
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
-    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer)))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # billions of random numbers
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer)))
     write_merged(folder, model, tokenizer, None, torch.bfloat16, lambda *_: None)
 
 
@@ -140,7 +145,8 @@ def load_of_qlite(told: dict, cache: bool) -> None:
     device.keep_freed_memory()
     base = Base(model=told["base"], cache=cache)
     began = time.perf_counter()
-    base.load(torch.device("cpu"), lambda *_: None)
+    base.load(torch.device(told["device"]), lambda *_: None)
+    bench_sides.wait_for_card()
     write_load(told, time.perf_counter() - began)
 
 
@@ -154,7 +160,9 @@ def load_of_transformers(told: dict) -> None:
     import bitsandbytes  # noqa: F401  its import is no part of loading
 
     began = time.perf_counter()
-    AutoModelForCausalLM.from_pretrained(told["base"], quantization_config=nf4, dtype=torch.bfloat16)
+    where = {} if told["device"] == "cpu" else {"device_map": {"": 0}}
+    AutoModelForCausalLM.from_pretrained(told["base"], quantization_config=nf4, dtype=torch.bfloat16, **where)
+    bench_sides.wait_for_card()
     write_load(told, time.perf_counter() - began)
 
 

@@ -21,11 +21,13 @@ class Turns:
 
     def ready(self) -> None:
         """Say that the next thing is a step, and wait to be told to take it."""
+        wait_for_card()
         self._say(load_seconds=time.perf_counter() - self._began)
         self._wait()
 
     def step_done(self) -> None:
         """Say how long the step took and what the process holds; wait for the next, if there is one."""
+        wait_for_card()
         self._say(seconds=time.perf_counter() - self._began)
         self._left -= 1
         if self._left:
@@ -40,11 +42,26 @@ class Turns:
         self._began = time.perf_counter()
 
 
+def card():
+    """Return ``torch.cuda`` if this process has used a card."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def wait_for_card() -> None:
+    """Wait until the card has done what it was given."""
+    if cuda := card():
+        cuda.synchronize()
+
+
 def memory() -> dict[str, int]:
-    """Return the largest resident bytes of this process, and its anonymous ones now, by the kernel's count."""
+    """Return the largest resident bytes of this process, and its anonymous ones now, by the kernel's count; on a card also torch's own."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
-    return {"process": found["VmHWM"], "anonymous": found["RssAnon"]}
+    found = {"process": found["VmHWM"], "anonymous": found["RssAnon"]}
+    if cuda := card():
+        found |= {"reserved": cuda.max_memory_reserved(), "allocated": cuda.max_memory_allocated()}
+    return found
 
 
 def rows_of(work: dict) -> list[dict]:
@@ -65,7 +82,7 @@ def recipe_tables(work: dict) -> dict[str, dict]:
         "data": {"train": work["rows"], "loss_on": "all"},
         "train": {"steps": work["steps"], "micro_batch": work["micro_batch"], "accumulation": 1, "tokens": work["tokens"]},
         "memory": {"checkpointing": "block"},
-        "parallel": {"device": "cpu"},
+        "parallel": {"device": work["device"]},
         "output": {"dir": f"{work['out']}/qlite"},
     }
     for key, value in work["keys"].items():
@@ -125,7 +142,7 @@ def trainer_arguments(work: dict) -> dict:
     """Return what Trainer and TRL are told alike."""
     return {
         "output_dir": f"{work['out']}/peer",
-        "use_cpu": True,
+        "use_cpu": work["device"] == "cpu",
         "bf16": work["dtype"] == "bfloat16",
         "optim": work["optimizer"],
         "learning_rate": work["lr"],
@@ -150,7 +167,8 @@ def quantised(work: dict):
 
     dtype = getattr(torch, work["dtype"])
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(work["base"], quantization_config=nf4, dtype=dtype)
+    where = {} if work["device"] == "cpu" else {"device_map": {"": 0}}
+    model = AutoModelForCausalLM.from_pretrained(work["base"], quantization_config=nf4, dtype=dtype, **where)
     lora = LoraConfig(r=work["rank"], lora_alpha=work["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     return model, lora
 
@@ -184,7 +202,7 @@ def run_trl(work: dict, turns: Turns) -> None:
 
 
 def run_unsloth(work: dict, turns: Turns) -> None:
-    """unsloth on its CPU backend, with TRL's SFTTrainer, as its notebooks have it."""
+    """unsloth, on a CPU its CPU backend, with TRL's SFTTrainer, as its notebooks have it."""
     import torch
     import unsloth  # noqa: F401  before the libraries that it patches
     from datasets import Dataset
@@ -221,13 +239,16 @@ def run_limit(work: dict, turns: Turns) -> None:
     own, shared = heads * size, config["num_key_value_heads"] * size
     block = [(width, own), (width, shared), (width, shared), (own, width), (width, inner), (width, inner), (inner, width)]
 
+    def random(*sizes: int):
+        return torch.randn(*sizes).to(work["device"], dtype)
+
     def product(into: int, out: int):
-        x, weight, y = torch.randn(rows, into).to(dtype), torch.randn(out, into).to(dtype), torch.randn(rows, out).to(dtype)
+        x, weight, y = random(rows, into), random(out, into), random(rows, out)
         grad = torch.empty_like(x)
         return lambda times: [torch.mm(x, weight.T, out=y) for _ in range(times)] and torch.mm(y, weight, out=grad)
 
     def attention():
-        q, scores = torch.randn(work["micro_batch"] * heads, tokens, size).to(dtype), None
+        q = random(work["micro_batch"] * heads, tokens, size)
         scores = torch.bmm(q, q.transpose(1, 2))
         context = torch.empty_like(q)
 
@@ -238,7 +259,18 @@ def run_limit(work: dict, turns: Turns) -> None:
 
         return run
 
-    linears, attend = {shape: product(*shape) for shape in {*block, (width, config["vocab_size"])}}, attention()
+    def flash():
+        q, k, v = (random(work["micro_batch"], number, tokens, size).requires_grad_() for number in (heads, heads, heads))
+
+        def run() -> None:
+            for _ in range(2):
+                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(out, (q, k, v), q)
+
+        return run
+
+    linears = {shape: product(*shape) for shape in {*block, (width, config["vocab_size"])}}
+    attend = attention() if work["device"] == "cpu" else flash()
     turns.ready()
     for _ in range(work["steps"]):
         for _ in range(config["num_hidden_layers"]):

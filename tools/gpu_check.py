@@ -94,7 +94,7 @@ def results_of(name: str, check: Check, bench: Bench) -> Iterator[Result]:
 
 def machine(where: torch.device) -> dict[str, str]:
     """Return what the figures depend on: card, driver, versions."""
-    facts = {name: version(name) for name in ("qlite", "torch", "bitsandbytes", "transformers")}
+    facts = {name: version(name) for name in ("qlite", "bitsandbytes", "transformers")} | {"torch": torch.__version__}
     facts |= {"device": device.describe(where), "system": platform.platform(), "python": platform.python_version()}
     if where.type == "cuda":
         facts |= {"CUDA": str(torch.version.cuda), "capability": ".".join(map(str, torch.cuda.get_device_capability(where)))}

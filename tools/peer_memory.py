@@ -197,7 +197,7 @@ def _work(case: Case, out: Path) -> dict:
     return {
         **{name: str(out / place) for name, place in (("base", "base"), ("rows", "rows.jsonl"), ("ids", "ids.json"), ("out", "."))},
         **{"steps": STEPS, "micro_batch": ROWS, "tokens": TOKENS, "rank": RANK, "alpha": ALPHA, "lr": LR},
-        **{"dtype": "bfloat16", "optimizer": case.optimizer, "keys": case.keys},
+        **{"dtype": "bfloat16", "device": "cpu", "optimizer": case.optimizer, "keys": case.keys},
     }
 
 

@@ -102,6 +102,7 @@ _CARDS = (
     _data_centre("A100 80GB", 80, 2039, 312, 19.5),
     _data_centre("H100", 80, 3350, 989, 67),
     _data_centre("H100 PCIe", 80, 2000, 756, 51),
+    _data_centre("H200", 141, 4800, 989, 67),
 )
 CARDS = {card.name: card for card in _CARDS}
 

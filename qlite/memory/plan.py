@@ -1,16 +1,19 @@
 """Will it fit? What a run needs of a device's memory, phase by phase and term by term, against what the device has."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlite.errors import MachineError
 from qlite.memory.ledger import Peak
-from qlite.units import GIB, MIB, format_bytes
+from qlite.units import MIB, format_bytes
 
-# What a CUDA context and the kernels that are loaded into it take beside torch's allocator: assumed, not measured here. Reports on the
-# web: 256 MiB bare (RTX 3090, CUDA 12.8), 426 MiB (RTX 6000 Ada, CUDA 13), 330 MiB (RTX 5090).
-CONTEXT_BYTES = GIB // 2
-# cuBLAS keeps a workspace (8 MiB, on Blackwell 32 MiB), and torch's allocator the rest of the last page of each of its two pools.
-SLACK_BYTES = 64 * MIB
+# What a CUDA context and the kernels that are loaded into it take beside torch's allocator. Measured on an H200: 764 to 830 MiB. A bare
+# context is smaller on a consumer's card, by reports on the web 256 MiB (RTX 3090), 330 MiB (RTX 5090) and 426 MiB (RTX 6000 Ada).
+CONTEXT_BYTES = 640 * MIB
+# cuBLAS keeps a workspace for each of the two threads that compute, forward and backward: two of 32 MiB were measured on an H200, as on
+# any card since Hopper; before, 8 MiB each. The rest is the last page of each of the two pools of torch's allocator.
+SLACK_BYTES = 96 * MIB
+# What lies unused between tensors: measured on an H200, at 5.1 GiB of tensors, 1.9 % (expandable segments).
+GAPS_SHARE = 0.02
 # A driver shows programs a little less than a card is sold with: 23.5 of 24 GiB, 31.4 of 32.
 VISIBLE_SHARE = 0.98
 
@@ -26,6 +29,14 @@ class MemoryPlan:
     """The device in words."""
     outside: int = 0
     """Bytes that the device must have beside the tensors: on a card CUDA's own and the allocator's, on a CPU none."""
+
+    @classmethod
+    def on_card(
+        cls, phases: dict[str, Peak], capacity: int | None, device: str, beside: int = 0, has_context: bool = False
+    ) -> "MemoryPlan":
+        """Return the plan for a card, with all that it must have beside the tensors: ``beside``, and a context unless it is there."""
+        plan = cls(phases, capacity, device, SLACK_BYTES + beside + (0 if has_context else CONTEXT_BYTES))
+        return replace(plan, outside=plan.outside + int(GAPS_SHARE * plan.peak.bytes))
 
     @property
     def phase(self) -> str:

@@ -51,36 +51,41 @@ def lora_products(x: Tensor, linears: Sequence[Adapted], dropout: float = 0.0) -
     # Kept before the products by W: where a block is computed again, torch stops as soon as it has all that was kept the first time,
     # so the last linear's W is not multiplied again.
     dense = [kept_dense(linear.base, x.dtype) for linear in linears]
-    low = _Kept.apply(x, linears, dropout, dense, *factors)
-    return _Products.apply(x, low.detach(), low.grad_fn, linears, dense, *factors)
+    low, handle = _Kept.apply(x, linears, dropout, dense, *factors)
+    return _Products.apply(x, low.detach(), [handle], linears, dense, *factors)
 
 
 class _Kept(torch.autograd.Function):
-    """A x of all linears. Its node keeps what the gradient needs, and no gradient flows through it."""
+    """A x of all linears, and an empty tensor whose node keeps what the gradient needs; no gradient flows through it.
+
+    Before torch 2.13 a node keeps it only while one of its outputs lives, and A x is to live no longer than the forward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, linears: Sequence[Adapted], dropout: float, dense: list[Tensor | None], *_factors: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, linears: Sequence[Adapted], dropout: float, dense: list[Tensor | None], *_factors: Tensor):
         low, masks = _low(x, linears, dropout)
         ctx.save_for_backward(x, low, *dense, *masks)
         ctx.kept_share = 1 - dropout
-        return low
+        return low, x.new_empty(0)
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, low: Tensor, kept, linears: Sequence[Adapted], dense: list[Tensor | None], *_factors: Tensor
+        ctx, x: Tensor, low: Tensor, handle: list[Tensor], linears: Sequence[Adapted], dense: list[Tensor | None], *_factors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.kept, ctx.linears = kept, linears
+        # In a list, out of autograd's sight: no gradient is to flow to it.
+        ctx.handle, ctx.linears = handle, linears
         return _sums(x, low, linears, dense)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        x, low, *others = ctx.kept.saved_tensors
+        handle = ctx.handle.pop()
+        x, low, *others = handle.grad_fn.saved_tensors
         dense, masks = others[: len(ctx.linears)], others[len(ctx.linears) :]
-        masks = [_Mask(mask, 1 / ctx.kept.kept_share) for mask in masks]
-        ctx.kept = None
+        masks = [_Mask(mask, 1 / handle.grad_fn.kept_share) for mask in masks]
+        del handle
         shape, rows, linears = x.shape, x.reshape(-1, x.shape[-1]), ctx.linears
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grads_low, grads_B = [], []

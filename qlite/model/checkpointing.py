@@ -6,6 +6,8 @@ or in 8 bit until they are needed.
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from traceback import walk_tb
 from typing import Literal, Protocol
 
 import torch
@@ -51,9 +53,9 @@ def checkpoint_blocks(
     # transformers lets the embedding's output require a gradient, which reentrant checkpointing would need: it would be computed,
     # stored as .grad, and keep that output alive through the whole step.
     model.disable_input_require_grads()
-    if saved_inputs == "device":
-        return
-    keep = to_blocks8 if saved_inputs == "8bit" else HostInputs(device or model.device).keep
+    keep = None
+    if saved_inputs != "device":
+        keep = to_blocks8 if saved_inputs == "8bit" else HostInputs(device or model.device).keep
     run = _Checkpointed(keep, options)
     for block in decoder_blocks(model).values():
         block._gradient_checkpointing_func = run
@@ -68,23 +70,43 @@ def _require_own_attention(model: PreTrainedModel) -> None:
 
 
 class _Checkpointed:
-    """Runs a block checkpointed, its input put away by ``keep`` meanwhile."""
+    """Runs a block checkpointed, its input put away by ``keep`` meanwhile, if there is one."""
 
-    def __init__(self, keep: Callable[[Tensor], Kept], options: dict):
+    def __init__(self, keep: Callable[[Tensor], Kept] | None, options: dict):
         self.keep, self.options = keep, options
 
-    def __call__(self, block: Callable, states: Tensor, *others: object) -> object:
-        """Return ``block(states, *others)``. ``others`` (masks, tables) are shared by all blocks and stay as they are."""
+    def __call__(self, block: Callable, *inputs: object) -> object:
+        """Return ``block(*inputs)``. Hidden states come first; what follows (masks, tables) is shared by all blocks and stays as it is."""
+        with self._putting_away() if self.keep else nullcontext():
+            try:
+                return checkpoint(block, *inputs, **self.options)
+            except BaseException as error:
+                _let_go(error)
+                raise
+
+    def _putting_away(self) -> saved_tensors_hooks:
         is_first = True
 
         def pack(tensor: Tensor) -> Tensor | Kept:
-            # In the order of the arguments. No reference to ``states`` here: the graph holds this function, so it would hold them, too.
+            # In the order of the arguments; torch 2.11 saves an empty tensor before them. No reference to the input is kept here: the
+            # graph holds this function, so it would hold the input, too.
             nonlocal is_first
-            tensor, is_first = self.keep(tensor) if is_first else tensor, False
-            return tensor
+            if not is_first or not tensor.numel():
+                return tensor
+            is_first = False
+            return self.keep(tensor)
 
-        with saved_tensors_hooks(pack, _unpack):
-            return checkpoint(block, states, *others, **self.options)
+        return saved_tensors_hooks(pack, _unpack)
+
+
+def _let_go(error: BaseException) -> None:
+    """End what torch began around a block that raised ``error``.
+
+    Before torch 2.13 it ends with the error: until then all that any block saves is lost, that of a step made again included.
+    """
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__ and "gen" in frame.f_locals:
+            frame.f_locals["gen"].close()
 
 
 def _unpack(kept: Tensor | Kept) -> Tensor:

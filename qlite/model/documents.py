@@ -164,8 +164,7 @@ def _attention(
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     if is_plain and _varlen_takes(query, key, value, options.get("dropout", 0.0)):
         bounds, longest = documents.bounds, documents.longest
-        causal = {"window_size": (-1, 0), "enable_gqa": True, "scale": options.get("scaling")}
-        out = varlen_attn(*flat, bounds, bounds, longest, longest, **causal)
+        out = varlen_attn(*flat, bounds, bounds, longest, longest, scale=options.get("scaling"), **_varlen_options())
     else:
         masks = [None] * len(documents.lengths) if is_plain else _diagonal_blocks(attention_mask, documents, width)
         # Cut by one call, not by slices: a slice's gradient is as large as what it was cut from.
@@ -194,11 +193,15 @@ def _diagonal_blocks(mask: Tensor, documents: Documents, width: int) -> list[Ten
 
 def _varlen_takes(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     """Return whether one kernel of torch's can do all documents: on CUDA, without dropout, where flash attention can run at all."""
-    can_be_asked = query.is_cuda and _varlen_knows_groups() and not dropout
+    can_be_asked = query.is_cuda and _varlen_options() is not None and not dropout
     return can_be_asked and can_use_flash_attention(SDPAParams(query, key, value, None, dropout, True, True))
 
 
 @cache
-def _varlen_knows_groups() -> bool:
-    """Return whether this torch has the kernel, with several query heads to a key head."""
-    return varlen_attn is not None and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+def _varlen_options() -> dict | None:
+    """Return what this torch's kernel is told to be causal with several query heads to a key head; None: it has no such kernel."""
+    names = inspect.signature(varlen_attn).parameters.keys() if varlen_attn is not None else ()
+    if "window_size" not in names:
+        return None
+    # Where that is no option, heads may differ unasked (torch 2.11).
+    return {"window_size": (-1, 0)} | ({"enable_gqa": True} if "enable_gqa" in names else {})

@@ -72,8 +72,7 @@ class _Tiles:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *params)):
             return self.outputs(x)
         # Saved before the MLP is computed: where nothing later is saved, a block's recomputation ends here (torch's early stop).
-        input_node = _SavedInput.apply(x, *params).grad_fn
-        return _TiledMLP.apply(x, self, input_node, *params)
+        return _TiledMLP.apply(x, self, [_SavedInput.apply(x, *params)], *params)
 
     def outputs(self, x: Tensor) -> Tensor:
         """Return the MLP of x [..., D], computed in tiles."""
@@ -95,7 +94,7 @@ class _Tiles:
 
 
 class _SavedInput(torch.autograd.Function):
-    """A node that keeps ``x``; nothing flows back through it."""
+    """A node that keeps ``x``; nothing flows back through it. Its output is empty: before torch 2.13 a node keeps only while one lives."""
 
     @staticmethod
     def forward(ctx, x: Tensor, *_params: Tensor) -> Tensor:
@@ -105,16 +104,18 @@ class _SavedInput(torch.autograd.Function):
 
 class _TiledMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, tiles: _Tiles, input_node, *params: Tensor) -> Tensor:
-        ctx.tiles, ctx.input_node, ctx.params = tiles, input_node, params
+    def forward(ctx, x: Tensor, tiles: _Tiles, saved: list[Tensor], *params: Tensor) -> Tensor:
+        # In a list, out of autograd's sight: no gradient is to flow to it.
+        ctx.tiles, ctx.saved, ctx.params = tiles, saved, params
         ctx.random = RandomState(x.device)
         return tiles.outputs(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (x,) = ctx.input_node.saved_tensors
-        ctx.input_node = None
+        saved = ctx.saved.pop()
+        (x,) = saved.grad_fn.saved_tensors
+        del saved
         rows, grad_rows = (t.reshape(-1, t.shape[-1]) for t in (x, grad))
         x_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         # float32: the sum over tiles is rounded once.

@@ -5,7 +5,7 @@ from functools import partial
 from qlite import device
 from qlite.errors import RecipeError
 from qlite.memory.cards import USUAL_CARD, Card, find_card
-from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, MemoryPlan
+from qlite.memory.plan import CONTEXT_BYTES, MemoryPlan
 from qlite.model.shapes import base_shapes
 from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import Recipe
@@ -37,11 +37,11 @@ def within_budget(recipe: Recipe, run: RunFolder, fresh: bool, console: Observer
             console.note(f"memory.budget = {budget}: going on with what {began} chose when the run began ({'; '.join(differences)})")
         return chosen
     where = device.pick_device(recipe.parallel.device)
-    outside = CONTEXT_BYTES + SLACK_BYTES if where.type == "cuda" else 0
-    free = device.free_memory(where) + (CONTEXT_BYTES if outside else 0)  # the context of a card is there by now
+    is_card = where.type == "cuda"
+    free = device.free_memory(where) + (CONTEXT_BYTES if is_card else 0)  # the context of a card is there by now
     if free < parse_bytes(budget):
         console.note(f"memory.budget = {budget}, and only {format_bytes(free)} are free: fitted to that")
-    plan_of = partial(_plan, min(parse_bytes(budget), free), outside)
+    plan_of = partial(_plan, min(parse_bytes(budget), free), is_card)
     told = partial(console.phase, "try what fits memory.budget")
     found = fit(recipe, base_shapes(recipe.base, console.phase), plan_of, _card(device.describe(where)), told)
     for line in fit_words(recipe, found):
@@ -67,8 +67,9 @@ def fit_words(recipe: Recipe, found: Fitted) -> list[str]:
     return [chosen, *typed, *(f"too large  {reason}" for reason in found.reasons), *(f"slower     {reason}" for reason in found.slower)]
 
 
-def _plan(capacity: int, outside: int, found: Forecast) -> MemoryPlan:
-    return MemoryPlan(found.peaks(), capacity, "the budget", outside + found.int8_bytes if outside else 0)
+def _plan(capacity: int, is_card: bool, found: Forecast) -> MemoryPlan:
+    whole = (found.peaks(), capacity, "the budget")
+    return MemoryPlan.on_card(*whole, found.int8_bytes) if is_card else MemoryPlan(*whole)
 
 
 def _card(described: str) -> Card:

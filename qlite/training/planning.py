@@ -12,7 +12,7 @@ from qlite.data.batches import Batch, TokenBatches
 from qlite.data.dataset import DataSet
 from qlite.errors import QliteError
 from qlite.memory.ledger import Moment, Peak
-from qlite.memory.plan import SLACK_BYTES, MemoryPlan
+from qlite.memory.plan import MemoryPlan
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.schema import Recipe
 from qlite.training.automatic import settled
@@ -62,12 +62,12 @@ class Planner:
     def plan(self, work: Workload, recipe: Recipe | None = None) -> MemoryPlan:
         """Return what ``work`` takes, by another ``recipe`` of the same base if one is given, against what the device has free now."""
         self.told("plan the memory", 0, 1)
-        # The context of a card is there by now, and its bytes are not free; on a CPU the process as it is now is what the tensors add to.
-        free, outside = device.free_memory(self.where), SLACK_BYTES if self.where.type == "cuda" else 0
+        free, words = device.free_memory(self.where), f"{device.describe(self.where)} as it is now"
         found = kept_forecast(recipe or self.recipe, self.shapes, work)
         self.told("plan the memory", 1, 1)
-        outside += found.int8_bytes if self.where.type == "cuda" else 0
-        return MemoryPlan(found.peaks(), free, f"{device.describe(self.where)} as it is now", outside)
+        if self.where.type == "cuda":  # whose context is there by now: its bytes are not free
+            return MemoryPlan.on_card(found.peaks(), free, words, found.int8_bytes, has_context=True)
+        return MemoryPlan(found.peaks(), free, words)  # a CPU's process as it is now is what the tensors add to
 
     def require(self, plan: MemoryPlan, work: Workload) -> None:
         """Raise MachineError, with ways out and their peaks, if ``plan`` of ``work`` does not fit."""

@@ -1,4 +1,4 @@
-"""What only a card can show: the meter's figures follow what is allocated. Run with pytest -n 0 -m gpu; never yet run on a card."""
+"""What only a card can show: the meter's figures follow what is allocated. Run with pytest -n 0 -m gpu."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A card that really runs full: a run gets through, with the adapter of the run that had room. Never yet run on a card."""
+"""A card that really runs full: a run gets through, with the adapter of the run that had room."""
 
 import pytest
 import torch

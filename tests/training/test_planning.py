@@ -30,6 +30,7 @@ from qlite.units import MIB
 from tests.tiny_run import Watcher, run, tiny_recipe
 
 LONG = ("train.tokens=2000", "memory.loss_chunk=2000")
+CUDA_MIB = (CONTEXT_BYTES + SLACK_BYTES) // MIB
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_an_empty_name_or_amount_is_no_leave_to_plan_for_anything(flag, problem,
 
 def test_the_verb_ends_with_3_where_it_does_not_fit_and_says_what_to_change(folder, capsys):
     with pytest.raises(MachineError, match="does not fit") as caught:
-        planned(folder, capsys, "--vram", "590MiB", *LONG, "train.micro_batch=4", "train.exact_match_rows=0")
+        planned(folder, capsys, "--vram", f"{CUDA_MIB + 15}MiB", *LONG, "train.micro_batch=4", "train.exact_match_rows=0")
     assert caught.value.exit_code == 3
     out = capsys.readouterr().out
     assert "verdict    does not fit" in out
@@ -231,7 +232,7 @@ def test_the_verb_ends_with_3_where_it_does_not_fit_and_says_what_to_change(fold
 
 def test_what_to_change_is_about_the_phase_that_has_the_peak(folder, capsys):
     with pytest.raises(MachineError, match="in answers"):
-        planned(folder, capsys, "--vram", "600MiB", *LONG, "train.micro_batch=2")
+        planned(folder, capsys, "--vram", f"{CUDA_MIB + 25}MiB", *LONG, "train.micro_batch=2")
     out = capsys.readouterr().out
     assert "train.micro_batch = 1" not in out
     assert re.search(r"  fits  train.exact_match_rows = 0: ", out)
@@ -239,7 +240,7 @@ def test_what_to_change_is_about_the_phase_that_has_the_peak(folder, capsys):
 
 def test_a_mistake_of_the_recipe_is_not_taken_for_a_level_that_cannot_be_had(folder, capsys):
     with pytest.raises(RecipeError, match="q_proj"):
-        planned(folder, capsys, "--vram", "600MiB", "--fit", 'method.targets=["q_prj"]')
+        planned(folder, capsys, "--vram", f"{CUDA_MIB + 25}MiB", "--fit", 'method.targets=["q_prj"]')
 
 
 def test_advice_after_a_pass_without_gradients_is_about_that_pass(folder):
@@ -280,8 +281,7 @@ def test_a_later_epochs_largest_micro_batch_is_planned_for():
 
 
 def test_the_verb_fits_and_prints_the_keys(folder, capsys):
-    room = (CONTEXT_BYTES + SLACK_BYTES) // MIB + 4
-    out = planned(folder, capsys, "--vram", f"{room}MiB", "--fit", "train.tokens=400", "train.micro_batch=4")
+    out = planned(folder, capsys, "--vram", f"{CUDA_MIB + 4}MiB", "--fit", "train.tokens=400", "train.micro_batch=4")
     assert "chosen     " in out
     assert "verdict    fits" in out
     with pytest.raises(RecipeError, match="for how much memory"):
