@@ -26,7 +26,7 @@ def has_bfloat16_products() -> bool:
 @cache
 def multiply_in_float32() -> None:
     """Let torch's bfloat16 products on the CPU be float32 ones inside, where that is faster; else nothing is done. For good."""
-    if has_bfloat16_products() or not hasattr(torch.library, "get_kernel"):  # torch 2.8 has none
+    if has_bfloat16_products():
         return
     for name in PRODUCTS:
         _replace(name, lambda run, *args: _narrowed(run(*map(_widened, args))))

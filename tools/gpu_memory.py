@@ -91,7 +91,6 @@ def lowered(bench: Bench, keys: dict, storage: str) -> nn.Module:
         module.to(bench.where)
     generator = torch.Generator().manual_seed(5)
     for parameter in trainable_tensors(model).values():
-        # Both factors: LoRA draws A where the weights lie, and a card draws other numbers than a CPU.
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.05).to(parameter)
     return model.train()
 

@@ -32,11 +32,12 @@ class LoRALinear(AdaptedLinear):
         self.rank, self.scaling = rank, scaling
         self.siblings: Siblings | None = None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        where = {"device": base.weight.device, "dtype": compute_dtype(base)}
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **where)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **where)
-        if base.weight.device.type != "meta":
-            # Drawn in float32 on the CPU: the same seed gives the same adapter on every device.
+        where = base.weight.device
+        # Made on the CPU, as modules draw numbers where they are made: the same seed gives the same adapter on every device.
+        made = {"device": where if where.type == "meta" else "cpu", "dtype": compute_dtype(base)}
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **made).to(where)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **made).to(where)
+        if where.type != "meta":
             start = torch.empty(rank, base.in_features)
             nn.init.kaiming_uniform_(start, a=math.sqrt(5))
             self.lora_A.weight.data.copy_(start)

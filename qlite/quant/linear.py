@@ -143,7 +143,7 @@ class Packed4bit(Packed):
     def dense(self, dtype: torch.dtype, part: slice = ALL) -> Tensor:
         values, blocks = self._places(part)
         shape = (len(range(*part.indices(self.out_features))), self.in_features)
-        return self._dequantise(self.weight[values], self._constants(blocks), shape, dtype)
+        return self._dequantise(_cut(self.weight, values), self._constants(blocks), shape, dtype)
 
     def rows(self, places: Tensor) -> Tensor:
         count = self.in_features // self.storage.block_size
@@ -153,6 +153,8 @@ class Packed4bit(Packed):
 
     def _places(self, part: slice) -> tuple[slice, slice]:
         """Return where the rows ``part`` lie: in ``weight``, two values a byte, and in ``absmax``."""
+        if part == ALL:
+            return ALL, ALL
         start, stop, _ = part.indices(self.out_features)
         first, last, block = start * self.in_features, stop * self.in_features, self.storage.block_size
         return slice(first // 2, (last + 1) // 2), slice(first // block, -(-last // block))
@@ -168,11 +170,11 @@ class Packed4bit(Packed):
     def _constants(self, blocks: slice) -> Tensor:
         """Return the largest magnitude of each of the ``blocks``, [N] float32."""
         if not self.storage.double_quant:
-            return self.absmax[blocks]
-        if blocks != slice(0, len(self.absmax)):
+            return _cut(self.absmax, blocks)
+        if blocks != ALL:
             return self._constants_at(torch.arange(blocks.start, blocks.stop, device=self.absmax.device))
         args = (self.absmax, self.absmax_scale, self.absmax_code, SECOND_LEVEL_BLOCK, torch.float32)
-        return torch.ops.bitsandbytes.dequantize_blockwise(*args) + self.absmax_offset
+        return torch.ops.bitsandbytes.dequantize_blockwise(*args).add_(self.absmax_offset)
 
     def _constants_at(self, blocks: Tensor) -> Tensor:
         """Return the constants of ``blocks`` [N], bit for bit those of ``_constants``: bitsandbytes' kernel can only begin at the first."""
@@ -319,7 +321,7 @@ class Linear4bit(QuantLinear, Packed4bit):
         nested = self.storage.double_quant and part == ALL
         return torch.ops.bitsandbytes.gemm_4bit(
             x,
-            self.weight[values],
+            _cut(self.weight, values),
             shape,
             self.absmax_scale if nested else self._constants(blocks),
             self.storage.block_size,
@@ -344,6 +346,10 @@ class Linear8bit(QuantLinear, Packed8bit):
         codes, row_scale, outliers = bnb.int8_vectorwise_quant(rows.to(torch.float16), threshold=OUTLIER_THRESHOLD)
         args = (rows, codes, self.weight, row_scale, self.scale, outliers, self.bias)
         return _shaped(torch.ops.bitsandbytes.int8_mixed_scaled_mm(*args)[0], x)
+
+
+def _cut(tensor: Tensor, part: slice) -> Tensor:
+    return tensor if part == ALL else tensor[part]  # a view of all would cost the host as much as a kernel's launch
 
 
 def _shaped(rows: Tensor, x: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class Stepper:
 
         Every micro-batch is divided by the tokens of all: however a step is split, its gradient is the same.
         """
-        self.model.train()
+        if not self.model.training:  # to ask is quicker than to tell a thousand modules
+            self.model.train()
         tokens = trained_tokens(batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from qlite.methods.base import trainable_tensors
+from qlite.methods.lora import LoRA
 from qlite.model import documents
 from qlite.model.documents import DOCUMENTS, Documents, documents_attention
 from qlite.model.packing import check_packing
@@ -10,6 +12,7 @@ from qlite.optim.build import Optimizer
 from qlite.training.run_folder import RunFolder
 from tests.model.test_packing import Packed, adapted, distance, llama, packed_and_alone
 from tests.quant.test_linear import IN, STORAGES, stored
+from tests.tiny import tiny_llama
 from tests.tiny_run import run, tiny_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")]
@@ -34,6 +37,16 @@ def test_paged_optimizers_page_and_step(name):
     optimizer.step()
     assert notes == []
     assert (param < 1).all()
+
+
+def test_a_seed_gives_the_adapter_that_it_gives_on_a_cpu():
+    def begun(device: str) -> list[torch.Tensor]:
+        model = tiny_llama("4 bit").to(device)
+        torch.manual_seed(3)
+        LoRA(rank=4, alpha=8.0).attach(model)
+        return [tensor.cpu() for tensor in trainable_tensors(model).values()]
+
+    assert all(torch.equal(on_card, on_cpu) for on_card, on_cpu in zip(begun("cuda"), begun("cpu"), strict=True))
 
 
 def test_a_run_on_the_card_learns_and_resumes(tmp_path):

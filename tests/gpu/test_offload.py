@@ -45,7 +45,6 @@ def lowered(storage: str, keys: dict, dropout: float = 0.0) -> torch.nn.Module:
         model.model.embed_tokens.to(CUDA)
     generator = torch.Generator().manual_seed(5)
     for p in trainable_tensors(model).values():
-        # Both factors: LoRA draws A where the weights lie, and a card draws other numbers than a CPU.
         p.data = (torch.randn(p.shape, generator=generator) * 0.05).to(p)
     return model.train()
 
