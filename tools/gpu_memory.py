@@ -209,7 +209,9 @@ def planned_and_measured(bench: Bench, name: str, recipe: Recipe) -> Iterator[Re
     planned, ledger = (max(peak["bytes"] for peak in phases.values()) for phases in (record["planned"]["phases"], record["measured"]))
     measured = torch.cuda.max_memory_allocated() - workspaces(bench.where) if bench.has_card else ledger
     off, values = measured / planned - 1, {"planned": planned, "measured": measured, "ledger": ledger, "record": record}
-    yield is_so(f"{name}: plan", abs(off) <= 0.03, f"{mib(measured)} are {percent(off)} off", "within 3 %", **values)
+    # Less is no danger: a plan cuts a packed line into its documents, which a card attends to in one kernel.
+    good = -0.05 * planned <= measured - planned <= max(0.03 * planned, 2 * MIB)
+    yield is_so(f"{name}: plan", good, f"{mib(measured)} are {percent(off)} off", "at most 3 % or 2 MiB more, 5 % less", **values)
     if not bench.has_card:
         yield skipped(f"{name}: reserved, context, seconds")
         return

@@ -32,12 +32,10 @@ class LoRALinear(AdaptedLinear):
         self.rank, self.scaling = rank, scaling
         self.siblings: Siblings | None = None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        where = base.weight.device
-        # Made on the CPU, as modules draw numbers where they are made: the same seed gives the same adapter on every device.
-        made = {"device": where if where.type == "meta" else "cpu", "dtype": compute_dtype(base)}
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **made).to(where)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **made).to(where)
+        where, dtype = base.weight.device, compute_dtype(base)
+        self.lora_A, self.lora_B = _factor(base.in_features, rank, dtype, where), _factor(rank, base.out_features, dtype, where)
         if where.type != "meta":
+            # Drawn in float32 on the CPU: the same seed gives the same adapter on every device.
             start = torch.empty(rank, base.in_features)
             nn.init.kaiming_uniform_(start, a=math.sqrt(5))
             self.lora_A.weight.data.copy_(start)
@@ -62,6 +60,13 @@ class LoRALinear(AdaptedLinear):
 
     def merged_weight(self, dense: Tensor) -> Tensor:
         return dense + self.update()
+
+
+def _factor(in_features: int, out_features: int, dtype: torch.dtype, where: torch.device) -> nn.Linear:
+    """Return a linear on ``where``, made on the CPU: a module draws numbers where it is made, and all are to be the same everywhere."""
+    linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype, device=where if where.type == "meta" else "cpu")
+    linear.weight = nn.Parameter(linear.weight.detach().to(where))
+    return linear
 
 
 class Siblings:
