@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,9 @@ MANIFEST = "manifest.json"
 LEFT_OVER = re.compile(r"\..+\.(tmp|old)-([0-9a-f]{8})-(\d+)\w*")
 """Names of what is being made or deleted: by which machine, and by which process of it."""
 KEPT_REPORTS = 10
+IS_WINDOWS = os.name == "nt"
+PAUSES = (0.02, 0.05, 0.1, 0.3, 0.6, 1.0)
+"""Seconds between the attempts at a rename that Windows refuses."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,7 +104,7 @@ def keep_file(temporary: Path, path: Path) -> None:
     with explained(path):
         make_folder(path.parent)
         _flush(temporary)
-        os.replace(temporary, path)
+        _rename(temporary, path)
         _flush(path.parent)
 
 
@@ -125,7 +129,7 @@ def remove_folder(folder: Path) -> bool:
         return False
     gone = folder.with_name(f".{folder.name}.old-{_me()}")
     with explained(folder):
-        os.replace(folder, gone)
+        _rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
     return True
 
@@ -135,7 +139,7 @@ def set_aside(folder: Path) -> Path:
     names = (f"damaged-{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
     aside = next(path for name in names if not (path := folder.with_name(name)).exists())
     with explained(folder):
-        os.replace(folder, aside)
+        _rename(folder, aside)
     return aside
 
 
@@ -312,7 +316,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
-        os.replace(temporary, path)
+        _rename(temporary, path)
         _flush(path.parent)
     except BaseException:
         with suppress(OSError):  # what went wrong before is what is told
@@ -345,7 +349,7 @@ def _clear(path: Path) -> None:
         if not found or not other.name.startswith(f".{path.name}.{found[1]}-") or not _is_mine(found) or not _is_left_over(other):
             continue
         if found[1] == "old" and not path.exists() and is_whole(other):
-            os.replace(other, path)
+            _rename(other, path)
         else:
             shutil.rmtree(other, ignore_errors=True)
 
@@ -365,28 +369,55 @@ def _swap(temporary: Path, path: Path) -> None:
     old = None
     if path.exists():
         old = path.with_name(f".{path.name}.old-{_me()}")
-        os.replace(path, old)
-    os.replace(temporary, path)
+        _rename(path, old)
+    try:
+        _rename(temporary, path)
+    except BaseException:
+        if old is not None:
+            with suppress(OSError):  # what went wrong before is what is told
+                _rename(old, path)
+        raise
     _flush(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _rename(path: Path, name: Path) -> None:
+    """Give ``path`` the name ``name``. Windows refuses while a virus scanner or an indexer has either open: then it is asked again."""
+    for pause in PAUSES if IS_WINDOWS else ():
+        try:
+            os.replace(path, name)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(path, name)
+
+
 def _flush(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the device."""
-    if path.is_dir() and os.name == "nt":  # Windows has no handle for a folder
+    if path.is_dir() and IS_WINDOWS:  # which has no handle for a folder
         return
     is_folder = path.is_dir()
     try:
         handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
-            os.fsync(handle)
+            _to_device(handle)
         finally:
             os.close(handle)
     except OSError as error:
         # Some file systems (FUSE, SMB) know no flush of a folder, and some folders can be written to and not read.
         if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM):
             raise
+
+
+def _to_device(handle: int) -> None:
+    if sys.platform == "darwin":  # there fsync leaves it in the drive's own memory
+        from fcntl import F_FULLFSYNC, fcntl
+
+        with suppress(OSError):  # a network drive may not know it
+            fcntl(handle, F_FULLFSYNC)
+            return
+    os.fsync(handle)
 
 
 def _refused(path: Path, code: int | None, reason: str, needed_bytes: int | None) -> MachineError:

@@ -36,10 +36,11 @@ class StoppedAtOnce(Stopped):
 
 
 class Stop:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process was asked to stop, and by which signal; ``tell`` hears of it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
         self.number: int | None = None
+        self._tell = tell
 
     def check(self) -> None:
         """Raise Stopped if it was."""
@@ -49,6 +50,8 @@ class Stop:
     def _hear(self, number: int, _frame: object) -> None:
         if self.number is None:
             self.number = number
+            # In a thread of its own: what this one was writing when the signal came it may not begin to write again.
+            threading.Thread(target=self._tell, args=(signal.Signals(number).name,), daemon=True).start()
         elif number == signal.SIGINT:  # a closing terminal sends SIGHUP twice, and a shutdown several kinds
             raise StoppedAtOnce(number)
 
@@ -68,9 +71,12 @@ def stopping_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def stopping_softly() -> Iterator[Stop]:
-    """Give what hears of the first signal; a Ctrl-C after it raises StoppedAtOnce wherever the process is."""
-    stop = Stop()
+def stopping_softly(tell: Callable[[str], None] = lambda _: None) -> Iterator[Stop]:
+    """Give what hears of the first signal; a Ctrl-C after it raises StoppedAtOnce wherever the process is.
+
+    ``tell`` is given the first signal's name at once, in a thread of its own.
+    """
+    stop = Stop(tell)
     with _handled_by(stop._hear):
         yield stop
 

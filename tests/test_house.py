@@ -105,7 +105,8 @@ def test_only_pip_is_ever_started(trees):
 def test_nothing_is_used_that_only_some_systems_have(trees):
     imported = {(module, name) for module, tree in trees.items() for name in imports(tree) if name in UNIX_MODULES}
     used = {(module, name) for module, tree in trees.items() for name in names(tree) if name in NOT_EVERYWHERE}
-    assert (imported, used) == (set(), set())
+    # On macOS alone, where it is the only way to flush a drive.
+    assert (imported, used) == ({("files.py", "fcntl")}, set())
 
 
 def test_every_text_file_is_read_as_utf8(trees):

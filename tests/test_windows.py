@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+import sys
 from pathlib import PureWindowsPath
+from types import SimpleNamespace
 
 import pytest
 
 from qlite import files, lock, stopping
 from qlite.data.sources import is_hub
-from qlite.errors import ModelError
+from qlite.errors import MachineError, ModelError
 from qlite.files import new_folder, write_text
 from qlite.lock import held
 from qlite.model import wheel
@@ -82,3 +84,59 @@ def test_a_lock_file_is_closed_before_it_is_deleted_on_windows(tmp_path, monkeyp
                 patch.setattr(lock.os, "name", system)
             patch.setattr(lock.os, "name", "posix")
             assert done[:2] == (["close", "unlink"] if system == "nt" else ["unlink", "close"])
+
+
+@pytest.mark.parametrize("refusals", [0, 3])
+def test_a_name_that_a_scanner_holds_is_asked_for_again(tmp_path, monkeypatch, refusals):
+    tried, rename = [], os.replace
+
+    def refuse(*names):
+        tried.append(names)
+        if len(tried) <= refusals:
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        rename(*names)
+
+    monkeypatch.setattr(files, "IS_WINDOWS", True)
+    monkeypatch.setattr(files, "PAUSES", (0, 0, 0, 0))
+    monkeypatch.setattr(os, "replace", refuse)
+    write_text(tmp_path / "here", "text")
+    assert (tmp_path / "here").read_text() == "text"
+    assert len(tried) == refusals + 1
+
+
+def test_a_name_that_is_held_for_good_is_told_and_the_old_folder_is_back(tmp_path, monkeypatch):
+    with new_folder(tmp_path / "model") as folder:
+        write_text(folder / "part", "old")
+    rename = os.replace
+
+    def refuse(path, name):
+        if ".tmp-" in str(path):
+            raise PermissionError(13, "The process cannot access the file")
+        rename(path, name)
+
+    monkeypatch.setattr(files, "IS_WINDOWS", True)
+    monkeypatch.setattr(files, "PAUSES", (0,))
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(MachineError, match="cannot access"), new_folder(tmp_path / "model") as folder:
+        (folder / "part").write_text("new")
+    assert (tmp_path / "model" / "part").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_on_macos_the_drive_is_flushed_and_where_it_knows_no_such_flush_the_file(tmp_path, monkeypatch):
+    asked, plain, refuses = [], [], False
+
+    def full_flush(handle, what):
+        asked.append(what)
+        if refuses:
+            raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setitem(sys.modules, "fcntl", SimpleNamespace(fcntl=full_flush, F_FULLFSYNC=51))
+    monkeypatch.setattr(os, "fsync", plain.append)
+    write_text(tmp_path / "one", "text")
+    assert asked == [51, 51]  # the file, and the folder with its name
+    assert plain == []
+    refuses = True
+    write_text(tmp_path / "two", "text")
+    assert len(plain) == 2

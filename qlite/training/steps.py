@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qlite.data.ahead import Ahead
 from qlite.data.batches import Batch
-from qlite.errors import DiskError, Diverged
+from qlite.errors import DiskError, Diverged, QliteError
 from qlite.recipe.schema import Recipe
 from qlite.stopping import Stopped, StoppedAtOnce, stopping_softly
 from qlite.training import divergence
@@ -30,7 +31,7 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
     """
     plan, batches = recipe.train, Ahead(parts.batches, parts.steps)
     run.may_lose_lines = recipe.output.on_full_disk == "continue"
-    with stopping_softly() as stop:
+    with stopping_softly(partial(_announce, observer)) as stop:
         parts.stepper.between = stop.check
         observer = Broadcast(observer, StopWatch(stop.check))
         try:
@@ -61,6 +62,12 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
             raise
     divergence.require_any_step(state)
     return state
+
+
+def _announce(observer: Observer, name: str) -> None:
+    """Say that a signal was heard: until the micro-batch ends nothing else would show it."""
+    with suppress(QliteError):  # a full disk, which will be told where it matters
+        observer.note(f"{name}: stopping after this micro-batch, with a checkpoint; Ctrl-C again stops at once, without one")
 
 
 def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch]) -> TrainState:

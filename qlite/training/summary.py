@@ -30,9 +30,10 @@ def summarise(records: list[dict], memory: MemoryUse, compared: dict, system: st
         "steps": len(steps),
         "tokens": sum(record["tokens"] for record in steps),
         "train_seconds": round(sum(record["seconds"] for record in steps), 2),
-        "tokens_per_second": round(median(record["tokens_per_second"] for record in steps), 1),
-        "first_loss": steps[0]["loss"],
-        "last_loss": steps[-1]["loss"],
+        # The records are gone where somebody has deleted them.
+        "tokens_per_second": round(median([record["tokens_per_second"] for record in steps] or [0.0]), 1),
+        "first_loss": steps[0]["loss"] if steps else None,
+        "last_loss": steps[-1]["loss"] if steps else None,
         "eval_loss": _finite(evaluations[-1]["loss"]) if evaluations else None,
         "perplexity": _finite(evaluations[-1]["perplexity"]) if evaluations else None,
         "best_loss": state.best_loss,
@@ -57,7 +58,8 @@ def print_summary(run: RunFolder) -> None:
     table = Table.grid(padding=(0, 2))
     seconds, speed = format_seconds(result["train_seconds"]), f"{result['tokens_per_second']:.0f} tokens/s"
     table.add_row("trained", f"{result['steps']} steps, {result['tokens']:,} tokens in {seconds}, {speed}")
-    table.add_row("loss", f"{result['first_loss']:.3f} -> {result['last_loss']:.3f}")
+    if result["first_loss"] is not None:
+        table.add_row("loss", f"{result['first_loss']:.3f} -> {result['last_loss']:.3f}")
     if result["eval_loss"] is not None:
         best = f"; lowest {result['best_loss']:.3f} at step {result['best_step']}" if result["best_step"] != result["steps"] else ""
         table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {result['perplexity']:.2f}{best}")

@@ -100,6 +100,7 @@ def test_the_command_that_a_user_types(tmp_path, name):
     process.send_signal(name)
     out, err = process.communicate(timeout=60)
     assert process.returncode == CODES[name]
+    assert f"{name.name}: stopping after this micro-batch, with a checkpoint" in out
     assert err.strip() == "interrupted; the same command goes on from the newest checkpoint, if one was written"
     assert f"stopped by {signal.Signals(name).name} after step" in out
     assert RunFolder(tmp_path / "run").newest is not None

@@ -60,3 +60,12 @@ def test_a_run_that_was_not_followed_tells_the_device_figure(memory, row, tmp_pa
 def test_a_result_of_an_earlier_version_is_still_shown(tmp_path, capsys):
     result = {key: value for key, value in result_of(GPU).items() if not key.endswith("tensor_bytes")}
     assert peak_row(result, tmp_path, capsys) == "12.0 GiB (allocated on the GPU)"
+
+
+def test_a_run_whose_records_somebody_has_deleted_still_ends_well(tmp_path, capsys):
+    result = summarise([], CPU, {"planned": None, "measured": {}}, "", TrainState(step=3))
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    print_summary(RunFolder(tmp_path))
+    out = capsys.readouterr().out
+    assert "0 steps, 0 tokens" in out
+    assert "loss" not in out
