@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlite.quant.linear import dense_weights_kept
+from qlite.quant.keeping import dense_weights_kept
 
 
 class _State(threading.local):

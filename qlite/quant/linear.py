@@ -7,9 +7,6 @@ bitsandbytes' modules move and repack their weights during use and its autograd 
 """
 
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlite.quant.keeping import keeping
 from qlite.quant.nf4 import quantize_4bit
 
 # Double quantisation groups 256 block constants under one second-level constant (arXiv:2305.14314, section 3).
@@ -278,29 +276,9 @@ class FrozenProduct(torch.autograd.Function):
         return grad @ dense[0] if dense else ctx.layer.product_with_grad(grad), None
 
 
-class _Keeping(threading.local):
-    dense = False
-
-
-_keeping = _Keeping()
-
-
-@contextmanager
-def dense_weights_kept() -> Iterator[None]:
-    """Enter either pass of a checkpointed block: weights that the second makes dense are kept for the gradient, right after it.
-
-    They are saved as activations are: what the first pass saves is let go of at once, and what the second saves is used.
-    """
-    before, _keeping.dense = _keeping.dense, True
-    try:
-        yield
-    finally:
-        _keeping.dense = before
-
-
 def kept_dense(linear: nn.Module, dtype: torch.dtype) -> Tensor | None:
     """Return the dense weight of ``linear`` where it shall be kept for the gradient: packed, and not so large that it is cut."""
-    is_kept = _keeping.dense and isinstance(linear, QuantLinear) and linear.slices(dtype) == [ALL]
+    is_kept = keeping.dense and isinstance(linear, QuantLinear) and linear.slices(dtype) == [ALL]
     return linear.dense(dtype) if is_kept else None
 
 
