@@ -62,7 +62,9 @@ class _Kept(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, linears: Sequence[Adapted], dropout: float, dense: list[Tensor | None], *_factors: Tensor):
+    def forward(
+        ctx, x: Tensor, linears: Sequence[Adapted], dropout: float, dense: list[Tensor | None], *_factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         low, masks = _low(x, linears, dropout)
         ctx.save_for_backward(x, low, *dense, *masks)
         ctx.kept_share = 1 - dropout
