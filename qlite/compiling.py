@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qlite import device as machine
 from qlite.errors import MachineError
-from qlite.files import MANIFEST, cache_folder, can_be_written, drop_oldest, mark_used, new_folder, short_hash
+from qlite.files import MANIFEST, cache_folder, can_be_written, drop_oldest, mark_used, new_folder
+from qlite.hashes import short_hash
 from qlite.units import MIB
 
 CACHE_BYTES = 64 * MIB

@@ -26,8 +26,8 @@ from qlite.data.dataset import Data
 from qlite.data.encode import Encoded
 from qlite.data.formats import FORMATS
 from qlite.errors import DataError, RecipeError, RunError
-from qlite.files import sha256
 from qlite.formats.peft import WEIGHTS
+from qlite.hashes import sha256
 from qlite.methods.base import adapters_off
 from qlite.serving.answer import Sampling, answer_all
 from qlite.serving.likelihood import accuracy, log_likelihoods

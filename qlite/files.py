@@ -5,7 +5,6 @@ bears its final name is whole and lists its files with their SHA-256 in its mani
 """
 
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -15,9 +14,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlite.errors import DiskError, MachineError
+from qlite.hashes import sha256, short_hash
 from qlite.units import format_bytes
 
 MANIFEST = "manifest.json"
@@ -271,39 +270,6 @@ def is_whole(folder: Path) -> bool:
         return bool(sums) and all((folder / name).is_file() and sha256(folder / name) == expected for name, expected in sums.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def short_hash(text: str) -> str:
-    """Return 32 digits of the SHA-256 of ``text``."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def code_hash(folders: Iterable[Path], libraries: Iterable[str]) -> str:
-    """Return a hash of the Python files in ``folders`` and of the installed ``libraries``' versions: what other code made is made anew."""
-    code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
-    return hashlib.sha256(code + json.dumps([version(name) for name in libraries]).encode()).hexdigest()
-
-
-def sampled_hash(paths: Iterable[Path]) -> str:
-    """Return 32 digits that are other if the content of any file is as good as surely other: of sizes, and of 64 places in each.
-
-    All bytes of a model take as long to read as to load; whoever trains it further changes every tensor.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for place in range(64):
-                file.seek(place * size // 64)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:32]
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

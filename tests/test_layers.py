@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "qlite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYER = {
-    **dict.fromkeys(("errors", "units", "table", "cpu_products", "streams", "stopping"), -1),
+    **dict.fromkeys(("errors", "units", "hashes", "table", "cpu_products", "streams", "stopping"), -1),
     **dict.fromkeys(("files", "lock", "given", "device", "offload", "verb", "compiling"), 0),
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats"), 1),
     "recipe": 2,

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from qlite.data.batches import TokenBatches
 from qlite.errors import QliteError, RecipeError, RunError
-from qlite.files import is_whole, sha256
+from qlite.files import is_whole
+from qlite.hashes import sha256
 from qlite.recipe.read import build_recipe
 from qlite.train import main
 from qlite.training import run_folder, steps

@@ -16,7 +16,7 @@ from qlite.data.sources import Source
 from qlite.data.store import Rows
 from qlite.data.template import find_template
 from qlite.errors import DataError
-from qlite.files import short_hash
+from qlite.hashes import short_hash
 from qlite.table import Table
 
 Fault = Literal["long", "untrained", "unended", "control"]

@@ -21,7 +21,8 @@ from qlite.data.rows import Row
 from qlite.data.sources import Source, fingerprint, read_rows, source_bytes, source_files
 from qlite.data.store import META, StoreWriter, TokenStore, writing_store
 from qlite.errors import DataError
-from qlite.files import cache_folder, code_hash, drop_oldest, mark_used, short_hash
+from qlite.files import cache_folder, drop_oldest, mark_used
+from qlite.hashes import code_hash, short_hash
 from qlite.units import GIB
 
 Progress = Callable[[str, int, int], None]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.errors import MachineError
-from qlite.files import cache_folder, code_hash, drop_oldest, free_disk, mark_used, new_folder, short_hash, write_json, write_tensors
+from qlite.files import cache_folder, drop_oldest, free_disk, mark_used, new_folder, write_json, write_tensors
+from qlite.hashes import code_hash, short_hash
 from qlite.model.lowering import MemoryKeys, modules_on_host
 from qlite.model.wheel import Progress
 from qlite.offload import keep_on_host, put, window

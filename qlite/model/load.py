@@ -21,7 +21,7 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_
 
 from qlite.device import give_back_freed
 from qlite.errors import ModelError, shown
-from qlite.files import sampled_hash
+from qlite.hashes import sampled_hash
 from qlite.model.attention import Attention, meta_model
 from qlite.model.base_cache import BaseCache
 from qlite.model.checkpoint import open_checkpoint, read_tokenizer

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from qlite.data.batches import Batch
 from qlite.errors import MachineError
-from qlite.files import cache_folder, code_hash, drop_oldest, mark_used, new_folder, short_hash, write_json
+from qlite.files import cache_folder, drop_oldest, mark_used, new_folder, write_json
+from qlite.hashes import code_hash, short_hash
 from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
 from qlite.training.forecast import Forecast, Workload, forecast

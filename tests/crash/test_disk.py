@@ -11,7 +11,8 @@ import pytest
 
 from qlite import files
 from qlite.errors import DiskError
-from qlite.files import is_whole, sha256
+from qlite.files import is_whole
+from qlite.hashes import sha256
 from qlite.methods.base import trainable_count
 from qlite.training import disk
 from qlite.training.run import prepare

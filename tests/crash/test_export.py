@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlite.files import is_whole, sha256
+from qlite.files import is_whole
+from qlite.hashes import sha256
 from tests.crash.faults import KILLED, said
 from tests.crash.test_kills import SHORT
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qlite.files import is_whole, sha256
+from qlite.files import is_whole
+from qlite.hashes import sha256
 from qlite.training.run_folder import RunFolder
 from tests.crash.faults import KILLED
 

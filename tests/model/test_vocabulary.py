@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qlite import evaluate, export, generate
 from qlite.errors import ModelError, RecipeError
-from qlite.files import sha256
 from qlite.formats.merged import write_merged
+from qlite.hashes import sha256
 from qlite.methods.base import adapted_linears, adapters_off
 from qlite.methods.lora import LoRA
 from qlite.model.checkpointing import checkpoint_blocks

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlite.errors import RunError
-from qlite.files import sha256
+from qlite.hashes import sha256
 from qlite.training.run_folder import RunFolder
 from tests.tiny_run import run, tiny_recipe
 

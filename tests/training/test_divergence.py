@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlite.errors import Diverged
-from qlite.files import sha256
+from qlite.hashes import sha256
 from qlite.optim.build import FlatOptimizer
 from qlite.training.run_folder import RunFolder
 from qlite.training.step import Stepper

@@ -15,7 +15,7 @@ from qlite import device
 from qlite.data.batches import Batch
 from qlite.data.encode import Encoded
 from qlite.errors import MachineError, OutOfMemory
-from qlite.files import sha256
+from qlite.hashes import sha256
 from qlite.methods.base import trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.optim.build import FlatOptimizer, Optimizer
