@@ -161,6 +161,7 @@ def test_every_case_is_a_recipe(tools):
         assert read_recipe(ROOT / "recipes/llama8b_8gb.toml", keys).problems() == [], name
 
 
+@pytest.mark.slow
 def test_what_it_traces_is_what_a_plan_traces(tools):
     tool = tools["fake_cuda"]
     recipe = read_recipe(ROOT / "recipes/qwen0.5b_4gb.toml", ["train.tokens=128", "memory.saved_inputs=host", "memory.mlp_chunk=64"])

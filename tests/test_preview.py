@@ -85,6 +85,7 @@ def test_no_weight_is_read_and_the_exit_code_is_trains(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_characters_gets_others(tmp_path):
     command = [sys.executable, "-m", "qlite.preview", recipe_file(tmp_path)]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "QLITE_CACHE": str(tmp_path / "cache")}

@@ -15,6 +15,7 @@ from qlite.errors import MachineError, RecipeError, RunError
 from qlite.serving.answer import Sampling, answer_all, answer_batch
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder
+from tests.marks import slow
 from tests.tiny_run import run, tiny_recipe
 
 PROMPTS = [[{"role": "user", "content": word}] for word in ("abc", "fade", "be", "deafbc", "cab")]
@@ -156,7 +157,7 @@ def test_without_a_run_the_newest_finished_one_is_taken(finished, tmp_path, monk
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("verb", ["train", "export", "generate", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", "export", *map(slow, ("generate", "evaluate"))])
 def test_a_mistake_ends_with_one_message_and_exit_code_2(verb, tmp_path):
     others = {"train": ["nothing.toml"], "export": ["--merge", "nothing"], "generate": ["nothing", "--prompt", "x"]}
     arguments = others.get(verb, ["nothing"])

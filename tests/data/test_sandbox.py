@@ -9,6 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlite.data.sandbox import Renderer
 from qlite.data.template import TEMPLATES
+from tests.marks import slow
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -140,7 +141,7 @@ INSIDES = [
 ]
 
 
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("name", [slow(name) if name == "tables in tables" else name for name in BOMBS])
 def test_what_would_take_the_machine_is_refused(name, monkeypatch):
     monkeypatch.setattr("qlite.data.sandbox.SECONDS", 0.5)
     tracemalloc.start()

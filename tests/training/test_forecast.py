@@ -14,6 +14,7 @@ from qlite.recipe.schema import Recipe
 from qlite.training import forecast as module
 from qlite.training.forecast import ANSWERS, ATTACH, EVALUATION, LOAD, OPTIMIZER_STEP, PHASES, STEP, forecast, trace, worst_workload
 from qlite.training.planning import planned_and_measured
+from tests.marks import slow
 from tests.tiny import tiny_llama
 from tests.tiny_run import run, tiny_recipe
 from tests.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
@@ -51,7 +52,8 @@ CASES = {
 # In the default suite each key once and each storage, checkpointing and packing with some of the others; all of them with -m slow.
 SLOW = {
     *("4 bit, attention", "4 bit, block, packed", "8 bit, block", "8 bit, attention, packed", "8 bit, none", "8 bit, none, packed"),
-    *("16 bit, block", "16 bit, attention", "16 bit, none, packed", "some targets", "lion"),
+    *("16 bit, block", "16 bit, attention", "16 bit, none, packed", "some targets", "lion", "4 bit, attention, packed"),
+    *("MLP in parts", "dora", "saved inputs in 8 bit", "saved inputs on the host", "base on the host", "loss in chunks"),
 }
 
 
@@ -93,7 +95,7 @@ def test_a_run_measures_what_was_planned(case, folder):
         assert abs(wanted - seen) <= 1024, term  # a code table of bitsandbytes that layers share
 
 
-@pytest.mark.parametrize("case", ["4 bit, none", "8 bit, block, packed", "dora", "all together", "base on the host"])
+@pytest.mark.parametrize("case", ["4 bit, none", *map(slow, ("8 bit, block, packed", "dora", "all together", "base on the host"))])
 def test_a_few_blocks_say_what_all_take(case, folder):
     recipe = recipe_of(folder, {**CASES[case], "train": {**CASES[case].get("train", {}), "exact_match_rows": 5}})
     shapes, work = base_shapes(recipe.base, lambda *_: None), worst_workload(recipe)
@@ -103,7 +105,7 @@ def test_a_few_blocks_say_what_all_take(case, folder):
         assert (short[phase].bytes, short[phase].host, short[phase].where) == (whole[phase].bytes, whole[phase].host, whole[phase].where)
 
 
-@pytest.mark.parametrize(("case", "answers"), [("4 bit, block", (1, 2, 400)), ("vocabulary in 8 bit", (60, 90, 2))])
+@pytest.mark.parametrize(("case", "answers"), [slow("4 bit, block", (1, 2, 400)), ("vocabulary in 8 bit", (60, 90, 2))])
 def test_the_larger_of_two_things_is_not_drawn_as_one_line(case, answers, folder):
     """A vocabulary that outweighs few blocks and not all; a prompt's pass and a last token's that do."""
     recipe = recipe_of(folder, CASES[case])
@@ -116,7 +118,7 @@ def test_the_larger_of_two_things_is_not_drawn_as_one_line(case, answers, folder
         assert (phase, short.peaks()[phase].bytes) == (phase, whole.peaks()[phase].bytes)
 
 
-@pytest.mark.parametrize("case", ["4 bit, block", "8 bit, block", "16 bit, block", "vocabulary in 8 bit", "base on the host"])
+@pytest.mark.parametrize("case", ["4 bit, block", *map(slow, ("8 bit, block", "16 bit, block", "vocabulary in 8 bit", "base on the host"))])
 def test_loading_and_answering_are_what_was_planned(case, folder):
     # From its files: the plan does not count on the cache, from which a load takes no more.
     changes = {**CASES[case], "base": {**CASES[case].get("base", {}), "cache": False}}
@@ -129,7 +131,7 @@ def test_loading_and_answering_are_what_was_planned(case, folder):
         assert abs(planned - measured) <= 0.01 * measured, phase
 
 
-@pytest.mark.parametrize("attention", ["flash", "flex"])
+@pytest.mark.parametrize("attention", [slow("flash"), "flex"])
 def test_attention_that_needs_a_card_is_planned_as_ours_and_cannot_be_kept(attention, folder):
     recipe = recipe_of(folder, {})
     asking = recipe.having({"base.attention": attention})
@@ -164,6 +166,7 @@ def test_a_model_whose_blocks_differ_is_traced_whole(changes, folder, monkeypatc
     assert found.peaks()[STEP].bytes == trace(recipe, shapes, work).peaks()[STEP].bytes
 
 
+@pytest.mark.slow
 def test_patterns_of_blocks_that_repeat_are_drawn_on(folder, monkeypatch):
     """Every other block has a sliding window, as in Gemma 2: whole periods are traced."""
     from transformers import Qwen2Config
@@ -194,6 +197,7 @@ def test_answers_are_planned_with_their_cache(folder):
     assert peak.terms[terms.CACHE] >= 7 * 2 * 4 * heads * size * 2 * (tokens - 2)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_traced_run_has_a_value(folder):
     """A plan of a model that no machine holds: if anything were computed, 40 GB would be needed."""
     recipe = recipe_of(folder, {})

@@ -47,6 +47,7 @@ def test_a_kept_forecast_is_the_traced_one(traced):
     assert second.work.as_record() == first.work.as_record()
 
 
+@pytest.mark.slow
 def test_whatever_decides_a_trace_makes_another(traced):
     positions = replace(WORK.train, position_ids=torch.arange(16).remainder(8).expand(2, 16))
     untrained = replace(WORK.train, labels=torch.where(torch.arange(16) < 8, -100, WORK.train.labels))

@@ -180,6 +180,7 @@ def test_the_record_of_every_step_says_how_often_memory_ran_out(tmp_path, monkey
     assert [r["oom_retries"] for r in RunFolder(tmp_path / "run").records() if r["kind"] == "step"] == [0, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_gone_on_with_after_an_accident_a_run_keeps_its_bits(tmp_path, monkeypatch):
     def adapter_sum(name: str, accident: Accident, stop_after: int | None = None) -> str | Watcher:
         folder = tmp_path / name
