@@ -139,7 +139,7 @@ def show(recipe: Recipe, shapes: BaseShapes, found: Forecast, target: Target, co
     console.print(Text("  ".join(f"{LETTERS[term]} {term}".replace(" ", "\N{NO-BREAK SPACE}") for term in _terms(plan)), "dim"))
     console.print()
     console.print(Text(f"peak       {_peak_words(plan)}"))
-    console.print(Text(f"on a card  {format_bytes(plan.needed)}, with {format_bytes(plan.outside)} for CUDA itself (assumed)"))
+    console.print(Text(f"on a card  {format_bytes(plan.needed)}, with {format_bytes(plan.outside)} for CUDA and gaps (assumed)"))
     if plan.host:
         console.print(Text(f"on host    {format_bytes(plan.host)} of offloaded tensors"))
     console.print(_verdict(plan))
@@ -153,7 +153,7 @@ def show_ways_out(ways: list[WayOut], plan: MemoryPlan, console: Console) -> Non
     """Print each change with its peak, and whether it is enough alone."""
     console.print(Text("\nwhat to change (each alone; --fit chooses a combination):"))
     for way in ways:
-        enough = way.peak + plan.outside <= plan.capacity
+        enough = plan.room_for(way.peak)
         console.print(Text(f"  {'fits' if enough else '    '}  {way}"))
 
 
@@ -183,12 +183,12 @@ def _bar(phase: str, peak: Peak, plan: MemoryPlan) -> Text:
         end = round(BAR * size / full)
         bar.append(LETTERS[term] * (end - drawn), colour)
         drawn = max(drawn, end)
-    end = round(BAR * (size + plan.outside) / full)
+    end = round(BAR * plan.needed_for(size) / full)
     bar.append("·" * (end - drawn), "dim")
     if plan.capacity is not None:
         edge = round(BAR * plan.capacity / full)
         bar.append(" " * (edge - end) + "│" if edge >= end else "  over", "dim")
-    return bar.append(f" {format_bytes(peak.bytes + plan.outside)}")
+    return bar.append(f" {format_bytes(plan.needed_for(peak.bytes))}")
 
 
 def _peak_words(plan: MemoryPlan) -> str:

@@ -5,7 +5,7 @@ next micro-batch, so that all that was learned can be written first; a second Ct
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 def signals() -> list[int]:
@@ -51,7 +51,8 @@ class Stop:
         if self.number is None:
             self.number = number
             # In a thread of its own: what this one was writing when the signal came it may not begin to write again.
-            threading.Thread(target=self._tell, args=(signal.Signals(number).name,), daemon=True).start()
+            with suppress(RuntimeError, MemoryError):  # a machine that gives no more threads
+                threading.Thread(target=self._tell, args=(signal.Signals(number).name,), daemon=True).start()
         elif number == signal.SIGINT:  # a closing terminal sends SIGHUP twice, and a shutdown several kinds
             raise StoppedAtOnce(number)
 

@@ -40,13 +40,13 @@ def prepare(told: dict) -> None:
     if not is_whole(small):
         peer_memory.write_base(small)
     if not is_whole(base):
-        _write_random(base, SIZES[told["model"]], small)
+        _write_random(base, SIZES[told["model"]], small, told["device"])
     if not Path(told["ids"]).is_file():
         peer_memory.write_rows(Path(told["ids"]).parent, AutoTokenizer.from_pretrained(small), ROWS, told["tokens"])
 
 
-def _write_random(folder: Path, sizes: dict[str, int], tokenizer_of: Path) -> None:
-    """Write a Llama of ``sizes`` with random weights and SmolLM2's tokenizer."""
+def _write_random(folder: Path, sizes: dict[str, int], tokenizer_of: Path, device: str) -> None:
+    """Write a Llama of ``sizes`` with random weights, drawn on ``device`` if it has room for them, and SmolLM2's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -55,8 +55,12 @@ def _write_random(folder: Path, sizes: dict[str, int], tokenizer_of: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # billions of random numbers
-        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer)))
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer))
+    with torch.device("meta"):
+        needed = sum(weight.nbytes for weight in LlamaForCausalLM(config).parameters())
+    has_room = device == "cuda" and torch.cuda.mem_get_info()[0] > 1.1 * needed
+    with torch.device("cuda" if has_room else "cpu"):  # billions of random numbers
+        model = LlamaForCausalLM(config)
     write_merged(folder, model, tokenizer, None, torch.bfloat16, lambda *_: None)
 
 

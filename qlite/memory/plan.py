@@ -1,6 +1,6 @@
 """Will it fit? What a run needs of a device's memory, phase by phase and term by term, against what the device has."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qlite.errors import MachineError
 from qlite.memory.ledger import Peak
@@ -27,16 +27,25 @@ class MemoryPlan:
     """Bytes that the device, or the budget, allows; None: no device is named."""
     device: str
     """The device in words."""
-    outside: int = 0
-    """Bytes that the device must have beside the tensors: on a card CUDA's own and the allocator's, on a CPU none."""
+    beside: int = 0
+    """Bytes that the device must have whatever the tensors are: on a card CUDA's own and the allocator's, on a CPU none."""
+    gaps: float = 0.0
+    """Share of the tensors that lies unused between them: on a CPU none."""
 
     @classmethod
     def on_card(
         cls, phases: dict[str, Peak], capacity: int | None, device: str, beside: int = 0, has_context: bool = False
     ) -> "MemoryPlan":
         """Return the plan for a card, with all that it must have beside the tensors: ``beside``, and a context unless it is there."""
-        plan = cls(phases, capacity, device, SLACK_BYTES + beside + (0 if has_context else CONTEXT_BYTES))
-        return replace(plan, outside=plan.outside + int(GAPS_SHARE * plan.peak.bytes))
+        return cls(phases, capacity, device, SLACK_BYTES + beside + (0 if has_context else CONTEXT_BYTES), GAPS_SHARE)
+
+    def needed_for(self, peak: int) -> int:
+        """Return the bytes that the device must have for tensors that take ``peak`` bytes."""
+        return peak + int(self.gaps * peak) + self.beside
+
+    def room_for(self, peak: int) -> bool:
+        """Return whether the device has room for tensors that take ``peak`` bytes."""
+        return self.capacity is None or self.needed_for(peak) <= self.capacity
 
     @property
     def phase(self) -> str:
@@ -50,7 +59,12 @@ class MemoryPlan:
     @property
     def needed(self) -> int:
         """Bytes that the device must have."""
-        return self.peak.bytes + self.outside
+        return self.needed_for(self.peak.bytes)
+
+    @property
+    def outside(self) -> int:
+        """Bytes of these that are no tensors."""
+        return self.needed - self.peak.bytes
 
     @property
     def host(self) -> int:

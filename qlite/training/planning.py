@@ -72,8 +72,7 @@ class Planner:
     def require(self, plan: MemoryPlan, work: Workload) -> None:
         """Raise MachineError, with ways out and their peaks, if ``plan`` of ``work`` does not fit."""
         if not plan.fits:
-            room = plan.capacity - plan.outside
-            plan.require_fits([*self._lines(plan.peak.bytes, work, PHASES, room), 'Or begin all the same, with memory.plan = "tell"'])
+            plan.require_fits([*self._lines(plan.peak.bytes, work, PHASES, plan), 'Or begin all the same, with memory.plan = "tell"'])
 
     def advice(self, rows: int, tokens: int, is_training: bool = True) -> list[str]:
         """Return ways out of having no room for ``rows`` lines of ``tokens`` tokens, a line each, with the peak that each would leave.
@@ -89,10 +88,11 @@ class Planner:
             lines = [planned, *self._lines(peak, work, (phase,))]
         return lines
 
-    def _lines(self, before: int, work: Workload, phases: tuple[str, ...], room: int = 0) -> list[str]:
-        """Return the ways out, those that need least first; what fits into ``room`` bytes alone is marked."""
+    def _lines(self, before: int, work: Workload, phases: tuple[str, ...], plan: MemoryPlan | None = None) -> list[str]:
+        """Return the ways out, those that need least first; what alone fits the device of ``plan`` is marked."""
         found = ways_out(self.recipe, self.shapes, before, lambda changed: _smaller(changed, self.recipe, work), phases, self._tracing)
-        return [f"  {'fits  ' if way.peak <= room else '      ' if room else ''}{way}" for way in sorted(found, key=lambda way: way.peak)]
+        marks = {True: "fits  ", False: "      ", None: ""}
+        return [f"  {marks[plan and plan.room_for(way.peak)]}{way}" for way in sorted(found, key=lambda way: way.peak)]
 
     def _tracing(self, done: int, total: int) -> None:
         self.told("trace what could be changed", done, total)

@@ -67,7 +67,8 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
 def _announce(observer: Observer, name: str) -> None:
     """Say that a signal was heard: until the micro-batch ends nothing else would show it."""
     with suppress(QliteError):  # a full disk, which will be told where it matters
-        observer.note(f"{name}: stopping after this micro-batch, with a checkpoint; Ctrl-C again stops at once, without one")
+        after = "stopping after this micro-batch, with a checkpoint of the last whole step, if there is one"
+        observer.note(f"{name}: {after}; Ctrl-C again stops at once")
 
 
 def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch]) -> TrainState:

@@ -97,8 +97,8 @@ def test_the_second_command_ends_at_once_and_names_the_first(tmp_path, tell):
         "finally:\n    print('seconds', time.perf_counter() - start)\n"
     )
     second = subprocess.run([sys.executable, "-c", timed, str(recipe)], cwd=ROOT, env=variables, text=True, capture_output=True)
-    first.send_signal(signal.SIGINT)
-    assert first.wait(60) == 130
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 143
     assert second.returncode == 2
     assert f"process {first.pid} is training there" in second.stderr
     seconds = float(second.stdout.split()[-1])

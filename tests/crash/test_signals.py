@@ -37,16 +37,20 @@ def whole(server, tmp_path_factory) -> tuple[Path, float]:
     return folder, ended["seconds"]
 
 
-def learned(folder: Path) -> dict:
-    """Return the hashes of all that a run computes, its last checkpoint's evaluation aside.
+def same(folder: Path, whole: Path) -> bool:
+    """Return whether two runs have the same bytes.
 
-    A signal that breaks off the evaluation after the last step finds that step's checkpoint unwritten: it is written as it is, the
-    evaluation is made when the run goes on, and a checkpoint that is there is not written again. It names the best adapter before, which
-    is kept as long.
+    A signal that breaks off the evaluation after the last step finds that step's checkpoint unwritten. It is written as it is, the
+    evaluation is made when the run goes on, and a checkpoint that is there is not written again: it says of the evaluation what it
+    knew, and the best adapter that it names is kept beside the new one.
     """
-    found = sums(folder)
-    state = json.loads(found.pop("state"))
-    return {**found, "state": [state[key] for key in ("step", "tokens", "skipped", "optimizer")]}
+    found, wanted = sums(folder), sums(whole)
+    if found == wanted:
+        return True
+    states = [json.loads(each.pop("state")) for each in (found, wanted)]
+    is_older = states[0]["measured"] < states[1]["measured"] == states[1]["step"]
+    evaluation = dict.fromkeys(("measured", "best_loss", "best_step", "stale"))
+    return is_older and found.items() >= wanted.items() and states[0] | evaluation == states[1] | evaluation
 
 
 @pytest.mark.parametrize("rounds", [12, pytest.param(50, marks=pytest.mark.nightly)])
@@ -66,7 +70,7 @@ def test_a_signal_at_any_time_ends_with_its_code_and_loses_nothing(server, whole
             saved = max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
             assert saved == max(steps), "a step was made and is in no checkpoint"
         assert server(folder, LONG)["code"] == 0
-        good += learned(folder).items() >= learned(base).items()
+        good += same(folder, base)
     tell(f"signals at random times: {good}/{rounds} runs wrote all they had learned and ended with the same bytes; {slowest:.1f} s at most")
     assert good == rounds
     assert slowest < 10
@@ -82,12 +86,14 @@ def test_the_second_signal_stops_at_once_and_harms_nothing(server, whole, tmp_pa
         assert ended.get("code") in (130, 0), ended
         assert not list(folder.rglob(".*.tmp-*"))
         assert server(folder, LONG)["code"] == 0
-        assert learned(folder).items() >= learned(base).items()
+        assert same(folder, base)
     tell(f"two signals in a row: {rounds}/{rounds} runs stopped, unharmed")
 
 
 @pytest.mark.parametrize("name", CODES)
 def test_the_command_that_a_user_types(tmp_path, name):
+    if signal.getsignal(name) is signal.SIG_IGN:
+        pytest.skip("the signal is ignored by whoever runs the tests (nohup, &), and so by the command")
     tables = tiny_tables(tmp_path, train={"steps": 5000, "eval_every": 0, "exact_match_rows": 0}, base={"fused": False})
     recipe = tmp_path / "mine.toml"
     recipe.write_text(tomli_w.dumps(tables))
@@ -100,7 +106,7 @@ def test_the_command_that_a_user_types(tmp_path, name):
     process.send_signal(name)
     out, err = process.communicate(timeout=60)
     assert process.returncode == CODES[name]
-    assert f"{name.name}: stopping after this micro-batch, with a checkpoint" in out
+    assert f"{name.name}: stopping after this micro-batch, with a checkpoint of the last whole step" in out
     assert err.strip() == "interrupted; the same command goes on from the newest checkpoint, if one was written"
     assert f"stopped by {signal.Signals(name).name} after step" in out
     assert RunFolder(tmp_path / "run").newest is not None
@@ -118,7 +124,7 @@ def test_a_closing_terminal_that_says_it_twice_loses_nothing(server, whole, tmp_
         saved = max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
         assert saved == max(steps)
         assert server(folder, LONG)["code"] == 0
-        assert learned(folder).items() >= learned(base).items()
+        assert same(folder, base)
 
 
 def test_a_signal_in_the_last_step_is_heard(tmp_path):

@@ -51,7 +51,7 @@ def plan_of(recipe, capacity: int | None = None) -> MemoryPlan:
 
 def test_a_plan_says_whether_it_fits_and_by_how_much():
     phases = {"load": Peak({"a": 5 * MIB}), "training": Peak({"a": 5 * MIB, "b": 3 * MIB}, "head and loss", host=MIB)}
-    fits = MemoryPlan(phases, 10 * MIB, "a card", outside=MIB)
+    fits = MemoryPlan(phases, 10 * MIB, "a card", beside=MIB)
     assert (fits.phase, fits.peak.bytes, fits.needed, fits.headroom, fits.fits, fits.host) == ("training", 8 * MIB, 9 * MIB, MIB, True, MIB)
     assert str(fits) == "8.00 MiB of tensors at most, in training, and 1.00 MiB beside them: 1.00 MiB to spare on a card"
     fits.require_fits([])
@@ -60,6 +60,18 @@ def test_a_plan_says_whether_it_fits_and_by_how_much():
     with pytest.raises(MachineError, match="2.00 MiB too much on a card\nlower it"):
         tight.require_fits(["lower it"])
     assert replace(fits, capacity=None).fits
+
+
+@pytest.mark.parametrize(("has_context", "cuda"), [(False, CONTEXT_BYTES), (True, 0)])
+def test_a_card_must_have_gaps_workspaces_and_a_context_unless_it_is_there(has_context, cuda):
+    plan = MemoryPlan.on_card({"training": Peak({"a": 1000 * MIB})}, 2000 * MIB, "a card", 7 * MIB, has_context)
+    assert plan.needed == 1020 * MIB + SLACK_BYTES + 7 * MIB + cuda
+    assert plan.outside == plan.needed - 1000 * MIB
+    # A smaller peak has smaller gaps.
+    room = 2000 * MIB - SLACK_BYTES - 7 * MIB - cuda
+    assert plan.room_for(int(room / 1.02) - MIB)
+    assert not plan.room_for(int(room / 1.02) + MIB)
+    assert replace(plan, capacity=None).room_for(10**15)
 
 
 @pytest.mark.slow
@@ -203,8 +215,8 @@ def test_the_verb_knows_cards_by_name_and_says_what_a_wrong_one_could_be(folder,
 @pytest.mark.slow
 def test_the_verb_plans_for_the_recipes_budget_where_nothing_else_is_named(folder, capsys):
     with pytest.raises(MachineError, match="does not fit"):
-        planned(folder, capsys, "memory.budget=580MiB", *LONG, "train.micro_batch=4", "train.exact_match_rows=0")
-    assert "does not fit memory.budget = 580MiB" in capsys.readouterr().out
+        planned(folder, capsys, f"memory.budget={CUDA_MIB + 4}MiB", *LONG, "train.micro_batch=4", "train.exact_match_rows=0")
+    assert f"does not fit memory.budget = {CUDA_MIB + 4}MiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
