@@ -21,13 +21,12 @@ from typing import BinaryIO
 
 import platformdirs
 import psutil
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlite.errors import DiskError, MachineError
+from qlite.errors import MachineError
 from qlite.hashes import sha256, short_hash
-from qlite.units import format_bytes
+from qlite.room import explained
 
 MANIFEST = "manifest.json"
 LEFT_OVER = re.compile(r"\..+\.(tmp|old)-([0-9a-f]{8})-(\d+)\w*")
@@ -157,16 +156,6 @@ def sweep(folder: Path) -> list[str]:
     return sorted(path.name for path in left)
 
 
-def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise DiskError unless ``needed_bytes`` can be written to ``folder``, which need not be there yet."""
-    free = free_disk(folder)
-    if needed_bytes > free:
-        raise DiskError(
-            f'"{folder}": {what} would need {format_bytes(needed_bytes)} there, and {format_bytes(free)} are free. Make room, or '
-            "choose a folder on another disk"
-        )
-
-
 def keep_report(text: str) -> Path:
     """Write what went wrong into the cache's folder of reports, beside the newest of those that are there; return its path."""
     folder = cache_folder() / "reports"
@@ -185,18 +174,6 @@ def make_folder(folder: Path) -> None:
         _flush(each.parent)
 
 
-@contextmanager
-def explained(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn what the system says of a write into words; ``needed_bytes``: its size."""
-    try:
-        yield
-    except SafetensorError as error:  # the library has its own words: "I/O error: No space left on device (os error 28)"
-        code = re.search(r"os error (\d+)", str(error))
-        raise _refused(path, int(code[1]) if code else None, str(error), needed_bytes) from error
-    except OSError as error:
-        raise _refused(path, error.errno, error.strerror or str(error), needed_bytes) from error
-
-
 def drop_oldest(folder: Path, budget_bytes: int, keep: Path) -> None:
     """Delete the sub-folders of ``folder`` that were used longest ago, but not ``keep``, until all take at most ``budget_bytes``."""
     found = []
@@ -211,12 +188,6 @@ def drop_oldest(folder: Path, budget_bytes: int, keep: Path) -> None:
         if sub != keep:
             total -= size
             shutil.rmtree(sub, ignore_errors=True)
-
-
-def free_disk(path: Path) -> int:
-    """Return the bytes that can still be written where ``path`` is, or will be."""
-    there = next(place for place in (path, *path.parents) if place.exists())
-    return shutil.disk_usage(there).free
 
 
 def can_be_written(folder: Path) -> bool:
@@ -384,14 +355,3 @@ def _to_device(handle: int) -> None:
             fcntl(handle, F_FULLFSYNC)
             return
     os.fsync(handle)
-
-
-def _refused(path: Path, code: int | None, reason: str, needed_bytes: int | None) -> MachineError:
-    message = f'cannot write "{path}": {reason}'
-    if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-        return MachineError(message)
-    needed = "" if needed_bytes is None else f"it needs {format_bytes(needed_bytes)}, and "
-    with suppress(OSError):
-        message += f"; {needed}{format_bytes(free_disk(path))} are free there"
-    fix = {errno.EIO: "The disk may be failing: look at it", errno.EROFS: "The disk is read-only: mount it so that it can be written"}
-    return DiskError(f"{message}. {fix.get(code, 'Make room')}, then give the same command again: what was written before is whole")

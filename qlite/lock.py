@@ -10,7 +10,8 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from qlite.errors import RunError
-from qlite.files import explained, make_folder
+from qlite.files import make_folder
+from qlite.room import explained
 
 LOCK = ".lock"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -116,3 +117,16 @@ def test_a_folder_that_was_there_before_stays_when_it_is_let_go(tmp_path):
         with held(folder):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_cannot_be_read_while_a_folder_is_filled_is_not_said_to_be_a_write(tmp_path):
+    (tmp_path / "out").mkdir()
+    missing = tmp_path / "base" / "tokenizer.json"
+    with (
+        pytest.raises(MachineError, match=re.escape(f'cannot read "{missing}", for "{tmp_path / "out" / "export"}": No such file')),
+        new_folder(tmp_path / "out" / "export"),
+    ):
+        missing.read_text()
+    with pytest.raises(MachineError, match="cannot write"), new_folder(tmp_path / "out" / "export") as folder:
+        (folder / "there is none" / "x.txt").write_text("x")
+    assert list((tmp_path / "out").iterdir()) == []

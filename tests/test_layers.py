@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYER = {
     **dict.fromkeys(("errors", "units", "hashes", "table", "cpu_products", "streams", "stopping"), -1),
-    **dict.fromkeys(("files", "lock", "given", "device", "offload", "verb", "compiling"), 0),
+    **dict.fromkeys(("files", "room", "lock", "given", "device", "offload", "verb", "compiling"), 0),
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats"), 1),
     "recipe": 2,
     **dict.fromkeys(("serving", "training", "memory"), 3),
@@ -25,7 +25,8 @@ NEIGHBOURS = {
     "training": {"serving", "memory"},
     "units": {"errors"},
     "verb": {"device", "files"},
-    "lock": {"files"},
+    "files": {"room"},
+    "lock": {"files", "room"},
     "compiling": {"device", "files"},
 }
 # Who may touch a foreign surface. Everything else goes through them.

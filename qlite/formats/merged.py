@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlite.errors import ExportError, NotMergeable
-from qlite.files import new_folder, require_space, write_json, write_tensors
+from qlite.files import new_folder, write_json, write_tensors
 from qlite.methods.base import AdaptedLinear, trainable_tensors
 from qlite.model.load import file_names
 from qlite.model.wheel import Progress
 from qlite.quant.embedding import QuantEmbedding, matrix_of
 from qlite.quant.linear import QuantLinear, dense_weight
+from qlite.room import require_space
 from qlite.units import GIB, format_bytes
 
 INDEX = "model.safetensors.index.json"

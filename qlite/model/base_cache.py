@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.errors import MachineError
-from qlite.files import cache_folder, drop_oldest, free_disk, mark_used, new_folder, write_json, write_tensors
+from qlite.files import cache_folder, drop_oldest, mark_used, new_folder, write_json, write_tensors
 from qlite.hashes import code_hash, short_hash
 from qlite.model.lowering import MemoryKeys, modules_on_host
 from qlite.model.wheel import Progress
 from qlite.offload import keep_on_host, put, window
+from qlite.room import free_disk
 from qlite.units import GIB
 
 CACHE_BYTES = 64 * GIB

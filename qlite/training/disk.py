@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import nn
 
-from qlite.files import require_space
 from qlite.formats.peft import adapter_tensors
 from qlite.memory import terms
 from qlite.memory.plan import MemoryPlan
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.schema import Output
+from qlite.room import require_space
 from qlite.training.forecast import STEP
 from qlite.units import MIB
 

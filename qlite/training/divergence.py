@@ -46,7 +46,7 @@ def after_fault(train: Train, state: TrainState, fault: Diverged, rows: list[str
             f"{steps}: {fault}, {state.skipped} in a row (train.max_skipped = {train.max_skipped}). Nothing of them was stepped or saved; "
             f"the last good checkpoint is {newest or 'not there: none was written yet'}. Rows of step {state.step}: {named}. "
             "Lower optimizer.lr or raise schedule.warmup_steps, with --fresh or another output.dir; if it is the same rows again and "
-            "again, look at them"
+            "again, look at them; train.max_skipped may be raised as it is"
         )
     return state, f"step {state.step} is skipped, {state.skipped} of at most {train.max_skipped} in a row: {fault}. Its rows: {named}"
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -52,13 +53,11 @@ BEGINNING = ("run.json", "data.json", "template.jinja")
 LOG_BYTES = 16 * MIB
 """Size of metrics.jsonl beyond which it is continued in a new file."""
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
-
-
 MAY_CHANGE = (
     "memory.plan", "memory.budget", "memory.checkpointing", "memory.loss_chunk", "memory.mlp_chunk", "memory.embedding", "memory.base",
-    "memory.saved_inputs", "base.cache", "base.fused",
+    "memory.saved_inputs", "base.cache", "base.fused", "train.max_skipped",
 )  # fmt: skip
-"""The keys with which a run may go on otherwise: they decide where it computes, and at most in which order and how often it rounds."""
+"""The keys with which a run may go on otherwise: they decide where it computes, at most how it rounds, or when it gives up."""
 
 
 class RunFolder:
@@ -320,8 +319,10 @@ class RunFolder:
             raise RunError(f"{path}: damaged or missing ({error}); start afresh with --fresh") from error
 
     def _log(self, record: dict) -> None:
+        # JSON has no word for infinity, which the perplexity of a high loss is.
+        known = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in record.items()}
         try:
-            append_line(self.metrics, json.dumps(record, ensure_ascii=False))
+            append_line(self.metrics, json.dumps(known, ensure_ascii=False, allow_nan=False))
         except DiskError:
             if not self.may_lose_lines:
                 raise

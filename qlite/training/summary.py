@@ -1,7 +1,6 @@
 """What a finished run says of itself: result.json, and the closing words on the terminal."""
 
 import shlex
-from math import isfinite
 from statistics import median
 
 from rich.console import Console
@@ -34,8 +33,8 @@ def summarise(records: list[dict], memory: MemoryUse, compared: dict, system: st
         "tokens_per_second": round(median([record["tokens_per_second"] for record in steps] or [0.0]), 1),
         "first_loss": steps[0]["loss"] if steps else None,
         "last_loss": steps[-1]["loss"] if steps else None,
-        "eval_loss": _finite(evaluations[-1]["loss"]) if evaluations else None,
-        "perplexity": _finite(evaluations[-1]["perplexity"]) if evaluations else None,
+        "eval_loss": evaluations[-1]["loss"] if evaluations else None,
+        "perplexity": evaluations[-1]["perplexity"] if evaluations else None,
         "best_loss": state.best_loss,
         "best_step": state.best_step if evaluations else None,
         "peak_memory_bytes": memory.peak if on_gpu else peak_process_bytes(),
@@ -47,11 +46,6 @@ def summarise(records: list[dict], memory: MemoryUse, compared: dict, system: st
     }
 
 
-def _finite(number: float) -> float | None:
-    """Return ``number``, or None for what JSON has no word for."""
-    return number if isfinite(number) else None
-
-
 def print_summary(run: RunFolder) -> None:
     """Print the finished run's figures and what to type next."""
     result, console = run.result, Console(highlight=False, markup=False)
@@ -61,8 +55,9 @@ def print_summary(run: RunFolder) -> None:
     if result["first_loss"] is not None:
         table.add_row("loss", f"{result['first_loss']:.3f} -> {result['last_loss']:.3f}")
     if result["eval_loss"] is not None:
+        perplexity = "beyond all numbers" if result["perplexity"] is None else f"{result['perplexity']:.2f}"
         best = f"; lowest {result['best_loss']:.3f} at step {result['best_step']}" if result["best_step"] != result["steps"] else ""
-        table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {result['perplexity']:.2f}{best}")
+        table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {perplexity}{best}")
     if result["answers"]:
         counts = [f"{record['exact']}/{record['rows']}" for record in result["answers"]]
         table.add_row("exact match", f"{counts[0]} before training, {counts[-1]} after")

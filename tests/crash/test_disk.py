@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlite import files
+from qlite import room
 from qlite.errors import DiskError
 from qlite.files import is_whole
 from qlite.hashes import sha256
@@ -129,9 +129,9 @@ def test_what_a_run_has_written_before_counts_as_room(tmp_path, monkeypatch):
     output, sizes = tiny_recipe(tmp_path).output, (20_000, 40_000)
     kept = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints").rglob("*") if file.is_file())
     needed = 3 * sum(sizes) + sizes[0] + disk.SMALL_FILES
-    monkeypatch.setattr(files, "free_disk", lambda _: needed - kept)
+    monkeypatch.setattr(room, "free_disk", lambda _: needed - kept)
     disk.require_room(output, sizes)
-    monkeypatch.setattr(files, "free_disk", lambda _: needed - kept - 1)
+    monkeypatch.setattr(room, "free_disk", lambda _: needed - kept - 1)
     with pytest.raises(DiskError, match="output.keep"):
         disk.require_room(output, sizes)
 

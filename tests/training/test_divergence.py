@@ -107,6 +107,16 @@ def test_steps_in_a_row_are_counted_over_a_stop(tmp_path, monkeypatch):
             run(recipe)
 
 
+def test_more_may_be_skipped_when_the_run_goes_on(tmp_path, monkeypatch):
+    spoil(monkeypatch, {3, 4, 5, 6})  # 5 and 6 are 3 and 4 again
+    with pytest.raises(Diverged, match="train.max_skipped may be raised"):
+        run(tiny_recipe(tmp_path, train={**QUIET, "max_skipped": 1}, output={"save_every": 2}))
+    seen = run(tiny_recipe(tmp_path, train={**QUIET, "max_skipped": 2}, output={"save_every": 2}))
+    assert any("train.max_skipped: 1 -> 2" in note for note in seen.notes)
+    assert [report.step for report in seen.steps] == [5, 6]
+    assert RunFolder(tmp_path / "run").is_finished
+
+
 def test_a_jump_of_the_loss_is_skipped_where_the_recipe_asks_for_it(tmp_path, monkeypatch):
     train = {**QUIET, "steps": 14, "accumulation": 1}
     spoil(monkeypatch, {12}, loss=40.0)

@@ -1,11 +1,13 @@
 """The closing words of a run: its peaks of memory, in tensors and in all, beside the plan."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from qlite.device import MemoryUse
+from qlite.training.report import EvalReport
 from qlite.training.run_folder import RunFolder
 from qlite.training.state import TrainState
 from qlite.training.summary import print_summary, summarise
@@ -69,3 +71,14 @@ def test_a_run_whose_records_somebody_has_deleted_still_ends_well(tmp_path, caps
     out = capsys.readouterr().out
     assert "0 steps, 0 tokens" in out
     assert "loss" not in out
+
+
+def test_a_perplexity_beyond_all_numbers_is_in_the_records_and_the_closing_words(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    run.evaluated(EvalReport(3, 800.0, math.inf, 5, 20, 0.1))
+    assert "null" in run.metrics.read_text()
+    result = summarise(run.records(), CPU, {"planned": None, "measured": {}}, "", TrainState(step=3))
+    assert (result["eval_loss"], result["perplexity"]) == (800.0, None)
+    run.finish(result)
+    print_summary(run)
+    assert "loss 800.000, perplexity beyond all numbers" in capsys.readouterr().out
