@@ -129,7 +129,7 @@ def test_the_figures_written_are_those_of_the_answers_written(finished, tmp_path
 
 def test_the_held_out_rows_are_the_runs_own_and_the_loss_is_what_training_said(finished, tmp_path):
     record = evaluated(finished, tmp_path / "out.json", "--metrics", "loss,exact_match", "--max-tokens", "4")
-    said = [r for r in RunFolder(finished).records() if r["kind"] == "eval"][-1]
+    said = [r for r in RunFolder(finished).records.read() if r["kind"] == "eval"][-1]
     assert record["metrics"]["loss"]["adapter"] == pytest.approx(said["loss"], rel=1e-3)
     assert record["counts"]["trained_tokens"] == said["trained_tokens"]
     words = [json.loads(line)["prompt"] for line in (finished.parent / "test.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from qlite.files import is_whole
 from qlite.hashes import sha256
 from qlite.recipe.read import build_recipe
 from qlite.train import main
-from qlite.training import run_folder, steps
+from qlite.training import records, steps
 from qlite.training.report import EvalReport
 from qlite.training.run import train
 from qlite.training.run_folder import RunFolder, find_run
@@ -42,7 +42,7 @@ def adapter_sum(folder: Path) -> str:
 
 
 def losses(folder: Path) -> list[str]:
-    return [repr(r["loss"]) for r in RunFolder(folder / "run").records() if r["kind"] == "step"]
+    return [repr(r["loss"]) for r in RunFolder(folder / "run").records.read() if r["kind"] == "step"]
 
 
 def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
@@ -71,7 +71,7 @@ def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
 
 def test_metrics_hold_a_record_a_step_and_every_evaluation(whole):
     folder, _, seen = whole
-    records = RunFolder(folder / "run").records()
+    records = RunFolder(folder / "run").records.read()
     kinds = [r["kind"] for r in records if r["kind"] != "note"]
     assert kinds == ["answers", "step", "step", "step", "eval", "step", "step", "step", "eval", "answers"]
     first = next(r for r in records if r["kind"] == "step")
@@ -240,7 +240,7 @@ def test_a_line_of_metrics_cut_short_by_a_crash_stops_nothing(tmp_path):
 
 def test_a_long_log_is_continued_in_another_file_and_read_as_one(whole, tmp_path, monkeypatch):
     folder, _, _ = whole
-    monkeypatch.setattr(run_folder, "LOG_BYTES", 500)
+    monkeypatch.setattr(records, "LOG_BYTES", 500)
     recipe = tiny_recipe(tmp_path, output={"save_every": 1, "keep": 9})
     run(recipe, stop_after=4)
     logs = sorted(path.name for path in (tmp_path / "run").glob("metrics*"))
@@ -268,7 +268,7 @@ def test_a_clock_that_jumps_changes_nothing(whole, tmp_path, monkeypatch, jump):
     seen = run(recipe)
     assert seen.steps[0].step == 5
     assert adapter_sum(tmp_path) == adapter_sum(folder)
-    assert all(record["seconds"] >= 0 for record in RunFolder(tmp_path / "run").records() if "seconds" in record)
+    assert all(record["seconds"] >= 0 for record in RunFolder(tmp_path / "run").records.read() if "seconds" in record)
 
 
 @pytest.mark.parametrize("name", ["data.json", "template.jinja", "run.json", "recipe.toml", "adapter"])
@@ -364,7 +364,7 @@ def test_a_packed_run_learns_and_goes_on_with_the_same_bits(tmp_path):
 
 
 def best_of(folder: Path) -> tuple[int, float]:
-    evaluations = [r for r in RunFolder(folder / "run").records() if r["kind"] == "eval"]
+    evaluations = [r for r in RunFolder(folder / "run").records.read() if r["kind"] == "eval"]
     best = min(evaluations, key=lambda r: r["loss"])
     return best["step"], best["loss"]
 
@@ -438,7 +438,7 @@ def test_samples_are_answered_at_every_evaluation_and_kept(tmp_path):
     assert [report.step for report in seen.samples] == [3, 6]
     assert [prompt for prompt, _ in seen.samples[0].samples] == ["abc", "fed"]
     assert any(answer for report in seen.samples for _, answer in report.samples)
-    assert [r["step"] for r in RunFolder(tmp_path / "run").records() if r["kind"] == "samples"] == [3, 6]
+    assert [r["step"] for r in RunFolder(tmp_path / "run").records.read() if r["kind"] == "samples"] == [3, 6]
 
 
 def test_samples_change_no_bit_of_the_training(whole, tmp_path):

@@ -88,7 +88,7 @@ def run_variant(name: str, folder: Path, steps: int) -> Figures:
     if subprocess.run([sys.executable, "-m", "qlite.train", RECIPE, *overrides], cwd=ROOT, stdout=sys.stderr).returncode:
         raise RunError(f'the run "{name}" failed; after a change of its recipe delete {folder}')
     run = RunFolder(folder)
-    losses = [record["loss"] for record in run.records() if record["kind"] == "step"]
+    losses = [record["loss"] for record in run.records.read() if record["kind"] == "step"]
     result = run.result
     return Figures(
         VARIANTS[name], losses[0], mean(losses[-LAST:]), result["eval_loss"], result.get("peak_tensor_bytes"), result["train_seconds"]

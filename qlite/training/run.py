@@ -110,7 +110,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     run.write_adapter(recipe, parts.model)
     answer(recipe, parts, observer, state.step)
     compared = run.write_memory(parts.meter.compared())
-    run.finish(summarise(run.records(), parts.meter.read(), compared, parts.data.system, state))
+    run.finish(summarise(run.records.read(), parts.meter.read(), compared, parts.data.system, state))
 
 
 def prepare(recipe: Recipe, console: Observer) -> Parts:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,12 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlite import __version__
-from qlite.errors import DiskError, Diverged, RunError
+from qlite.errors import Diverged, RunError
 from qlite.files import (
-    append_line,
-    flush,
     is_whole,
-    keep_file,
     new_folder,
     remove_empty,
     remove_file,
@@ -44,15 +40,15 @@ from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_differences, recipe_toml
+from qlite.training.records import Records
 from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
 from qlite.training.state import TrainState
-from qlite.units import MIB
 
 BEGINNING = ("run.json", "data.json", "template.jinja")
 """What is written before recipe.toml, with which a run is begun."""
-LOG_BYTES = 16 * MIB
-"""Size of metrics.jsonl beyond which it is continued in a new file."""
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
+UNEVALUATED = "-unevaluated"
+"""Ends the name of a checkpoint of a run that was stopped in the evaluation after its step: the run goes on with that evaluation."""
 MAY_CHANGE = (
     "memory.plan", "memory.budget", "memory.checkpointing", "memory.loss_chunk", "memory.mlp_chunk", "memory.embedding", "memory.base",
     "memory.saved_inputs", "base.cache", "base.fused", "train.max_skipped",
@@ -65,9 +61,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metrics, self.adapter = path / "metrics.jsonl", path / "adapter"
-        self.may_lose_lines = False
-        """Whether a line of metrics.jsonl that a full disk does not take ends nothing."""
+        self.adapter, self.records = path / "adapter", Records(path)
 
     @property
     def is_begun(self) -> bool:
@@ -148,7 +142,7 @@ class RunFolder:
             for folder in (*self._checkpoints(), *self._bests(), self.adapter):
                 if folder.exists() and not remove_folder(folder):
                     set_aside(folder)
-            for path in (*self._logs(), *(self.path / name for name in ("memory.json", "data.json", "template.jinja"))):
+            for path in (*self.records.paths(), *(self.path / name for name in ("memory.json", "data.json", "template.jinja"))):
                 remove_file(path)
             for folder in (self.path / "checkpoints", self.path / "best"):
                 remove_empty(folder)
@@ -176,35 +170,33 @@ class RunFolder:
 
     def note(self, message: str) -> None:
         """Keep what the user was told beside the figures."""
-        self._log({"kind": "note", "text": message})
+        self.records.add({"kind": "note", "text": message})
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Progress is for the screen alone."""
 
     def step(self, report: StepReport) -> None:
-        self._log(report.as_record())
+        self.records.add(report.as_record())
 
     def evaluated(self, report: EvalReport) -> None:
-        self._log(report.as_record())
+        self.records.add(report.as_record())
 
     def answered(self, report: AnswerReport) -> None:
-        self._log(report.as_record())
+        self.records.add(report.as_record())
 
     def sampled(self, report: SampleReport) -> None:
-        self._log(report.as_record())
+        self.records.add(report.as_record())
 
-    def records(self) -> list[dict]:
-        """Return the records of metrics.jsonl, and of the files that it has been continued in; a line cut short by a crash is left out."""
-        return [record for path in self._logs() for record in _records_of(path)]
-
-    def save(self, state: TrainState, model: nn.Module, optimizer: FlatOptimizer, keep: int) -> None:
+    def save(self, state: TrainState, model: nn.Module, optimizer: FlatOptimizer, keep: int, suffix: str = "") -> None:
         """Write a checkpoint, whole or not at all, then drop all but the ``keep`` newest. One that is there already stays as it is.
+
+        ``suffix``: UNEVALUATED where the evaluation that is due after this step has not been made. Such a one is only there to go on from.
 
         Raises:
             Diverged: a parameter or a value of the optimizer's is not finite.
             DiskError: the disk does not take it; what was there before is as it was.
         """
-        path = self._checkpoint(state.step)
+        path = self.path / "checkpoints" / f"step-{state.step:08d}{suffix}"
         if is_whole(path):
             return
         tensors, numbers = optimizer.state()
@@ -212,8 +204,7 @@ class RunFolder:
         self._require_finite({**weights, **tensors}, state.step)
         if path.exists():
             set_aside(path)
-        flush(self.metrics)  # what a checkpoint has behind it is told there
-        self._rotate_log()
+        self.records.flush()  # what a checkpoint has behind it is told there
         with new_folder(path) as folder:
             write_tensors(folder / WEIGHTS, weights)
             write_tensors(folder / "optimizer.safetensors", tensors)
@@ -222,7 +213,9 @@ class RunFolder:
 
     def rotate(self, keep: int) -> None:
         """Drop all but the ``keep`` newest checkpoints, and the best adapters that none of these knows."""
-        for old in self._checkpoints()[keep:]:
+        found = self._checkpoints()
+        spent = [folder for folder in found[1:] if folder.name.endswith(UNEVALUATED)]
+        for old in (*spent, *[folder for folder in found if folder not in spent][keep:]):
             remove_folder(old)
         # A best adapter stays as long as a run can still go on from a checkpoint that knows it.
         known = set()
@@ -255,9 +248,9 @@ class RunFolder:
                 note(f"{folder} is damaged: what is in it is not what was written; it is now {set_aside(folder).name}")
                 continue
             state = self._load(folder, model, optimizer)
-            self._rewind(state)
+            self.records.rewind(state)
             return state
-        self._rewind(TrainState(step=-1, measured=-1))
+        self.records.rewind(TrainState(step=-1, measured=-1))
         return TrainState()
 
     def _load(self, folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> TrainState:
@@ -318,51 +311,17 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: damaged or missing ({error}); start afresh with --fresh") from error
 
-    def _log(self, record: dict) -> None:
-        # JSON has no word for infinity, which the perplexity of a high loss is.
-        known = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in record.items()}
-        try:
-            append_line(self.metrics, json.dumps(known, ensure_ascii=False, allow_nan=False))
-        except DiskError:
-            if not self.may_lose_lines:
-                raise
-
-    def _rewind(self, state: TrainState) -> None:
-        """Drop what metrics.jsonl says of steps and evaluations after ``state``: they will be made again."""
-        last = {"step": state.step, "eval": state.measured, "samples": state.measured, "answers": 0 if state.step >= 0 else -1}
-        for path in self._logs():
-            kept = [record for record in _records_of(path) if record.get("step", -1) <= last.get(record.get("kind"), state.step)]
-            write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-
-    def _logs(self) -> list[Path]:
-        """Return metrics.jsonl and, before it, what has become too long for one file."""
-        older = sorted(self.path.glob("metrics-" + "[0-9]" * 4 + ".jsonl"))
-        return [*older, self.metrics] if self.metrics.is_file() else older
-
-    def _rotate_log(self) -> None:
-        if self.metrics.is_file() and self.metrics.stat().st_size > LOG_BYTES:
-            keep_file(self.metrics, self.path / f"metrics-{len(self._logs()):04d}.jsonl")
-
     def _best(self, step: int) -> Path:
         return self.path / "best" / f"step-{step:08d}"
 
     def _bests(self) -> list[Path]:
         return sorted((self.path / "best").glob("step-" + "[0-9]" * 8))
 
-    def _checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:08d}"
-
     def _checkpoints(self) -> list[Path]:
-        """Return the checkpoints, newest first, by step and never by clock."""
-        return sorted((self.path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
-
-
-def _records_of(path: Path) -> list[dict]:
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+        """Return the checkpoints, newest first, by step and never by clock; of one step, that with its evaluation first."""
+        folder, name = self.path / "checkpoints", "step-" + "[0-9]" * 8
+        found = [path for suffix in ("", UNEVALUATED) for path in folder.glob(f"{name}{suffix}")]
+        return sorted(found, key=lambda path: path.name[: len("step-00000020")], reverse=True)
 
 
 def _may_change(difference: str) -> bool:

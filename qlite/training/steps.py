@@ -15,7 +15,7 @@ from qlite.stopping import Stopped, StoppedAtOnce, stopping_softly
 from qlite.training import divergence
 from qlite.training.evaluate import compare_answers, evaluate, sample
 from qlite.training.report import Broadcast, Observer, StepReport, StopWatch, is_due
-from qlite.training.run_folder import RunFolder
+from qlite.training.run_folder import UNEVALUATED, RunFolder
 from qlite.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -30,15 +30,17 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
         Diverged: too many steps in a row could not be made.
     """
     plan, batches = recipe.train, Ahead(parts.batches, parts.steps)
-    run.may_lose_lines = recipe.output.on_full_disk == "continue"
+    run.records.may_lose_lines = recipe.output.on_full_disk == "continue"
     with stopping_softly(partial(_announce, observer)) as stop:
         parts.stepper.between = stop.check
         observer = Broadcast(observer, StopWatch(stop.check))
         try:
-            if state.step and state.measured < state.step and is_due(plan.eval_every, state.step, parts.steps):
+            if is_unevaluated(recipe, parts, state):
                 state = measure(recipe, parts, run, observer, state)
+                if is_to_be_saved(recipe, parts, state):
+                    save(recipe, parts, run, observer, state)
             for step in range(state.step + 1, parts.steps + 1):
-                if plan.patience and state.stale >= plan.patience:
+                if has_lost_patience(recipe, state):
                     told = f"{state.stale} evaluations without a lower held-out loss (train.patience)"
                     observer.note(f"stopped after step {state.step}: {told}")
                     break
@@ -46,10 +48,9 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
                 state = advance(recipe, parts, run, observer, state, batches.step(step))
                 if is_due(plan.eval_every, step, parts.steps):
                     state = measure(recipe, parts, run, observer, state)
-                is_last = plan.patience and state.stale >= plan.patience
                 # What was learned of the machine is kept at once: it decides how the next steps are cut, and so their bits.
                 has_learned = parts.stepper.limits != limits
-                if has_learned or is_last or is_due(recipe.output.save_every, step, parts.steps):
+                if has_learned or is_to_be_saved(recipe, parts, state):
                     save(recipe, parts, run, observer, state)
             stop.check()  # what came during the last step is heard, too
         except StoppedAtOnce:
@@ -69,6 +70,21 @@ def _announce(observer: Observer, name: str) -> None:
     with suppress(QliteError):  # a full disk, which will be told where it matters
         after = "stopping after this micro-batch, with a checkpoint of the last whole step, if there is one"
         observer.note(f"{name}: {after}; Ctrl-C again stops at once")
+
+
+def is_unevaluated(recipe: Recipe, parts: "Parts", state: TrainState) -> bool:
+    """Return whether the evaluation that is due after ``state`` has not been made."""
+    return 0 < state.step != state.measured and is_due(recipe.train.eval_every, state.step, parts.steps)
+
+
+def has_lost_patience(recipe: Recipe, state: TrainState) -> bool:
+    """Return whether the held-out loss has not fallen for train.patience evaluations."""
+    return 0 < recipe.train.patience <= state.stale
+
+
+def is_to_be_saved(recipe: Recipe, parts: "Parts", state: TrainState) -> bool:
+    """Return whether ``state`` gets a checkpoint whatever happens next."""
+    return has_lost_patience(recipe, state) or is_due(recipe.output.save_every, state.step, parts.steps)
 
 
 def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch]) -> TrainState:
@@ -95,8 +111,9 @@ def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, 
 
 def save(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState) -> None:
     """Write a checkpoint of ``state``, if there is none yet."""
+    suffix = UNEVALUATED if is_unevaluated(recipe, parts, state) else ""
     with refusals_told(recipe, observer):
-        run.save(state, parts.model, parts.optimizer, recipe.output.keep)
+        run.save(state, parts.model, parts.optimizer, recipe.output.keep, suffix)
         run.write_memory(parts.meter.compared())
 
 

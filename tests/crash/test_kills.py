@@ -29,7 +29,7 @@ def sums(folder: Path) -> dict[str, str]:
     """Return the hashes of all that a run computes: its adapter, its last checkpoint, its losses."""
     run = folder / "run"
     named = {path.relative_to(run).as_posix(): sha256(path) for path in run.rglob("*.safetensors") if "damaged" not in str(path)}
-    kinds = {kind: [repr(r["loss"]) for r in RunFolder(run).records() if r["kind"] == kind] for kind in ("step", "eval")}
+    kinds = {kind: [repr(r["loss"]) for r in RunFolder(run).records.read() if r["kind"] == kind] for kind in ("step", "eval")}
     state = json.loads(next((run / "checkpoints").glob("step-*/state.json")).read_text())
     return {**named, **{kind: str(losses) for kind, losses in kinds.items()}, "state": json.dumps(state)}
 

@@ -1,6 +1,5 @@
 """Ctrl-C, a shutdown and a closing terminal: a checkpoint at the next micro-batch, the right exit code, and then the same bytes."""
 
-import json
 import os
 import random
 import signal
@@ -37,22 +36,6 @@ def whole(server, tmp_path_factory) -> tuple[Path, float]:
     return folder, ended["seconds"]
 
 
-def same(folder: Path, whole: Path) -> bool:
-    """Return whether two runs have the same bytes.
-
-    A signal that breaks off the evaluation after the last step finds that step's checkpoint unwritten. It is written as it is, the
-    evaluation is made when the run goes on, and a checkpoint that is there is not written again: it says of the evaluation what it
-    knew, and the best adapter that it names is kept beside the new one.
-    """
-    found, wanted = sums(folder), sums(whole)
-    if found == wanted:
-        return True
-    states = [json.loads(each.pop("state")) for each in (found, wanted)]
-    is_older = states[0]["measured"] < states[1]["measured"] == states[1]["step"]
-    evaluation = dict.fromkeys(("measured", "best_loss", "best_step", "stale"))
-    return is_older and found.items() >= wanted.items() and states[0] | evaluation == states[1] | evaluation
-
-
 @pytest.mark.parametrize("rounds", [12, pytest.param(50, marks=pytest.mark.nightly)])
 def test_a_signal_at_any_time_ends_with_its_code_and_loses_nothing(server, whole, tmp_path, tell, rounds):
     base, seconds = whole
@@ -65,12 +48,12 @@ def test_a_signal_at_any_time_ends_with_its_code_and_loses_nothing(server, whole
         assert ended.get("code") in (CODES[name], 0), ended
         slowest = max(slowest, ended["seconds"] - delay) if ended["code"] else slowest
         run = RunFolder(folder / "run")
-        steps = [record["step"] for record in run.records() if record["kind"] == "step"]
+        steps = [record["step"] for record in run.records.read() if record["kind"] == "step"]
         if steps and ended["code"]:
-            saved = max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
+            saved = max(int(path.name[5:13]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
             assert saved == max(steps), "a step was made and is in no checkpoint"
         assert server(folder, LONG)["code"] == 0
-        good += same(folder, base)
+        good += sums(folder) == sums(base)
     tell(f"signals at random times: {good}/{rounds} runs wrote all they had learned and ended with the same bytes; {slowest:.1f} s at most")
     assert good == rounds
     assert slowest < 10
@@ -86,7 +69,7 @@ def test_the_second_signal_stops_at_once_and_harms_nothing(server, whole, tmp_pa
         assert ended.get("code") in (130, 0), ended
         assert not list(folder.rglob(".*.tmp-*"))
         assert server(folder, LONG)["code"] == 0
-        assert same(folder, base)
+        assert sums(folder) == sums(base)
     tell(f"two signals in a row: {rounds}/{rounds} runs stopped, unharmed")
 
 
@@ -120,11 +103,11 @@ def test_a_closing_terminal_that_says_it_twice_loses_nothing(server, whole, tmp_
         delay = 0.6 * seconds
         ended = server(folder, LONG, signals=[[number, delay + 0.001 * place] for place, number in enumerate(numbers)])
         assert ended.get("code") in (CODES[numbers[0]], 0), ended
-        steps = [record["step"] for record in RunFolder(folder / "run").records() if record["kind"] == "step"]
-        saved = max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
+        steps = [record["step"] for record in RunFolder(folder / "run").records.read() if record["kind"] == "step"]
+        saved = max(int(path.name[5:13]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
         assert saved == max(steps)
         assert server(folder, LONG)["code"] == 0
-        assert same(folder, base)
+        assert sums(folder) == sums(base)
 
 
 def test_a_signal_in_the_last_step_is_heard(tmp_path):
@@ -137,9 +120,36 @@ def test_a_signal_in_the_last_step_is_heard(tmp_path):
     with pytest.raises(Stopped) as caught:
         train(recipe, RunFolder(tmp_path / "run"), Last())
     assert caught.value.exit_code == 143
-    assert RunFolder(tmp_path / "run").newest.name == "step-00000002"
+    assert RunFolder(tmp_path / "run").newest.name == "step-00000002-unevaluated"
     train(recipe, RunFolder(tmp_path / "run"), Watcher())
     assert RunFolder(tmp_path / "run").is_finished
+
+
+@pytest.mark.parametrize("changes", [{}, {"patience": 1, "eval_every": 1}])
+def test_a_signal_in_the_last_evaluation_is_made_good(tmp_path, changes):
+    """What is written then lacks the evaluation; what is written once it is made takes its place."""
+
+    class Last(Watcher):
+        def phase(self, name: str, done: int, total: int) -> None:
+            if name == "evaluate" and self.steps and self.steps[-1].step == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    folders = [tmp_path / name for name in ("whole", "stopped")]
+    plan = {"steps": 6, "eval_every": 2, "exact_match_rows": 0, "accumulation": 1, **changes}
+    recipes = []
+    for folder in folders:
+        folder.mkdir()
+        recipes.append(tiny_recipe(folder, train=plan, output={"save_every": 2, "keep": 1, "adapter": "best"}, optimizer={"lr": 3.0}))
+    train(recipes[0], RunFolder(folders[0] / "run"), seen := Watcher())
+    last = seen.steps[-1].step
+    run = RunFolder(folders[1] / "run")
+    with pytest.raises(Stopped):
+        train(recipes[1], run, Last())
+    assert run.newest.name == f"step-{last:08d}-unevaluated"
+    train(recipes[1], run, Watcher())
+    assert run.newest.name == f"step-{last:08d}"
+    assert sums(folders[1]) == sums(folders[0])
+    assert (last < 6) == bool(changes)
 
 
 def test_what_is_ignored_from_outside_stays_ignored(tmp_path):

@@ -135,7 +135,7 @@ def test_what_a_jump_is_measured_by_survives_a_stop(tmp_path):
     recipe = tiny_recipe(tmp_path, train={**QUIET, "spike_factor": 3.0}, output={"save_every": 2})
     run(recipe, stop_after=5)
     state = RunFolder(tmp_path / "run")._read("checkpoints/step-00000004/state.json")
-    losses = [record["loss"] for record in RunFolder(tmp_path / "run").records() if record["kind"] == "step"]
+    losses = [record["loss"] for record in RunFolder(tmp_path / "run").records.read() if record["kind"] == "step"]
     assert state["recent"] == losses[:4]
 
 

@@ -177,7 +177,7 @@ def test_so_is_a_run_with_tensors_on_their_way_to_or_from_the_host(tmp_path, mon
 def test_the_record_of_every_step_says_how_often_memory_ran_out(tmp_path, monkeypatch):
     Accident("backward", 2).put_into(monkeypatch)
     run(recipe_of(tmp_path, PLAIN))
-    assert [r["oom_retries"] for r in RunFolder(tmp_path / "run").records() if r["kind"] == "step"] == [0, 1, 0, 0]
+    assert [r["oom_retries"] for r in RunFolder(tmp_path / "run").records.read() if r["kind"] == "step"] == [0, 1, 0, 0]
 
 
 @pytest.mark.slow

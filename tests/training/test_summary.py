@@ -76,8 +76,8 @@ def test_a_run_whose_records_somebody_has_deleted_still_ends_well(tmp_path, caps
 def test_a_perplexity_beyond_all_numbers_is_in_the_records_and_the_closing_words(tmp_path, capsys):
     run = RunFolder(tmp_path)
     run.evaluated(EvalReport(3, 800.0, math.inf, 5, 20, 0.1))
-    assert "null" in run.metrics.read_text()
-    result = summarise(run.records(), CPU, {"planned": None, "measured": {}}, "", TrainState(step=3))
+    assert "null" in run.records.newest.read_text()
+    result = summarise(run.records.read(), CPU, {"planned": None, "measured": {}}, "", TrainState(step=3))
     assert (result["eval_loss"], result["perplexity"]) == (800.0, None)
     run.finish(result)
     print_summary(run)
