@@ -2,6 +2,7 @@
 
 python -m qlite.export --merge                     newest finished run, fp16
 python -m qlite.export --merge runs/mine --dtype bf16 --out exports/mine
+python -m qlite.export --merge --onto original     over the base's own weights; by default over those that answer more like the run
 python -m qlite.export --adapter runs/mine
 """
 
@@ -12,9 +13,10 @@ import torch
 
 from qlite.errors import ExportError, RecipeError, RunError
 from qlite.files import new_folder, write_tensors, write_text
-from qlite.formats.merged import write_merged
+from qlite.formats.merged import SHARD_BYTES
 from qlite.formats.peft import CONFIG, WEIGHTS, read_tensors
 from qlite.training.console import open_console
+from qlite.training.merging import Audit, Merge, write_audited
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.units import GIB, format_bytes
@@ -34,34 +36,52 @@ def main(argv: list[str]) -> None:
     what.add_argument("--adapter", action="store_true", help="write PEFT's adapter_config.json and adapter_model.safetensors")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the merged weights")
     parser.add_argument("--out", type=Path, help="folder to write; by default inside the run's")
-    parser.add_argument("--shard-gib", type=float, default=1.0, help="largest weight file, and what is held in memory")
+    parser.add_argument(
+        "--onto", choices=("dequantised", "original"), help="what to merge over; by default whichever answers more like the run"
+    )
+    parser.add_argument("--audit-rows", type=int, default=Merge.rows, help="held-out rows on which merged model and run are compared")
+    parser.add_argument("--most-kl", type=float, default=Merge.most_kl, help="nats a token between both beyond which nothing is written")
+    parser.add_argument("--shard-gib", type=float, default=SHARD_BYTES / GIB, help="largest weight file")
     parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
     if not args.shard_gib > 0:
         raise RecipeError(f"--shard-gib {args.shard_gib}: should be more than 0")
+    if args.audit_rows < 0 or not args.most_kl > 0:
+        raise RecipeError(f"--audit-rows {args.audit_rows}, --most-kl {args.most_kl}: should be 0 or more, and more than 0")
     run = find_run(args.run)
     out = args.out or run.path / (f"merged-{args.dtype}" if args.merge else "peft")
     if out.exists() and not args.force:
         raise RunError(f'"{out}" exists already; choose another --out, or replace it with --force')
     if args.merge:
-        merge(run, out, DTYPES[args.dtype], args.device, int(args.shard_gib * GIB))
+        how = Merge(DTYPES[args.dtype], args.onto, args.audit_rows, args.most_kl, int(args.shard_gib * GIB))
+        merge(run, out, how, args.device)
         print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
     else:
         copy_adapter_files(run, out)
         print(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")
 
 
-def merge(run: RunFolder, out: Path, dtype: torch.dtype, device: str, shard_bytes: int) -> None:
-    """Write ``run``'s model, merged over its dequantised base weights, into ``out``."""
+def merge(run: RunFolder, out: Path, how: Merge, device: str) -> None:
+    """Write ``run``'s model, its adapter merged into the base, into ``out``, and say how it was checked."""
     with open_console(f"qlite export  {run.path}") as console:
         # Weights that a card cannot hold are merged where they lie.
         opened = open_run(run, "cpu" if run.recipe().memory.base == "host" else device, console.phase)
         opened.attach()
-        base = opened.base
-        write_merged(out, base.model, base.tokenizer, base.generation_config, dtype, console.phase, shard_bytes)
+        audit = write_audited(opened, out, how, console)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(f"wrote {out}: {format_bytes(size)} of {str(dtype)[6:]} weights, merged over the dequantised {opened.recipe.base.bits}-bit base")
+    print(f"wrote {out}: {format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights")
+    print_audit(audit)
+
+
+def print_audit(audit: Audit) -> None:
+    """Say how the merged weights answer beside the run."""
+    for onto, each in audit.found.items():
+        mark = "written:  " if onto == audit.onto else "          "
+        print(
+            f"{mark}over the {onto} weights  KL {each.kl:.2e} nats a token, likeliest token the same {each.top1:.1%}, "
+            f"loss {each.loss:.4f} (run {each.live_loss:.4f}), greedy answers the same {each.same_answers} of {each.answers}"
+        )
 
 
 def copy_adapter_files(run: RunFolder, out: Path) -> None:

@@ -7,6 +7,7 @@ bears its final name is whole and lists its files with their SHA-256 in its mani
 import errno
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -14,13 +15,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import platformdirs
 import psutil
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +31,10 @@ from qlite.hashes import sha256, short_hash
 from qlite.room import explained
 
 MANIFEST = "manifest.json"
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
 LEFT_OVER = re.compile(r"\..+\.(tmp|old)-([0-9a-f]{8})-(\d+)\w*")
 """Names of what is being made or deleted: by which machine, and by which process of it."""
 KEPT_REPORTS = 10
@@ -60,6 +66,23 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         own[name] = tensor if is_its_own else tensor.clone()
     with explained(path, sum(tensor.nbytes for tensor in own.values())), _replacing(path) as temporary:
         save_file(own, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def write_tensor_file(path: Path, table: dict[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Iterable[Tensor]) -> None:
+    """Write one safetensors file of the tensors in ``table``, name to dtype and shape, whose values come in ``pieces``, one after another.
+
+    A piece, on the CPU, is all or a part of one tensor, in its dtype and order in memory: no more than one is held.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in table.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with explained(path, 8 + len(head) + end), new_file(path) as stream:
+        stream.write(len(head).to_bytes(8, "little") + head)
+        written = sum(stream.write(piece.contiguous().view(-1).view(torch.uint8).numpy()) for piece in pieces)
+    assert written == end, f"{written} bytes of {end}"
 
 
 def append_line(path: Path, line: str) -> None:

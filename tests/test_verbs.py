@@ -52,7 +52,7 @@ def test_merged_weights_load_in_transformers_and_answer_as_the_live_adapter(fini
         new = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=opened.encoder.stop_ids, pad_token_id=0)
         words = tokenizer.decode(new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         assert words == answer_batch(opened.base.model, opened.encoder, [opened.encoder.encode_prompt(prompt)], GREEDY)[0]
-    assert "float16 weights, merged over the dequantised 4-bit base" in capsys.readouterr().out
+    assert "float16 weights, merged over the dequantised base weights" in capsys.readouterr().out
 
 
 def test_the_template_of_the_training_is_used_whatever_the_base_brings_later(finished, tmp_path):

@@ -1,11 +1,13 @@
 """A merged model as a Hugging Face folder: sharded safetensors, config, tokenizer and generation config.
 
-Each weight is dequantised, merged in float32, rounded once to the target dtype and dropped: no more than one shard is
-in memory at a time.
+Each weight is made dense, merged in float32, rounded once to the target dtype, written and dropped: no more than one is in memory at
+a time, however large a file is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,16 +15,21 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlite.errors import ExportError, NotMergeable
-from qlite.files import new_folder, write_json, write_tensors
+from qlite.files import new_folder, write_json, write_tensor_file
 from qlite.methods.base import AdaptedLinear, trainable_tensors
 from qlite.model.load import file_names
+from qlite.model.originals import Originals
 from qlite.model.wheel import Progress
 from qlite.quant.embedding import QuantEmbedding, matrix_of
-from qlite.quant.linear import QuantLinear, dense_weight
+from qlite.quant.linear import Packed, QuantLinear, dense_weight
 from qlite.room import require_space
 from qlite.units import GIB, format_bytes
 
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * GIB
+"""Largest weight file. Only one tensor is in memory, however large it is."""
+PIECE = 1 << 24
+"""Values that are rounded together."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,10 @@ class Dense:
 
     name: str
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    parts: Callable[[], Iterable[Tensor]]
+    """Gives it some rows at a time, or whole."""
+    dtype: torch.dtype | None = None
+    """Its own, where it is no floating-point one and so stays what it is."""
 
 
 def write_merged(
@@ -41,16 +51,42 @@ def write_merged(
     generation_config: GenerationConfig | None,
     dtype: torch.dtype,
     progress: Progress,
-    shard_bytes: int = GIB,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write ``model`` with its adapter merged into ``folder``, in ``dtype``.
+    """Write ``model`` with its adapter merged over its own weights into ``folder``, in ``dtype``, with all that belongs to it.
+
+    Raises: as ``merged_folder``.
+    """
+    with merged_folder(folder, model, dtype, progress, shard_bytes) as path:
+        write_company(path, tokenizer, generation_config)
+
+
+def write_company(folder: Path, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> None:
+    """Write what stands beside the weights in ``folder``."""
+    tokenizer.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+
+
+@contextmanager
+def merged_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    progress: Progress,
+    shard_bytes: int = SHARD_BYTES,
+    originals: Originals | None = None,
+) -> Iterator[Path]:
+    """Give a temporary folder with the merged weights and their config, to be checked and added to; on leaving it becomes ``folder``.
+
+    ``originals``: merge over these weights, not over what the base's storage has made of them.
 
     Raises:
         NotMergeable: the adapter is more than changed weights.
         ExportError: values do not fit ``dtype`` or are not finite.
         MachineError: the disk does not take it.
     """
-    tensors = list(merged_tensors(model))
+    tensors = list(merged_tensors(model, originals))
     in_files = file_names(model, (tensor.name for tensor in tensors))
     shards = _shards(tensors, shard_bytes // dtype.itemsize)
     total = sum(_size(tensor) for tensor in tensors) * dtype.itemsize
@@ -59,23 +95,27 @@ def write_merged(
     with new_folder(folder) as path:
         for number, shard in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            cast = {}
-            for tensor in shard:
-                cast[in_files[tensor.name]] = _cast(tensor, dtype)
-                done += _size(tensor) * dtype.itemsize
-                progress("merge", done, total)
-            write_tensors(path / file, cast)
-            places |= dict.fromkeys(cast, file)
+            table = {in_files[tensor.name]: (tensor.dtype or dtype, tensor.shape) for tensor in shard}
+            write_tensor_file(path / file, table, _told((part for tensor in shard for part in cast(tensor, dtype)), done, total, progress))
+            done += sum(_size(tensor) for tensor in shard) * dtype.itemsize
+            places |= dict.fromkeys(table, file)
         if len(shards) > 1:
             write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         _write_config(path, model, dtype, {tensor.name for tensor in tensors})
-        tokenizer.save_pretrained(path)
-        if generation_config is not None:
-            generation_config.save_pretrained(path)
+        yield path
 
 
-def merged_tensors(model: PreTrainedModel) -> Iterator[Dense]:
+def _told(pieces: Iterator[Tensor], done: int, total: int, progress: Progress) -> Iterator[Tensor]:
+    for piece in pieces:
+        done += piece.nbytes
+        progress("merge", done, total)
+        yield piece
+
+
+def merged_tensors(model: PreTrainedModel, originals: Originals | None = None) -> Iterator[Dense]:
     """Yield every tensor of the merged model under its module's name, in model order, tied ones once.
+
+    ``originals``: where what is frozen is taken from, and what is adapted is merged over; without them, from ``model`` itself.
 
     Raises:
         NotMergeable: something is trained that is no weight of the base and no part of an adapted linear.
@@ -89,27 +129,45 @@ def merged_tensors(model: PreTrainedModel) -> Iterator[Dense]:
             continue
         if isinstance(module, QuantEmbedding):
             inner |= set(module.modules())
-        yield from _tensors_of(prefix, module, seen)
+        yield from _tensors_of(prefix, module, seen, originals)
 
 
-def _tensors_of(prefix: str, module: nn.Module, seen: set[int]) -> Iterator[Dense]:
+def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Originals | None) -> Iterator[Dense]:
     linear = module.base if isinstance(module, AdaptedLinear) else module
     dot = f"{prefix}." if prefix else ""
+    weight = f"{dot}weight"
+
+    def frozen(name: str, otherwise: Callable[[], Iterable[Tensor]]) -> Iterable[Tensor]:
+        """Return what the original is, or else what the model has."""
+        return otherwise() if originals is None or name not in originals else [originals.read(name)]
+
     if isinstance(module, AdaptedLinear):
         shape = (linear.out_features, linear.in_features)
-        yield Dense(f"{dot}weight", shape, lambda: module.merged_weight(dense_weight(linear)))
+        yield Dense(weight, shape, lambda: [_merged(module, *frozen(weight, lambda: [dense_weight(linear)]))])
     elif (matrix := matrix_of(module)) is not None and id(matrix.weight) not in seen:
         seen.add(id(matrix.weight))
-        yield Dense(f"{dot}weight", (matrix.out_features, matrix.in_features), lambda: matrix.dense(torch.float32))
+        yield Dense(weight, (matrix.out_features, matrix.in_features), lambda: frozen(weight, lambda: _by_rows(matrix)))
     if isinstance(module, AdaptedLinear | QuantLinear | QuantEmbedding):
         if getattr(linear, "bias", None) is not None:
-            yield Dense(f"{dot}bias", tuple(linear.bias.shape), lambda: linear.bias)
+            yield Dense(f"{dot}bias", tuple(linear.bias.shape), lambda: frozen(f"{dot}bias", lambda: [linear.bias]))
         return
+
+    def own_value(name: str, tensor: Tensor) -> Iterable[Tensor]:
+        return [tensor] if tensor.requires_grad else frozen(name, lambda: [tensor])  # what was trained has no other original
+
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, tensor in own:
         if name not in module._non_persistent_buffers_set and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield Dense(dot + name, tuple(tensor.shape), lambda tensor=tensor: tensor)
+            yield Dense(dot + name, tuple(tensor.shape), partial(own_value, dot + name, tensor), _whole(tensor))
+
+
+def _merged(module: AdaptedLinear, dense: Tensor) -> Tensor:
+    return module.merged_weight(dense.to(module.base.weight.device, torch.float32))
+
+
+def _by_rows(matrix: Packed) -> Iterator[Tensor]:
+    return (matrix.dense(torch.float32, part) for part in matrix.slices(torch.float32))
 
 
 def _refuse_the_rest(model: PreTrainedModel, adapted: tuple[str, ...]) -> None:
@@ -120,22 +178,31 @@ def _refuse_the_rest(model: PreTrainedModel, adapted: tuple[str, ...]) -> None:
         raise NotMergeable(f"{extra[0]} is no weight of the base model; export it with --adapter instead of --merge")
 
 
-def _cast(tensor: Dense, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Dense, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield ``tensor`` on the CPU in ``dtype``, some rows at a time; whole numbers stay what they are.
+
+    Raises:
+        ExportError: values are not finite, or are too large for ``dtype``.
+    """
     with torch.no_grad():
-        value = tensor.make()
-        if not value.is_floating_point():
-            return value.cpu()
-        bad = int((~value.isfinite()).sum())
-        if bad:
-            raise ExportError(f"{tensor.name}: {bad} values are not finite; this adapter or base is damaged, nothing was written")
-        cast = value.to(dtype)
-        lost = int((~cast.isfinite()).sum())
-        if lost:
-            raise ExportError(
-                f"{tensor.name}: {lost} values up to {value.abs().max().item():.4g} do not fit {str(dtype)[6:]} "
-                f"(largest {torch.finfo(dtype).max:.4g}); nothing was written. Use --dtype bf16"
-            )
-        return cast.cpu()
+        for part in tensor.parts():
+            rows = max(1, PIECE // max(1, part[:1].numel())) if part.dim() else 1
+            for piece in part.split(rows) if part.dim() else (part,):
+                yield _rounded(tensor.name, piece, dtype).cpu() if piece.is_floating_point() else piece.cpu()
+
+
+def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    bad = int((~value.isfinite()).sum())
+    if bad:
+        raise ExportError(f"{name}: {bad} values are not finite; this adapter or base is damaged, nothing was written")
+    rounded = value.to(dtype)
+    lost = int((~rounded.isfinite()).sum())
+    if lost:
+        raise ExportError(
+            f"{name}: {lost} values up to {value.abs().max().item():.4g} do not fit {str(dtype)[6:]} "
+            f"(largest {torch.finfo(dtype).max:.4g}); nothing was written. Use --dtype bf16"
+        )
+    return rounded
 
 
 def _write_config(path: Path, model: PreTrainedModel, dtype: torch.dtype, names: set[str]) -> None:
@@ -161,6 +228,10 @@ def _shards(tensors: list[Dense], limit: int) -> list[list[Dense]]:
         shards[-1].append(tensor)
         filled += _size(tensor)
     return shards
+
+
+def _whole(tensor: Tensor) -> torch.dtype | None:
+    return None if tensor.is_floating_point() else tensor.dtype
 
 
 def _size(tensor: Dense) -> int:

@@ -54,12 +54,9 @@ class LoRALinear(AdaptedLinear):
         """The share of A's input that is dropped now: none outside of training."""
         return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
 
-    def update(self) -> Tensor:
-        """Return scaling * B A, [out, in]. float32: the product of two bfloat16 factors needs more digits than either."""
-        return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
-
     def merged_weight(self, dense: Tensor) -> Tensor:
-        return dense + self.update()
+        # float32: the product of two bfloat16 factors needs more digits than either.
+        return torch.addmm(dense, self.lora_B.weight.float(), self.lora_A.weight.float(), alpha=self.scaling)
 
 
 def _factor(in_features: int, out_features: int, dtype: torch.dtype, where: torch.device) -> nn.Linear:

@@ -7,7 +7,7 @@ one tensor, the device the packed weights plus one slice or tensor.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -238,11 +238,10 @@ def fill(model: PreTrainedModel, checkpoint, device: torch.device, progress: Pro
         ModelError: tensors are missing, unknown or of another shape; all of them in one message.
     """
     expected, shapes = dense_shapes(model), checkpoint.shapes()
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    names = own_names(model, checkpoint.order(), expected)
     on_host = modules_on_host(model, memory) if memory else set()
     found, problems, done = set(), [], 0
-    for source in checkpoint.order():
-        name = _own_name(model, source, expected, renamings)
+    for source, name in names.items():
         if name is None:
             problems += [] if _may_be_ignored(model, source) else [f"unknown tensor {shown(source, 200)}"]
         elif shapes[source] != expected[name]:
@@ -287,14 +286,19 @@ def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _own_name(model: PreTrainedModel, source: str, expected: dict, renamings: list[WeightRenaming]) -> str | None:
-    """Return the model's name of the file's tensor ``source``.
+def own_names(model: PreTrainedModel, sources: Iterable[str], expected: Container[str]) -> dict[str, str | None]:
+    """Return the model's name, one of ``expected``, of each of a file's tensors ``sources``, in their order; None where it has none.
 
     Some files leave the decoder's prefix out, and some families' files are older than their modules' names (GPT-NeoX's
     embed_out is transformers' lm_head).
     """
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return {source: _own_name(model.base_model_prefix, source, expected, renamings) for source in sources}
+
+
+def _own_name(prefix: str, source: str, expected: Container[str], renamings: list[WeightRenaming]) -> str | None:
     renamed = apply_renamings(source, renamings)
-    candidates = (source, f"{model.base_model_prefix}.{source}", renamed, f"{model.base_model_prefix}.{renamed}")
+    candidates = (source, f"{prefix}.{source}", renamed, f"{prefix}.{renamed}")
     return next((name for name in candidates if name in expected), None)
 
 

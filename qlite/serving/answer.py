@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
@@ -12,6 +13,7 @@ from qlite import device
 from qlite.data.encode import Encoder
 from qlite.errors import OutOfMemory, RecipeError
 
+Answer = TypeVar("Answer", str, list[int])
 # A token of the cache takes 128 KiB in an 8B model: 1 GiB at most.
 TOKENS_AT_ONCE = 8192
 
@@ -33,9 +35,26 @@ class Sampling:
             raise RecipeError(f"top-p {self.top_p}: should be more than 0, at most 1")
 
 
-@torch.no_grad()
 def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[list[int]], sampling: Sampling) -> list[str]:
-    """Return the model's answer to each of ``prompts``, which are token ids, decoded together with a cache.
+    """Return the model's answer to each of ``prompts``, which are token ids, decoded together with a cache."""
+    return [encoder.decode(_until_stop(row, encoder.stop_ids)) for row in _new_ids(model, encoder, prompts, sampling)]
+
+
+def answer_ids(
+    model: PreTrainedModel, encoder: Encoder, prompts: list[list[int]], sampling: Sampling, told: Callable[[int], None] = lambda _: None
+) -> list[list[int]]:
+    """Return the ids of the model's answers to ``prompts``, each with the token that ends it, as ``answer_all`` makes them."""
+
+    def answer(chosen: list[list[int]]) -> list[list[int]]:
+        rows = _new_ids(model, encoder, chosen, sampling)
+        return [row[: len(_until_stop(row, encoder.stop_ids)) + 1] for row in rows]
+
+    return _in_batches(answer, model, prompts, sampling.max_tokens, told)
+
+
+@torch.no_grad()
+def _new_ids(model: PreTrainedModel, encoder: Encoder, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    """Return what the model adds to each of ``prompts``; what stands behind the token that ends it is padding.
 
     Rows are padded on the left: the new tokens of all rows must stand side by side.
     """
@@ -45,8 +64,7 @@ def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[list[in
     for row, ids in enumerate(prompts):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         mask[row, width - len(ids) :] = 1
-    new = generate_ids(model, encoder, input_ids, mask, sampling)
-    return [encoder.decode(_until_stop(row, encoder.stop_ids)) for row in new.tolist()]
+    return generate_ids(model, encoder, input_ids, mask, sampling).tolist()
 
 
 def answer_all(
@@ -65,16 +83,27 @@ def answer_all(
     Raises:
         OutOfMemory: a single prompt does not fit.
     """
+    return _in_batches(lambda chosen: answer_batch(model, encoder, chosen, sampling), model, prompts, sampling.max_tokens, told, note)
+
+
+def _in_batches(
+    answer: Callable[[list[list[int]]], list[Answer]],
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    max_tokens: int,
+    told: Callable[[int], None],
+    note: Callable[[str], None] = lambda _: None,
+) -> list[Answer]:
     lengths, at_once = [len(ids) for ids in prompts], TOKENS_AT_ONCE
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    answers: dict[int, str] = {}
+    answers: dict[int, Answer] = {}
     while len(answers) < len(prompts):
-        chosen = _first_that_fit(order[len(answers) :], lengths, sampling.max_tokens, at_once)
+        chosen = _first_that_fit(order[len(answers) :], lengths, max_tokens, at_once)
         with device.Attempt() as attempt:
-            answers |= dict(zip(chosen, answer_batch(model, encoder, [prompts[i] for i in chosen], sampling), strict=True))
+            answers |= dict(zip(chosen, answer([prompts[i] for i in chosen]), strict=True))
         if attempt.ran_out:
             device.free_cached(model.device)
-            at_once = _half(len(chosen), lengths[chosen[-1]], sampling.max_tokens)
+            at_once = _half(len(chosen), lengths[chosen[-1]], max_tokens)
             note(f"out of memory in answering {len(chosen)} prompts together: from now on at most {at_once} tokens of cache at once")
         told(len(answers))
     return [answers[i] for i in range(len(prompts))]

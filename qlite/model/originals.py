@@ -1,0 +1,34 @@
+"""The weights of a base model's own files, one at a time, under the names that the loaded model gives them."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qlite.model.load import own_names
+
+
+class Originals:
+    """What the files of ``checkpoint`` hold for ``model``: for a GGUF file, what its blocks stand for."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint, names: Iterable[str]):
+        """``names``: those of the model's tensors, adapters taken off."""
+        names = set(names)
+        self._checkpoint = checkpoint
+        self._source = {own: source for source, own in own_names(model, checkpoint.order(), names).items() if own}
+        embedding, head = (_name_of(model, module) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+        # A tied head has no tensor of its own in the file, or the embedding has none.
+        for name, other in ((head, embedding), (embedding, head)):
+            if name not in self._source and other in self._source:
+                self._source[name] = self._source[other]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._source
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name`` of the model on the CPU, in its file's dtype. To be read only: it may be a window on the file."""
+        return self._checkpoint.read(self._source[name])
+
+
+def _name_of(model: PreTrainedModel, wanted: object) -> str:
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is wanted), "")

@@ -1,0 +1,203 @@
+"""The audited merge: its figures are those of the models that are compared, and what is not right is not written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qlite.errors import ExportError
+from qlite.formats.card import merged_card
+from qlite.methods.base import adapted_linears
+from qlite.serving import merge_audit
+from qlite.training import merging
+from qlite.training.merging import Audit, Merge, write_audited
+from qlite.training.open_run import OpenRun, open_run
+from qlite.training.run_folder import RunFolder
+from tests.tiny_run import Watcher, run, tiny_recipe
+
+CHANGES = {"train": {"steps": 12, "exact_match_rows": 0}, "optimizer": {"lr": 2e-2}}
+KINDS = {
+    "4 bit": {},
+    "8 bit": {"base": {"bits": 8}},
+    "16 bit": {"base": {"bits": 16}},
+    "DoRA": {"method": {"dora": True}},
+    "vocabulary in 8 bit": {"base": {"embedding_bits": 8, "head_bits": 8}},
+    "adapted head": {"method": {"targets": ["lm_head", "q_proj"]}},
+    "float32": {"base": {"dtype": "float32"}},
+}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory) -> OpenRun:
+    return trained(tmp_path_factory.mktemp("merging"), {"base": {"dtype": "float32"}})
+
+
+def trained(folder: Path, changes: dict) -> OpenRun:
+    """Return a finished run over a 4-bit base, opened with its adapter on; its head is large, so that small errors show in the logits."""
+    tiny_recipe(folder)
+    weights = folder / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] *= 20
+    save_file(tensors, weights, metadata={"format": "pt"})
+    run(tiny_recipe(folder, **{**CHANGES, **changes}))
+    opened = open_run(RunFolder(folder / "run"), "cpu", lambda *_: None)
+    opened.attach()
+    return opened
+
+
+def audited(opened: OpenRun, out: Path, **options: object) -> Audit:
+    return write_audited(opened, out, Merge(**options), Watcher())
+
+
+@torch.no_grad()
+def kl_and_loss(opened: OpenRun, merged: nn.Module) -> tuple[float, float]:
+    """Return mean KL(live || merged) and the merged model's loss over all trained positions, in nats, row by row."""
+    kl = loss = count = 0
+    data = opened.recipe.data.load(opened.base.tokenizer, opened.recipe.train.tokens, lambda _: None, encoder=opened.encoder)
+    for row in (data.test[index] for index in range(len(data.test))):
+        ids = torch.tensor([list(map(int, row.ids))])
+        live, other = (model(input_ids=ids).logits[0].float().log_softmax(-1) for model in (opened.base.model, merged))
+        for place in range(1, len(row)):
+            if row.trained[place]:
+                kl += float((live[place - 1].exp() * (live[place - 1] - other[place - 1])).sum())
+                loss -= float(other[place - 1, int(row.ids[place])])
+                count += 1
+    return kl / count, loss / count
+
+
+@pytest.mark.parametrize("onto", ["dequantised", "original"])
+def test_the_figures_are_those_of_the_model_that_is_written(opened, tmp_path, onto):
+    audit = audited(opened, tmp_path / "out", dtype=torch.float32, onto=onto, most_kl=100.0)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    kl, loss = kl_and_loss(opened, merged)
+    found = audit.found[onto]
+    assert (found.kl, found.loss) == (pytest.approx(kl, rel=1e-3, abs=1e-7), pytest.approx(loss, rel=1e-5))
+    assert audit.written == found
+    assert (found.kl < 1e-6) == (onto == "dequantised")
+    kept = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert (kept["onto"], kept["dtype"], kept["candidates"][onto]["kl"]) == (onto, "float32", found.kl)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nearer_base_is_taken_in_every_storage(tmp_path, kind):
+    audit = audited(trained(tmp_path, KINDS[kind]), tmp_path / "out", most_kl=100.0)
+    assert audit.onto == min(audit.found, key=lambda onto: audit.found[onto].kl)
+    assert set(audit.found) == ({"dequantised"} if kind == "16 bit" else {"dequantised", "original"})
+    best = audit.found[audit.onto]
+    assert best.same_answers == best.answers == 7
+    assert best.kl < 1e-3
+    assert audit.written.kl == pytest.approx(best.kl, rel=1e-3, abs=1e-9)
+
+
+def test_an_error_of_a_layer_is_measured_where_it_is(opened, tmp_path, monkeypatch):
+    """One weight is merged wrongly: by a tenth."""
+    name = "model.layers.1.mlp.down_proj"
+    module = opened.base.model.get_submodule(name)
+    monkeypatch.setattr(module, "merged_weight", lambda dense: 1.1 * type(module).merged_weight(module, dense))
+    found = audited(opened, tmp_path / "out", dtype=torch.float32, onto="dequantised", most_kl=100.0).found["dequantised"]
+    assert found.worst_layer == (name, pytest.approx(0.1, rel=1e-3))
+    assert max(error for layer, error in found.layers.items() if layer != name) < 1e-5
+    assert found.kl > 1e-5
+
+
+def test_the_greedy_answers_are_those_that_the_merged_model_gives(opened, tmp_path):
+    audit = audited(opened, tmp_path / "out", dtype=torch.float32, onto="original", most_kl=100.0)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    rows, _ = merging._rows(opened, 32, Watcher())
+    prompts = [list(map(int, row.ids[: row.answer_start])) for row in rows]
+    sampling = merging.Sampling(opened.recipe.train.answer_tokens)
+    answers = [merging.answer_ids(model, opened.encoder, prompts, sampling) for model in (opened.base.model, merged)]
+    assert audit.found["original"].same_answers == sum(a == b for a, b in zip(*answers, strict=True))
+    assert audit.found["original"].answers == len(prompts) == 7
+
+
+def test_what_answers_otherwise_is_not_written(opened, tmp_path):
+    with pytest.raises(ExportError, match=r"original weights the model answers otherwise than the run: KL .* at most 1e-09.*--most-kl"):
+        audited(opened, tmp_path / "exports" / "out", onto="original", most_kl=1e-9)
+    assert not (tmp_path / "exports").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].mul_(2), "what was written answers otherwise"),
+        (lambda tensors: tensors.pop("model.norm.weight"), "not what their config.json describes: model.norm.weight"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), "not what their config.json describes: model.norm.weight"),
+    ],
+)
+def test_what_is_not_written_right_is_found_when_it_is_read_back(opened, tmp_path, monkeypatch, spoil, message):
+    write_company = merging.write_company
+
+    def spoilt(folder: Path, *args: object) -> None:
+        write_company(folder, *args)
+        tensors = load_file(folder / "model.safetensors")
+        spoil(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    monkeypatch.setattr(merging, "write_company", spoilt)
+    with pytest.raises(ExportError, match=message):
+        audited(opened, tmp_path / "exports" / "out", most_kl=100.0)
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
+def test_nothing_stays_in_the_model(opened, tmp_path):
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        before = opened.base.model(input_ids=ids).logits
+        audited(opened, tmp_path / "out", most_kl=100.0)
+        assert torch.equal(opened.base.model(input_ids=ids).logits, before)
+    assert not any("merged" in str(vars(module).get("forward", "")) for _, module in adapted_linears(opened.base.model))
+    assert not any("forward" in vars(module) for _, module in adapted_linears(opened.base.model))
+
+
+def test_rows_in_batches_and_logits_in_pieces_give_the_same_figures(opened, tmp_path, monkeypatch):
+    whole = audited(opened, tmp_path / "whole", most_kl=100.0).found["original"]
+    monkeypatch.setattr(merge_audit, "TOKENS_AT_ONCE", 20)
+    monkeypatch.setattr(merge_audit, "LOGITS_AT_ONCE", 100)
+    parts = audited(opened, tmp_path / "parts", most_kl=100.0).found["original"]
+    assert parts.kl == pytest.approx(whole.kl, rel=2e-3)  # float32 logits
+    assert (parts.top1, parts.same_answers, parts.answers) == (whole.top1, whole.same_answers, whole.answers)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_without_rows_it_is_written_and_said_not_to_be_compared(opened, tmp_path):
+    audit = audited(opened, tmp_path / "out", rows=0)
+    assert (audit.onto, audit.found, audit.written) == ("dequantised", {}, None)
+    assert "it was not compared" in (tmp_path / "out" / "README.md").read_text()
+    assert audited(opened, tmp_path / "other", rows=0, onto="original").onto == "original"
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed == {f"{name}.weight" for name, _ in adapted_linears(opened.base.model)}
+
+
+def test_raw_text_and_runs_without_held_out_rows_are_compared_too(tmp_path):
+    tiny_recipe(tmp_path)
+    (tmp_path / "train.txt").write_text("abc def fed cba " * 60)
+    data = {"train": str(tmp_path / "train.txt"), "test": None}
+    opened = trained(tmp_path, {"data": data, "train": {**CHANGES["train"], "eval_every": 0}})
+    audit = audited(opened, tmp_path / "out", most_kl=100.0)
+    assert not audit.are_held_out
+    assert audit.found["dequantised"].answers == 0
+    assert audit.found["dequantised"].kl < 1e-3
+    assert "training rows, for the run has held out none" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_makes_no_markup_of_strange_names():
+    card = merged_card("a<script>|b", "x\n# y", {"base": "[click](http://x)\x1b[2J"}, ["fine"], 'prompt = "```\n# no"')
+    assert "<script>" not in card
+    assert "\x1b" not in card
+    assert r"\[click\](http://x)" in card
+    assert card.count("```") == 2
+    assert [line for line in card.splitlines() if line.startswith("# ")] == [r"# a&lt;script>\|b", '# no"']
+
+
+def test_the_figures_are_on_the_card(opened, tmp_path):
+    audit = audited(opened, tmp_path / "out", most_kl=100.0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| the {audit.onto} weights (written) | {audit.found[audit.onto].kl:.2e} |" in card
+    assert replace(audit, written=None).lines()[-1] in card
