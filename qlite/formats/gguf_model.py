@@ -21,7 +21,7 @@ from qlite.model.gguf_header import GgufHeader, StoredTensor
 # transformers' model type -> llama.cpp's architecture; Mistral's differs from Llama's in its window alone.
 MODEL_TYPES = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"mistral": "llama"}
 # llama.cpp computes these architectures' attention without a window: the context ends where the window would begin to matter.
-WINDOWLESS = {"llama", "smollm3", "qwen2", "qwen3"}
+WINDOWLESS = {"llama", "smollm3", "qwen2", "qwen3", "phi3"}
 WINDOW_KEYS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "max_position_embeddings"}
 WITHOUT_EFFECT = {
     *("transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype", "model_type"),
@@ -134,12 +134,9 @@ def _require_same(described: GgufModel, config: PreTrainedConfig) -> None:
 def _metadata(config: PreTrainedConfig) -> dict[str, object]:
     """Return the architecture's keys, without its name in front."""
     head_dim, rope = _head_dim(config), _rope(config)
-    window, length = getattr(config, "sliding_window", None) or 0, config.max_position_embeddings
-    architecture = _architecture(config)
-    if architecture in WINDOWLESS and window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-        length = min(length, window)
+    window, architecture = getattr(config, "sliding_window", None), _architecture(config)
     keys: dict[str, object] = {
-        "context_length": length,
+        "context_length": _context_length(config, architecture),
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
@@ -152,14 +149,24 @@ def _metadata(config: PreTrainedConfig) -> dict[str, object]:
         "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope["rope_theta"]),
     }
-    if architecture not in WINDOWLESS and hasattr(config, "sliding_window"):
-        keys["attention.sliding_window"] = window
+    if architecture in ("phi3", "gemma2", "gemma3"):
+        keys["attention.sliding_window"] = window or 0  # 0: none
     if architecture == "gemma3":
         keys["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None):
             keys[name] = float(getattr(config, name))
     return keys | _rope_scaling(config, rope)
+
+
+def _context_length(config: PreTrainedConfig, architecture: str) -> int:
+    window, length = getattr(config, "sliding_window", None), config.max_position_embeddings
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if architecture not in WINDOWLESS or not window or window >= length or "sliding_attention" not in layers:
+        return length
+    if _rope(config)["rope_type"] == "longrope":
+        raise ExportError(f"sliding_window = {window} is less than the context of {length}, and llama.cpp has no such window; use --merge")
+    return window
 
 
 def _rope_scaling(config: PreTrainedConfig, rope: dict) -> dict[str, object]:
@@ -179,7 +186,10 @@ def _rope_scaling(config: PreTrainedConfig, rope: dict) -> dict[str, object]:
 
 
 def _rope_factors(config: PreTrainedConfig) -> dict[str, list[float]]:
-    """Return the tensors by which llama.cpp divides rotary frequencies, by name: Llama 3's, and Phi-3's long and short ones."""
+    """Return the tensors by which llama.cpp divides rotary frequencies, by name: Llama 3's, and Phi-3's long and short ones.
+
+    Of Phi-3's, llama.cpp takes the long ones where its context is the longer one, transformers where the text is.
+    """
     rope = _rope(config)
     if rope["rope_type"] == "longrope":
         return {f"rope_factors_{length}.weight": list(map(float, rope[f"{length}_factor"])) for length in ("long", "short")}

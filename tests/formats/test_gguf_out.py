@@ -42,7 +42,8 @@ WRITTEN = {
         "qwen2",
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0, "original_max_position_embeddings": 32}},
     ),
-    "long phi3": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "phi3": ("phi3", {"sliding_window": 48}),
+    "long phi3": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32, "sliding_window": None}),
 }
 # transformers 5.23 drops the biases of Llama, rotary scaling, Gemma's window and scale, and Phi-3's partial rotation from its config.
 TRANSFORMERS_COMPUTES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -198,9 +199,10 @@ def test_the_metadata_says_what_the_model_is(tmp_path):
     assert {key: value for key, value in said.items() if not key.startswith("GGUF.")} == expected
 
 
-def test_a_window_that_llama_cpp_does_not_know_ends_the_context(tmp_path):
-    said = metadata_of(written(tmp_path, loaded(folder_of(tmp_path, "mistral"))))
-    assert (said["general.architecture"], said["llama.context_length"]) == ("llama", 48)
+@pytest.mark.parametrize(("name", "architecture"), [("mistral", "llama"), ("phi3", "phi3")])
+def test_a_window_that_llama_cpp_does_not_know_ends_the_context(name, architecture, tmp_path):
+    said = metadata_of(written(tmp_path, loaded(folder_of(tmp_path, name))))
+    assert (said["general.architecture"], said[f"{architecture}.context_length"]) == (architecture, 48)
 
 
 # Kinds of quantisation
@@ -387,6 +389,7 @@ def test_another_family_is_refused_with_those_that_are_written(family, tmp_path)
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "beta_fast": 9.0}},
             r"rope_parameters = .*'beta_fast': 9\.0",
         ),
+        ("phi3", {"rope_parameters": LONG, "sliding_window": 48}, r"sliding_window = 48 is less than the context of 128"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, r"rope_parameters = .*dynamic"),
     ],
 )
