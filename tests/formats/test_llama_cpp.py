@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from qlite.formats.gguf_lora import write_adapter_gguf
+from qlite.formats.gguf_tokenizer import DIGITS, GPT2, SPLITS
 from qlite.methods.lora import LoRA
 from qlite.recipe.read import read_recipe
 from tests.formats.test_gguf_out import ROWS, TEXTS, WRITTEN, folder_of, loaded, sentencepiece_tokenizer, written
@@ -53,6 +56,34 @@ def test_llama_cpp_gives_the_same_ids(tmp_path):
     base = loaded(folder_of(tmp_path, "llama"))
     cpp = in_llama_cpp(written(tmp_path, base))
     assert [cpp.ids(text) for text in TEXTS] == [base.tokenizer(text).input_ids for text in TEXTS]
+
+
+PROSE = [
+    "I'll say: they'RE 1234567 words, DON'T   join\n\n\tthem (all) of 2024-11-26!",
+    "camelCase HTTPServer x86_64 naïve café ünd 漢字仮名 🙂 3.14 ٤٥٦",
+    "def f(x):\n    return x**2  # tabs\t\tand\r\nline ends\n\n\n",
+]
+
+
+@pytest.mark.parametrize(("split", "ignores"), SPLITS, ids=SPLITS.values())
+def test_llama_cpp_splits_text_as_the_name_says(split, ignores, tmp_path):
+    """The merges were learned without any split, so that each one that a split forbids shows in the ids."""
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = Tokenizer(models.BPE(ignore_merges=ignores))
+    backend.pre_tokenizer = whole
+    special = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(PROSE * 5, trainer)
+    backend.model.ignore_merges = ignores
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    steps = {GPT2: [plain], DIGITS: [pre_tokenizers.Digits(individual_digits=True), plain]}
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps.get(split, [pre_tokenizers.Split(Regex(split), "isolated"), whole]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    base = loaded(folder_of(tmp_path, "llama"), None)
+    base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    base.__dict__["tokenizer"] = tokenizer
+    cpp = in_llama_cpp(written(tmp_path, base, stop_ids=(1,), template=None))
+    assert [cpp.ids(text) for text in PROSE] == [tokenizer(text).input_ids for text in PROSE]
 
 
 @pytest.mark.parametrize("prefix", [True, False])
