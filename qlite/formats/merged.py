@@ -43,6 +43,11 @@ class Dense:
     dtype: torch.dtype | None = None
     """Its own, where it is no floating-point one and so stays what it is."""
 
+    def whole(self) -> Tensor:
+        """Return it in one piece."""
+        parts = list(self.parts())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
 
 def write_merged(
     folder: Path,

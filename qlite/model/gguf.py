@@ -47,15 +47,15 @@ class GgufCheckpoint:
         self._path = files.folder / files.gguf
         header = read_header(self._path)
         rope = {name: self._rope_factors(stored) for name, stored in header.tensors.items() if name in ROPE_TENSORS}
-        self._model = GgufModel(self._path, header, rope)
-        self._architecture = architecture_of(self._model)
+        self.model = GgufModel(self._path, header, rope)
+        self._architecture = architecture_of(self.model)
         weights = [stored for name, stored in header.tensors.items() if name not in ROPE_TENSORS]
-        self._stored = {transformers_name(self._model, stored.name): stored for stored in weights}
+        self._stored = {transformers_name(self.model, stored.name): stored for stored in weights}
         self._refuse_unknown_kinds()
 
     def config(self) -> PreTrainedConfig:
         """Return the architecture that the metadata describes; without an output matrix the embeddings are tied."""
-        return build_config(self._model)
+        return build_config(self.model)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor's shape by name, in reading order."""
@@ -78,7 +78,7 @@ class GgufCheckpoint:
         """Return a tensor on the CPU in bfloat16, dequantised in float32 and rounded once. It owns its memory."""
         stored = self._stored[name]
         offset = self._architecture.norm_offset if name.endswith("norm.weight") else 0.0
-        places = rotary_rows(self._model, stored.name)
+        places = rotary_rows(self.model, stored.name)
         result = torch.empty(stored.shape, dtype=torch.bfloat16)
         # numpy (which has no bfloat16, hence the bits) scatters rows on this core alone; see CHUNK_VALUES.
         rows = result.view(stored.rows, -1).view(torch.int16).numpy()
@@ -100,28 +100,28 @@ class GgufCheckpoint:
         Raises:
             ModelError: there is none, or its way of splitting text is not known.
         """
-        metadata = self._model.header.metadata
+        metadata = self.model.header.metadata
         split = metadata.get("tokenizer.ggml.pre", "default")
         if metadata.get("tokenizer.ggml.model") == "gpt2" and split not in KNOWN_SPLITS:
-            raise self._model.error(f'its tokenizer splits text as "{split}" does, which is unknown')
+            raise self.model.error(f'its tokenizer splits text as "{split}" does, which is unknown')
         try:
             # Not from_pretrained: that would also read another model's tokenizer files lying in the same folder.
             tokenizer = PreTrainedTokenizerFast(gguf_file=self.files.gguf, name_or_path=str(self.files.folder))
         except Exception as error:  # the tokenizers library raises bare Exception for a malformed vocabulary
-            raise self._model.error(f"has no tokenizer that can be read ({error!r})") from error
+            raise self.model.error(f"has no tokenizer that can be read ({error!r})") from error
         tokenizer.name_or_path = self.files.name
         return tokenizer
 
     def generation_config(self) -> GenerationConfig | None:
         """Return the special tokens with which generation starts, pads and stops (at the end of text or of a turn)."""
-        ids = {key: self._model.header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "padding")}
+        ids = {key: self.model.header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "padding")}
         ends = list(dict.fromkeys(ids[key] for key in ("eos", "eot") if ids[key] is not None))
         return GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ends if len(ends) != 1 else ends[0], pad_token_id=ids["padding"])
 
     def fingerprint(self) -> str:
         """Return a short identity from the header and the file's size, not from values or the path."""
         with self._path.open("rb") as stream:
-            digest = hashlib.sha256(stream.read(self._model.header.data_start))
+            digest = hashlib.sha256(stream.read(self.model.header.data_start))
         digest.update(str(self._path.stat().st_size).encode())
         return "gguf:" + digest.hexdigest()[:16]
 

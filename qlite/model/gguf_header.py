@@ -6,7 +6,7 @@ Source: the format's specification, ggml/docs/gguf.md (versions 2 and 3, little-
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -50,6 +50,8 @@ class GgufHeader:
     """In file order, by GGUF name."""
     data_start: int
     """The header's length in bytes, padding included."""
+    places: dict[str, slice] = field(default_factory=dict)
+    """Where in the file each metadata value stands, its type in front."""
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -63,6 +65,13 @@ def read_header(path: Path) -> GgufHeader:
             return _parse(_Cursor(content), path)
     except (struct.error, ValueError, OverflowError) as error:  # an unknown tensor kind is a ValueError; so is an empty file
         raise ModelError(f"{path}: is not a GGUF file that can be read ({error}); download it again") from error
+
+
+def raw_values(path: Path, header: GgufHeader) -> dict[str, bytes]:
+    """Return every metadata value of the file at ``path`` as the bytes that it is there, its type in front."""
+    with path.open("rb") as stream:
+        content = stream.read(header.data_start)
+    return {key: content[place] for key, place in header.places.items()}
 
 
 class _Cursor:
@@ -119,10 +128,12 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
     if version not in (2, 3):
         raise ModelError(f"{path}: is GGUF version {version}; only little-endian versions 2 and 3 are read")
     tensor_count, key_count = cursor.numbers("QQ")
-    metadata = {}
+    metadata, values_at = {}, {}
     for _ in range(key_count):
         key = cursor.string()
+        start = cursor.position
         metadata[key] = cursor.value()
+        values_at[key] = slice(start, cursor.position)
     rows = [_tensor_row(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
@@ -131,7 +142,7 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
     places = [_place(name, shape, kind, data_start + offset) for name, shape, kind, offset in rows]
     tensors = {place.name: place for place in sorted(places, key=lambda place: place.offset)}
     _require_complete(tensors, len(cursor.content), path)
-    return GgufHeader(metadata, tensors, data_start)
+    return GgufHeader(metadata, tensors, data_start, values_at)
 
 
 def _tensor_row(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

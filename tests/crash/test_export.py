@@ -46,6 +46,24 @@ def test_killed_at_any_file_operation_it_leaves_no_half_model_and_is_done_again(
     assert good == 2 * calls
 
 
+def test_a_gguf_file_killed_at_any_file_operation_is_whole_or_not_there(server, trained, tell):
+    out, good = trained / "out" / "gguf", 0
+    job = {"export": str(out), "inside": "out", "what": ["--gguf-adapter"]}
+    assert server(trained, SHORT, **job, log=str(trained / "gguf-log"))["code"] == 0
+    calls, expected = len(said(trained / "gguf-log")[0]), hashes(out)
+    assert "run-lora.gguf" in expected
+    shutil.rmtree(out)
+    for number in range(calls):
+        assert server(trained, SHORT, **job, faults={"die_after": number})["code"] == KILLED
+        assert not out.exists() or is_whole(out)
+        assert server(trained, SHORT, **job, options=["--force"])["code"] == 0
+        assert [path.name for path in (trained / "out").iterdir() if path.name != "whole"] == ["gguf"], "something is left"
+        good += hashes(out) == expected
+        shutil.rmtree(out)
+    tell(f"export of a GGUF file killed after every file operation: {good}/{calls} were done again with the same bytes")
+    assert good == calls > 5
+
+
 @pytest.mark.parametrize("kind", ["open", "write", "fsync", "mkdir", "replace"])
 def test_a_disk_that_refuses_leaves_nothing_behind_and_the_old_export_as_it_was(server, trained, kind):
     before = hashes(trained / "out" / "whole")

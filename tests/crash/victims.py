@@ -74,7 +74,8 @@ def victim(job: dict, faulty: bool = True) -> int:
         with stopping_at_once():
             if "export" in job:
                 faults.is_awake = True
-                export.main([str(run.path), "--merge", "--dtype", "fp32", "--out", job["export"], *job.get("options", [])])
+                what = job.get("what", ["--merge", "--dtype", "fp32"])
+                export.main([str(run.path), *what, "--out", job["export"], *job.get("options", [])])
                 return 0
             with held(run.path):
                 if not run.is_finished and not job.get("fresh"):

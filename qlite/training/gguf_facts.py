@@ -1,0 +1,26 @@
+"""What a finished run tells GGUF files and Ollama beside its weights: name, template, the tokens that end an answer, system message."""
+
+from qlite.data.template import TEMPLATES
+from qlite.formats.gguf_merged import Saying
+from qlite.formats.modelfile import go_template, modelfile
+from qlite.training.open_run import OpenRun
+
+
+def run_saying(opened: OpenRun, name: str) -> Saying:
+    """Return what the GGUF file of the run says of it."""
+    return Saying(name, opened.encoder.template, tuple(opened.encoder.stop_ids))
+
+
+def run_modelfile(opened: OpenRun, file: str, is_adapter: bool) -> str | None:
+    """Return the Modelfile to lie beside ``file``; None for the adapter of a base that is no GGUF file, which Ollama has no FROM for."""
+    source = [f"FROM ./{file}"]
+    if is_adapter:
+        files = opened.base.checkpoint.files
+        if files.gguf is None:
+            return None
+        source = [f"FROM {files.folder / files.gguf}", f"ADAPTER ./{file}"]
+    tokenizer, encoder = opened.base.tokenizer, opened.encoder
+    built_in = next((name for name, text in TEMPLATES.items() if text == encoder.template), None)
+    bos = "" if encoder.begins_with_token else tokenizer.bos_token or ""
+    stops = tokenizer.convert_ids_to_tokens(encoder.stop_ids)
+    return modelfile(source, go_template(built_in, bos, tokenizer.eos_token), stops, opened.run.result["system"])

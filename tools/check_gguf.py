@@ -1,0 +1,170 @@
+"""Does a GGUF export answer in llama.cpp as the run it came from? Ids, greedy answers, and perplexity over the held-out rows.
+
+    pip install llama-cpp-python          # llama.cpp, compiled: some minutes
+    python -m qlite.export --gguf f16 RUN && python tools/check_gguf.py RUN [--type f16] [--prompts 20] [--rows 100]
+    python -m qlite.export --gguf-adapter RUN && python tools/check_gguf.py RUN --adapter
+
+The run is opened as ``python -m qlite.generate`` opens it: quantised base, adapter beside it. With --adapter llama.cpp puts the adapter
+on the GGUF file that was the base, and the run's base is opened in float32, because nothing has quantised llama.cpp's anew.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qlite.errors import ExportError, MachineError, RunError
+from qlite.evaluate import Material, held_out
+from qlite.recipe.schema import Recipe
+from qlite.serving.answer import Sampling, answer_batch
+from qlite.training.console import open_console
+from qlite.training.open_run import OpenRun, open_run
+from qlite.training.run_folder import RunFolder, find_run
+from qlite.verb import run_verb
+
+MOST_DIFFERENCE = 0.01
+"""Of the perplexities, relative."""
+PREDICTED = Callable[[Sequence[int]], np.ndarray]
+"""From N ids to the log-probabilities of the last N - 1 of them, each by those before it; in nats."""
+
+
+class Unquantised(RunFolder):
+    """A run whose base is opened in float32."""
+
+    def recipe(self) -> Recipe:
+        recipe = super().recipe()
+        return replace(recipe, base=replace(recipe.base, bits=16, embedding_bits=16, head_bits=16, dtype="float32"))
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-probability, over all tokens of the rows but their first, and over the trained ones."""
+
+    every: float
+    trained: float
+
+    @classmethod
+    def of(cls, material: Material, predicted: PREDICTED) -> "Perplexity":
+        every, trained = [], []
+        for row, _ in material.rows:
+            values = predicted([int(token) for token in row.ids])
+            every.append(values)
+            trained.append(values[np.asarray(row.trained[1:], bool)])
+        return cls(*(math.exp(-np.concatenate(values).mean()) for values in (every, trained)))
+
+    def differences(self, other: "Perplexity") -> list[float]:
+        """Return how far both are from ``other``'s, relative."""
+        return [abs(ours / theirs - 1) for ours, theirs in ((self.every, other.every), (self.trained, other.trained))]
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, perhaps with a GGUF adapter on it."""
+
+    def __init__(self, file: Path, adapter: Path | None, context: int):
+        try:
+            import llama_cpp
+        except ImportError as error:
+            raise MachineError(f"llama.cpp cannot be imported ({error}): pip install llama-cpp-python") from error
+        options = {"n_ctx": context, "n_batch": context, "logits_all": True, "verbose": False}
+        self.llama = llama_cpp.Llama(str(file), lora_path=adapter and str(adapter), **options)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens stand as such; nothing is added."""
+        return self.llama.tokenize(text.encode(), add_bos=False, special=True)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the logits behind each of ``ids``, [N, V] float32."""
+        self.llama.reset()
+        self.llama.eval(list(ids))
+        return self.llama.scores[: len(ids)]
+
+    def predicted(self, ids: Sequence[int]) -> np.ndarray:
+        return _chosen(torch.from_numpy(self.logits(ids)), ids)
+
+    def answer(self, prompt: Sequence[int], stops: Sequence[int], most: int) -> list[int]:
+        """Return the most likely ids behind ``prompt``, up to one of ``stops`` or ``most`` of them."""
+        answer: list[int] = []
+        token = int(self.logits(prompt)[-1].argmax())
+        while token not in stops and len(answer) < most:
+            answer.append(token)
+            self.llama.eval([token])
+            token = int(self.llama.scores[self.llama.n_tokens - 1].argmax())
+        return answer
+
+
+def _chosen(logits: torch.Tensor, ids: Sequence[int]) -> np.ndarray:
+    predicted = logits[:-1].float().log_softmax(-1)
+    return predicted[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy()
+
+
+def main(argv: list[str]) -> None:
+    """Print the figures; exit 4 unless all ids and answers are equal and the perplexities at most MOST_DIFFERENCE apart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="run folder; without it the newest finished one under runs/")
+    parser.add_argument("--type", default="f16", help="of the export to check: RUN/gguf-TYPE")
+    parser.add_argument("--adapter", action="store_true", help="check RUN/gguf-adapter on the run's base, a GGUF file")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=100, help="held-out rows whose perplexity is measured")
+    args = parser.parse_args(argv)
+    run = find_run(args.run)
+    with open_console(f"check gguf  {run.path}") as console:
+        opened = open_run(Unquantised(run.path) if args.adapter else run, "cpu", console.phase)
+        opened.attach()
+        material = held_out(opened, max(args.prompts, args.rows), console)
+    material = replace(material, rows=material.rows[: args.rows], questions=material.questions[: args.prompts])
+    problems = compare(opened, material, files(run, opened, args))
+    if problems:
+        raise ExportError("; ".join(problems))
+
+
+def files(run: RunFolder, opened: OpenRun, args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Return the GGUF file to load, and the adapter to put on it. Raises RunError where they are missing."""
+    folder = run.path / ("gguf-adapter" if args.adapter else f"gguf-{args.type}")
+    found = next(folder.glob("*.gguf"), None)
+    if found is None:
+        option = "--gguf-adapter" if args.adapter else f"--gguf {args.type}"
+        raise RunError(f'"{folder}" is not there; first: python -m qlite.export {option} {run.path}')
+    base = opened.base.checkpoint.files
+    if args.adapter and base.gguf is None:
+        raise RunError("the run's base is no GGUF file, so there is none to put the adapter on; export one with --gguf f16")
+    return (base.folder / base.gguf, found) if args.adapter else (found, None)
+
+
+def compare(opened: OpenRun, material: Material, given: tuple[Path, Path | None]) -> list[str]:
+    """Print how llama.cpp's ids, answers and perplexity compare with the run's; return what is too far apart."""
+    model, encoder, most = opened.base.model, opened.encoder, opened.recipe.train.answer_tokens
+    longest = max(max(len(row) for row, _ in material.rows), max(len(question.prompt) for question in material.questions) + most)
+    cpp = LlamaCpp(*given, context=longest + 1)
+    prompts = [question.prompt for question in material.questions]
+    same_ids = sum(cpp.ids(encoder.tokenizer.decode(ids)) == list(ids) for ids in prompts)
+    ours = [answer_batch(model, encoder, [ids], Sampling(max_tokens=most))[0] for ids in prompts]
+    theirs = [encoder.decode(cpp.answer(ids, encoder.stop_ids, most)) for ids in prompts]
+    different = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
+    for one, other in different:
+        print(f"run:       {one}\nllama.cpp: {other}")
+
+    @torch.no_grad()
+    def predicted(ids: Sequence[int]) -> np.ndarray:
+        return _chosen(model(torch.tensor([ids])).logits[0], ids)
+
+    run, file = Perplexity.of(material, predicted), Perplexity.of(material, cpp.predicted)
+    apart = file.differences(run)
+    print(f"{given[0].name}{f' with {given[1].name}' if given[1] else ''} in llama.cpp:")
+    same = len(prompts) - len(different)
+    print(f"{same_ids} of {len(prompts)} prompts get the same ids; {same} of {len(prompts)} greedy answers are the same")
+    print(f"perplexity over {len(material.rows)} rows: {file.every:.4f}, the run's {run.every:.4f} ({apart[0]:.3%} apart)")
+    print(f"of the trained tokens alone: {file.trained:.5f}, the run's {run.trained:.5f} ({apart[1]:.3%} apart)")
+    checks = {
+        f"{len(prompts) - same_ids} prompts get other ids": same_ids != len(prompts),
+        f"{len(different)} answers differ": bool(different),
+        f"perplexities are more than {MOST_DIFFERENCE:.0%} apart": max(apart) > MOST_DIFFERENCE,
+    }
+    return [problem for problem, is_found in checks.items() if is_found]
+
+
+if __name__ == "__main__":
+    run_verb(main)
