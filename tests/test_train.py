@@ -56,6 +56,8 @@ def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
         "template.jinja",
         "metrics.jsonl",
         "result.json",
+        "overview.json",
+        "report.html",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         f"{step}/adapter_model.safetensors",
@@ -63,7 +65,7 @@ def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
         f"{step}/state.json",
         f"{step}/manifest.json",
     } <= written
-    assert {Path(name).suffix for name in written} == {".toml", ".json", ".jsonl", ".jinja", ".safetensors"}
+    assert {Path(name).suffix for name in written} == {".toml", ".json", ".jsonl", ".jinja", ".safetensors", ".html"}
     # Without a plan, memory.checkpointing = "auto" is what needs least.
     assert RunFolder(folder / "run").recipe() == recipe.having({"memory.checkpointing": "block"})
     assert {"qlite", "torch", "bitsandbytes", "device", "threads"} <= json.loads((folder / "run" / "run.json").read_text()).keys()
