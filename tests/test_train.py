@@ -190,7 +190,11 @@ def test_a_finished_run_typed_again_does_nothing_and_fresh_starts_anew(whole, tm
     path.write_text(tomli_w.dumps(tables))
     main([str(path)])
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "report.html").unlink()  # as if killed just before it was written
+    (tmp_path / "run" / ".report.html.tmp-00000000-1").write_text("half")
     main([str(path)])
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not (tmp_path / "run" / ".report.html.tmp-00000000-1").exists()
     assert "finished already" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     main([str(path), "--fresh", "train.seed=1"])

@@ -27,13 +27,14 @@ def draw_memory(memory: dict) -> str:
     if not longest:
         return ""
     rows = "".join(_phase(phase, planned.get(phase), measured.get(phase), longest) for phase in order)
-    used = {
-        term for bars in (planned, measured) for bar in bars.values() for term, bytes in bar.terms.items() if bytes > SHOWN_SHARE * longest
-    }
+    bars = [bar for found in (planned, measured) for bar in found.values()]
+    used = {term for bar in bars for term, bytes in bar.terms.items() if bytes > SHOWN_SHARE * longest}
     keys = "".join(f'<li><i class="swatch {_look(term)}"></i>{prose(term)}</li>' for term in sorted(used, key=_rank))
+    title = "By phase and term <small>bytes of tensors at each phase's peak</small>"
+    words = f"{_told(planned, measured)}{_room(memory)}"
     return (
-        '<figure id="memory-bars" class="bars"><figcaption><h3 id="memory-bars-t">By phase and term <small>bytes of tensors at each '
-        f'phase\'s peak</small></h3><p id="memory-bars-d">{_told(planned, measured)}</p><ul class="legend">{keys}</ul></figcaption>'
+        f'<figure id="memory-bars" class="bars"><figcaption><h3 id="memory-bars-t">{title}</h3><p id="memory-bars-d">{words}</p>'
+        f'<ul class="legend">{keys}</ul></figcaption>'
         f'<div role="group" aria-labelledby="memory-bars-t">{rows}</div>'
         f"<details><summary>Values as a table, in MiB</summary>{_values(planned, measured, order)}</details></figure>"
     )
@@ -63,6 +64,13 @@ def _told(planned: dict[str, _Bar], measured: dict[str, _Bar]) -> str:
         f"Most is held in {prose(phase)}: planned {size(planned[phase].total)}, measured {size(measured[phase].total)}. "
         f"Over all phases plan and run are at most {100 * apart:.2g} % apart."
     )
+
+
+def _room(memory: dict) -> str:
+    """Return in words what the plan was held against."""
+    plan = memory.get("planned")
+    needed, capacity = (number(plan.get(key)) if isinstance(plan, dict) else None for key in ("needed", "capacity"))
+    return f" By plan the run needs {size(needed)} in all, of {size(capacity)} that were free." if needed and capacity else ""
 
 
 def _phase(phase: str, planned: _Bar | None, measured: _Bar | None, longest: float) -> str:

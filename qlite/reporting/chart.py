@@ -1,6 +1,6 @@
 """One figure with curves over steps: drawn once for every width, readable without scripts, with its values as a table."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from qlite.reporting.markup import plain, prose, short, table
 from qlite.reporting.scale import Axis, Point, evenly, thin
@@ -49,14 +49,15 @@ class Chart:
             return ""
         every = [point for line in lines for point in line.points]
         across = Axis.along(*(self.steps or (min(every)[0], max(every)[0])))
-        up = Axis.over([value for _, value in every], 6 if self.height == TALL else 4, self.from_zero, self.may_be_log)
+        up = Axis.over([value for _, value in every], 6 if self.height == TALL else 5, self.from_zero, self.may_be_log)
         unit = f"{self.unit}, logarithmic" if up.is_log else self.unit
         legend = "".join(f'<li><svg class="key" aria-hidden="true"><path class="{line.look}" d="M2 6h16"/></svg>{prose(line.name)}</li>'
                          for line in lines)  # fmt: skip
+        legend = f'<ul class="legend">{legend}</ul>' if len(lines) > 1 else ""
         drawing = _Drawing(across, up, self.height)
         return (
             f'<figure id="{self.key}" class="chart"><figcaption><h3 id="{self.key}-t">{self.title} <small>{unit}</small></h3>'
-            f'<p id="{self.key}-d">{self.told}</p><ul class="legend">{legend}</ul></figcaption>'
+            f'<p id="{self.key}-d">{self.told}</p>{legend}</figcaption>'
             f'<div class="frame">{drawing.scale_up()}{drawing.plot(lines, self.key)}{drawing.scale_across()}</div>'
             f"<details><summary>Values as a table</summary>{_values(lines)}</details></figure>"
         )
@@ -69,7 +70,6 @@ class _Drawing:
     across: Axis
     up: Axis
     height: int
-    marks: list[float] = field(default_factory=list)
 
     def x(self, step: float) -> str:
         return _brief(WIDTH * self.across.place(step))
@@ -82,12 +82,14 @@ class _Drawing:
         return f'<svg class="up" height="{self.height}" aria-hidden="true">{labels}</svg>'
 
     def scale_across(self) -> str:
-        labels = []
+        first = f"step {self.across.label(self.across.low)}"
+        labels = [f'<text x="0" y="16">{first}</text>']
         for tick in self.across.ticks:
             place = 100 * self.across.place(tick)
-            anchor = "start" if place < 3 else "end" if place > 97 else "middle"
-            labels.append(f'<text x="{_brief(place)}%" y="16" text-anchor="{anchor}">{self.across.label(tick)}</text>')
-        return f'<svg class="across" height="22" aria-hidden="true">{"".join(labels)}</svg><p class="steps">step</p>'
+            if place > 14:  # what is nearer would run into the first
+                anchor = "end" if place > 97 else "middle"
+                labels.append(f'<text x="{_brief(place)}%" y="16" text-anchor="{anchor}">{self.across.label(tick)}</text>')
+        return f'<svg class="across" height="22" aria-hidden="true">{"".join(labels)}</svg>'
 
     def plot(self, lines: list[Line], key: str) -> str:
         grid = "".join(f"M0 {self.y(tick)}h{WIDTH}" for tick in self.up.ticks)

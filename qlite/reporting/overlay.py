@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from qlite.reporting.chart import TALL, Chart, Line
 from qlite.reporting.document import document
-from qlite.reporting.markup import count, prose, section, short, size, table
+from qlite.reporting.markup import MISSING, count, prose, section, short, size, table
 from qlite.reporting.told import Figures, Told
 from qlite.units import format_seconds
 
@@ -65,14 +65,18 @@ def _figures(runs: list[Told], names: list[str]) -> str:
         ("held-out loss", [each.eval_loss for each in found], short, min),
         ("lowest held-out loss", [each.best_loss for each in found], short, min),
         ("perplexity", [each.perplexity for each in found], short, min),
-        ("exact answers", [each.exact[1] if each.exact else None for each in found], count, max),
-        ("of", [each.exact_rows for each in found], count, None),
+        (
+            "exact answers",
+            [_exact_share(each) for each in found],
+            lambda value: f"{100 * value:.3g} %" if value is not None else MISSING,
+            max,
+        ),
         ("training loss at the end", [each.last_loss for each in found], short, None),
         ("tokens/s", [each.speed for each in found], lambda value: short(value, 3), max),
         (
             "time in training",
             [each.seconds for each in found],
-            lambda value: format_seconds(value) if value is not None else short(None),
+            lambda value: format_seconds(value) if value is not None else MISSING,
             None,
         ),
         ("steps", [each.steps for each in found], count, None),
@@ -88,11 +92,15 @@ def _figures(runs: list[Told], names: list[str]) -> str:
     for key in dict.fromkeys(key for run in runs for key in run.machine):
         told = [run.machine.get(key) for run in runs]
         rows += (
-            [[prose(key, 60), *(prose("–" if each is None else each, 200) for each in told)]]
+            [[prose(key, 60), *(prose(MISSING if each is None else each, 200) for each in told)]]
             if any(each != told[0] for each in told)
             else []
         )
     return table(_head(names), rows, "differ")
+
+
+def _exact_share(figures: Figures) -> float | None:
+    return figures.exact[1] / figures.exact_rows if figures.exact and figures.exact_rows else None
 
 
 def _row(values: list[float | None], tell: Callable, better: Callable | None) -> list[str]:
@@ -106,11 +114,11 @@ def _differences(runs: list[Told], names: list[str]) -> str:
     flat = [_flat(run.recipe) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key not in PLACES]
     rows = [
-        [prose(key, 120), *(prose("–" if key not in each else _value(each[key]), 300) for each in flat)]
+        [prose(key, 120), *(prose(MISSING if key not in each else _value(each[key]), 300) for each in flat)]
         for key in keys
         if any(each.get(key) != flat[0].get(key) for each in flat)
     ]
-    return table(_head(names), rows, "differ") if rows else "<p>Nothing: they are the same but for where they were written.</p>"
+    return table(_head(names), rows, "differ keys") if rows else "<p>Nothing: they are the same but for where they were written.</p>"
 
 
 def _head(names: list[str]) -> list[str]:

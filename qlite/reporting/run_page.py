@@ -115,7 +115,7 @@ def trained(told: Told, figures: Figures) -> list[tuple[str, str]]:
         "Base": f"<code>{prose(told.key('base.model') or '', 300)}</code>",
         "Weights": held,
         "Method": f"{prose(method_words(told), 80)}{f', on {prose(targets, 200)}' if targets else ''}",
-        "Trained parameters": f"{count(figures.parameters)} ({format_count(figures.parameters)})" if figures.parameters else "",
+        "Trained": f"{count(figures.parameters)} parameters ({format_count(figures.parameters)})" if figures.parameters else "",
         "Steps": steps,
         "A step": f"{shape[0]:.0f} × {shape[1]:.0f} rows of at most {shape[2]:,.0f} tokens" if None not in shape else "",
         "Tokens": count(figures.tokens) if figures.tokens else "",
@@ -230,5 +230,5 @@ def memory_over_time(told: Told) -> str:
     lines = [Line(label, [(step, value / unit) for step, value in points], look) for label, points, look in found]
     words = "What torch counts on the card" if on_card else "A process holds its libraries beside its tensors"
     total = max((value for _, value in told.curve("step", "memory_total")), default=0)
-    words += f"; the machine has {size(total)}." if total else "."
+    words += f"; the {'card' if on_card else 'machine'} has {size(total)}." if total else "."
     return Chart("memory-steps", "Over the steps", name, words, lines, from_zero=True).draw()

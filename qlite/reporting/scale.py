@@ -30,11 +30,9 @@ def evenly(items: list, most: int) -> list:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Return the centred moving average over a twentieth of ``values``; unlike a running one it does not lag."""
-    reach = max(len(values) // 40, min(3, len(values) // 10))
-    sums = [0.0, *accumulate(values)]
-    spans = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))
-    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+    """Return the moving average over a twentieth of ``values``, with most weight in its middle; unlike a running one it does not lag."""
+    reach = max(len(values) // 50, min(3, len(values) // 10))
+    return _means(_means(values, reach), reach)  # twice: a single outlier is a hill then, and no plateau with cliffs
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Axis:
 
     def label(self, tick: float) -> str:
         """Return ``tick`` in as few digits as tell it from its neighbours."""
-        if self.is_log or len(self.ticks) < 2 or not 1e-3 <= max(map(abs, self.ticks)) < 1e7:
+        if self.is_log or len(self.ticks) < 2 or not 1e-4 <= max(map(abs, self.ticks)) < 1e7:
             return short(tick, 3)
         decimals = max(0, -floor(log10(self.ticks[1] - self.ticks[0]) + 1e-9))
         return f"{tick:,.{decimals + (0 if _is_whole(tick, decimals, self.ticks) else 1)}f}"
@@ -80,6 +78,13 @@ class Axis:
         step = float(ceil(step)) if step < 10 else step
         ticks = [index * step for index in range(ceil(low / step), floor(high / step) + 1)]
         return cls(low, high, tuple(ticks))
+
+
+def _means(values: list[float], reach: int) -> list[float]:
+    """Return for each of ``values`` the mean of it and of up to ``reach`` on either side."""
+    sums = [0.0, *accumulate(values)]
+    spans = ((max(0, index - reach), min(len(values), index + reach + 1)) for index in range(len(values)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
 
 
 def _value(point: Point) -> float:

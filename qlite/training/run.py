@@ -9,6 +9,7 @@ from qlite import device
 from qlite.data.batches import TokenBatches
 from qlite.data.dataset import DataSet
 from qlite.data.figures import overview
+from qlite.files import sweep
 from qlite.lock import held
 from qlite.methods.base import trainable_count
 from qlite.model.lowering import lower_memory
@@ -48,6 +49,7 @@ def begin(path: Path, overrides: list[str], fresh: bool) -> None:
         if run.is_finished and not fresh:
             console.note(f"{run.path} is finished already. To train it anew: --fresh")
             if not run.report.exists():  # killed between its result and its report
+                sweep(run.path)
                 leave_report(run, console.note)
         else:
             train(recipe, run, console, fresh)
