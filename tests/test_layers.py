@@ -13,8 +13,8 @@ LAYER = {
     **dict.fromkeys(("files", "room", "lock", "given", "device", "offload", "verb", "compiling"), 0),
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats"), 1),
     "recipe": 2,
-    **dict.fromkeys(("serving", "training", "memory"), 3),
-    **dict.fromkeys(("train", "export", "generate", "evaluate", "preview", "plan"), 4),
+    **dict.fromkeys(("serving", "training", "memory", "reporting"), 3),
+    **dict.fromkeys(("train", "export", "generate", "evaluate", "preview", "plan", "report"), 4),
     "chat": 5,  # generate, turn after turn
 }
 # What may be imported sideways, within one layer.
@@ -22,7 +22,8 @@ NEIGHBOURS = {
     "model": {"quant"},
     "methods": {"quant"},
     "formats": {"methods", "model", "quant"},
-    "training": {"serving", "memory"},
+    "training": {"serving", "memory", "reporting"},
+    "reporting": {"memory"},
     "units": {"errors"},
     "verb": {"device", "files"},
     "files": {"room"},

@@ -56,6 +56,8 @@ def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
         "template.jinja",
         "metrics.jsonl",
         "result.json",
+        "overview.json",
+        "report.html",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         f"{step}/adapter_model.safetensors",
@@ -63,7 +65,7 @@ def test_a_run_leaves_adapter_recipe_metrics_versions_and_result(whole):
         f"{step}/state.json",
         f"{step}/manifest.json",
     } <= written
-    assert {Path(name).suffix for name in written} == {".toml", ".json", ".jsonl", ".jinja", ".safetensors"}
+    assert {Path(name).suffix for name in written} == {".toml", ".json", ".jsonl", ".jinja", ".safetensors", ".html"}
     # Without a plan, memory.checkpointing = "auto" is what needs least.
     assert RunFolder(folder / "run").recipe() == recipe.having({"memory.checkpointing": "block"})
     assert {"qlite", "torch", "bitsandbytes", "device", "threads"} <= json.loads((folder / "run" / "run.json").read_text()).keys()
@@ -188,7 +190,11 @@ def test_a_finished_run_typed_again_does_nothing_and_fresh_starts_anew(whole, tm
     path.write_text(tomli_w.dumps(tables))
     main([str(path)])
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "report.html").unlink()  # as if killed just before it was written
+    (tmp_path / "run" / ".report.html.tmp-00000000-1").write_text("half")
     main([str(path)])
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not (tmp_path / "run" / ".report.html.tmp-00000000-1").exists()
     assert "finished already" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     main([str(path), "--fresh", "train.seed=1"])

@@ -1,12 +1,16 @@
-"""What a look at the data shows: lengths, and how much of each batch is padding."""
+"""What a look at the data shows: rows kept and left out, lengths, and how much of each batch is padding."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from qlite.data.batches import TokenBatches
+from qlite.data.check import untrained
+from qlite.data.dataset import DataSet
 from qlite.data.store import Rows
 
+BINS = 24
+"""Bars of the lengths that a run keeps."""
 SAMPLED_STEPS = 2000
 """Steps of the first epoch that padding is counted over at most."""
 
@@ -34,6 +38,27 @@ def histogram(lengths: np.ndarray, bins: int) -> list[tuple[int, int, int]]:
     width = -(-width // scale) * scale
     counts = np.bincount((lengths - 1) // width)
     return [(index * width + 1, (index + 1) * width, int(count)) for index, count in enumerate(counts)]
+
+
+def overview(data: DataSet) -> list[dict]:
+    """Return, for a file, where the rows of each part come from, how many are kept and left out and why, and their lengths in tokens.
+
+    ``held_out_twins``: rows left out for being equal to held-out ones. Lengths are those of the rows as they were read.
+    """
+    found = []
+    for number, part in enumerate(data.parts):
+        is_train, lengths = number == 0, part.rows.store.length
+        held = len(data.test) if not is_train or len(data.parts) == 1 else 0
+        left = {"untrained": untrained(part)[0], "bad": part.meta["left"]["bad"]["count"], "held_out_twins": part.dropped}
+        named = zip(part.meta["sources"], part.paths, strict=True)
+        sources = [{"path": path, "rows": source["rows"], "format": source["format"]} for source, path in named]
+        found.append(
+            {"key": part.key, "sources": sources, "read": part.read, "kept": len(part.rows)}
+            | {"used": len(data.train) if is_train else 0, "held_out": held, "left_out": left, "long": len(part.cut.long)}
+            | {"tokens": int(part.rows.lengths.sum()), "trained_tokens": int(part.rows.trained_counts.sum())}
+            | {"lengths": asdict(Spread.of(lengths)), "histogram": histogram(lengths, BINS)}
+        )
+    return found
 
 
 def useful_share(batches: TokenBatches) -> float:

@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 from qlite import device
 from qlite.data.batches import TokenBatches
 from qlite.data.dataset import DataSet
+from qlite.data.figures import overview
+from qlite.files import sweep
 from qlite.lock import held
 from qlite.methods.base import trainable_count
 from qlite.model.lowering import lower_memory
@@ -24,6 +26,7 @@ from qlite.training.meter import Meter
 from qlite.training.planning import Planner
 from qlite.training.report import Broadcast, Observer, SpillWatch
 from qlite.training.run_folder import RunFolder
+from qlite.training.run_report import leave_report
 from qlite.training.step import Stepper
 from qlite.training.steps import answer, take_steps
 from qlite.training.summary import print_summary, summarise
@@ -45,6 +48,9 @@ def begin(path: Path, overrides: list[str], fresh: bool) -> None:
             run.check(recipe)
         if run.is_finished and not fresh:
             console.note(f"{run.path} is finished already. To train it anew: --fresh")
+            if not run.report.exists():  # killed between its result and its report
+                sweep(run.path)
+                leave_report(run, console.note)
         else:
             train(recipe, run, console, fresh)
     print_summary(run)
@@ -85,6 +91,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         run.check_identity(parts.identity)
     differences = run.changes(recipe)
     changed = run.begin(recipe, parts.identity, parts.data.encoder.template, parts.machine)
+    run.write_overview({"trained_parameters": trainable_count(parts.model), "parts": overview(parts.data)})
     observer = Broadcast(console, run, SpillWatch(console, run))
     state = run.resume(parts.model, parts.optimizer, observer.note)
     run.rotate(recipe.output.keep)  # a kill may have come between a save and this
@@ -111,6 +118,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     answer(recipe, parts, observer, state.step)
     compared = run.write_memory(parts.meter.compared())
     run.finish(summarise(run.records.read(), parts.meter.read(), compared, parts.data.system, state))
+    leave_report(run, console.note)  # not to the records: the run is finished, whatever a full disk says now
 
 
 def prepare(recipe: Recipe, console: Observer) -> Parts:

@@ -5,7 +5,8 @@ runs/quickstart/
   template.jinja  the chat template, if any      data.json       hashes of data, template, base
   metrics.jsonl   one record a step              result.json     written last: the run is finished
   checkpoints/step-00000020/                     adapter/        PEFT's two files
-  memory.json     plan against measured, by phase and term
+  memory.json     plan against measured, by phase and term      overview.json   rows, lengths, trained parameters
+  report.html     all of it to be looked at
   best/step-00000015/  the adapter of the lowest held-out loss so far
 """
 
@@ -40,6 +41,7 @@ from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_differences, recipe_toml
+from qlite.reporting.document import is_ours
 from qlite.training.records import Records
 from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
 from qlite.training.state import TrainState
@@ -61,7 +63,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.adapter, self.records = path / "adapter", Records(path)
+        self.adapter, self.records, self.report = path / "adapter", Records(path), path / "report.html"
 
     @property
     def is_begun(self) -> bool:
@@ -142,8 +144,13 @@ class RunFolder:
             for folder in (*self._checkpoints(), *self._bests(), self.adapter):
                 if folder.exists() and not remove_folder(folder):
                     set_aside(folder)
-            for path in (*self.records.paths(), *(self.path / name for name in ("memory.json", "data.json", "template.jinja"))):
+            for path in (
+                *self.records.paths(),
+                *(self.path / name for name in ("memory.json", "overview.json", "data.json", "template.jinja")),
+            ):
                 remove_file(path)
+            if is_ours(self.report):
+                remove_file(self.report)
             for folder in (self.path / "checkpoints", self.path / "best"):
                 remove_empty(folder)
             for name in ("recipe.toml", "run.json"):
@@ -299,6 +306,10 @@ class RunFolder:
             record = {**record, "measured": larger, "process_peak": max(record["process_peak"], before["process_peak"])}
         write_json(path, record)
         return record
+
+    def write_overview(self, record: dict) -> None:
+        """Write what is known of a run before its first step and is in no other file: its rows, its trained parameters."""
+        write_json(self.path / "overview.json", record)
 
     def finish(self, result: dict) -> None:
         """Write the result; with it the run counts as finished."""

@@ -63,6 +63,8 @@ def print_summary(run: RunFolder) -> None:
         table.add_row("exact match", f"{counts[0]} before training, {counts[-1]} after")
     table.add_row("peak memory", _peak_memory(result))
     table.add_row("written to", Text(str(run.path)))
+    if run.report.is_file():
+        table.add_row("to look at", Text(str(run.report)))
     console.print(table)
     samples = result["answers"][-1]["samples"] if result["answers"] else []
     for prompt, _, answer in samples:

@@ -1,6 +1,7 @@
 """Disks that are full, over a quota, read-only or failing: one line, exit code 3, and what was there before is as it was."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from qlite.hashes import sha256
 from qlite.methods.base import trainable_count
 from qlite.training import disk
 from qlite.training.run import prepare
+from qlite.training.run_folder import RunFolder
 from tests.crash.faults import said
 from tests.crash.test_kills import ROOT, SHORT, fresh, sums
 from tests.tiny_run import Watcher, run, tiny_recipe
@@ -72,6 +74,20 @@ def test_where_the_user_wants_it_training_goes_on_to_the_next_checkpoint(server,
     assert any('on_full_disk = "continue"' in note for note in said(folder / "told"))
     assert server(folder, changes)["code"] == 0
     assert sums(folder) == sums(whole)
+
+
+def test_a_disk_that_fills_up_at_the_report_leaves_a_finished_run(server, whole, tmp_path):
+    folder = fresh(whole, tmp_path / "logged")
+    assert server(folder, SHORT, log=str(folder / "log"))["code"] == 0
+    first = next(number for number, call in enumerate(json.loads((folder / "log").read_text())) if "report.html" in call[1])
+    folder = fresh(whole, tmp_path / "victim")
+    assert server(folder, SHORT, faults={"refuse": first})["code"] == 0
+    assert RunFolder(folder / "run").is_finished
+    assert not (folder / "run" / "report.html").exists()
+    assert sums(folder) == sums(whole)
+    *_, line = said(folder / "told")
+    assert line.startswith("the run is finished, but it has no report: cannot write")
+    assert "No space left on device" in line
 
 
 def test_a_real_disk_that_is_full(server, whole, tmp_path, tell):

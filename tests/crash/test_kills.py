@@ -11,6 +11,7 @@ import pytest
 
 from qlite.files import is_whole
 from qlite.hashes import sha256
+from qlite.reporting.document import is_ours
 from qlite.training.run_folder import RunFolder
 from tests.crash.faults import KILLED
 
@@ -70,6 +71,22 @@ def test_killed_before_and_after_every_call_of_a_save_the_run_ends_with_the_same
     tried = 2 * len(calls)
     tell(f"killed before and after every file operation of a save: {tried - len(lost)}/{tried} runs ended with the same bytes")
     assert lost == []
+
+
+def test_killed_while_its_report_is_written_a_run_is_finished_with_the_same_bytes(server, whole, tmp_path, tell):
+    folder = fresh(whole, tmp_path / "logged")
+    assert server(folder, SHORT, log=str(folder / "log"))["code"] == 0
+    log, good = json.loads((folder / "log").read_text()), 0
+    calls = [number for number, call in enumerate(log) if any("report.html" in part for part in call[1:])]
+    assert [log[number][0] for number in calls][-1] == "replace"
+    for number in calls:
+        for when in ("die_before", "die_after"):
+            folder = fresh(whole, tmp_path / "victim")
+            assert server(folder, SHORT, faults={when: number})["code"] == KILLED
+            finished = RunFolder(folder / "run")
+            good += finished.is_finished and sums(folder) == sums(whole) and (not finished.report.exists() or is_ours(finished.report))
+    tell(f"killed before and after every file operation of the report: {good}/{2 * len(calls)} runs are finished with the same bytes")
+    assert good == 2 * len(calls)
 
 
 @pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.nightly)])
