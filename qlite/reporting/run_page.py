@@ -111,6 +111,7 @@ def trained(told: Told, figures: Figures) -> list[tuple[str, str]]:
     epochs = told.curve("step", "epoch")
     steps = f"{count(figures.steps)}{f', {short(epochs[-1][1], 3)} epochs' if epochs else ''}" if figures.steps else ""
     shape = [number(told.key(f"train.{key}")) for key in ("micro_batch", "accumulation", "tokens")]
+    peak = f"{size(figures.peak_bytes)} ({prose(figures.peak_kind, 60)})" if figures.peak_bytes else ""
     found = {
         "Base": f"<code>{prose(told.key('base.model') or '', 300)}</code>",
         "Weights": held,
@@ -123,11 +124,7 @@ def trained(told: Told, figures: Figures) -> list[tuple[str, str]]:
         "Optimizer": f"{prose(told.key('optimizer.name') or '', 60)}, lr {prose(told.key('optimizer.lr'), 30)}"
         if told.key("optimizer.name")
         else "",
-        "Process at most"
-        if figures.peak_kind == "process"
-        else "Memory at most": f"{size(figures.peak_bytes)} ({prose(figures.peak_kind, 60)})"
-        if figures.peak_bytes and figures.tensor_bytes
-        else "",
+        "Memory at most": peak if figures.tensor_bytes else "",  # else it is among the large figures
         "Device": prose(told.machine.get("device", ""), 120),
         "Folder": f"<code>{prose(told.path, 300)}</code>",
     }
