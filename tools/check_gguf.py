@@ -12,15 +12,17 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from qlite.errors import ExportError, MachineError, RunError
 from qlite.evaluate import Material, held_out
 from qlite.recipe.schema import Recipe
-from qlite.serving.answer import Sampling, answer_batch
+from qlite.serving.answer import Sampling, answer_all
 from qlite.training.console import open_console
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.run_folder import RunFolder, find_run
@@ -28,8 +30,9 @@ from qlite.verb import run_verb
 
 MOST_DIFFERENCE = 0.01
 """Of the perplexities, relative."""
-PREDICTED = Callable[[Sequence[int]], np.ndarray]
-"""From N ids to the log-probabilities of the last N - 1 of them, each by those before it; in nats."""
+Predict = Callable[[list[list[int]]], list[np.ndarray]]
+"""From rows of N ids to the log-probabilities of the last N - 1 of each, by those before it; in nats."""
+ROWS_AT_ONCE = 8
 
 
 class Unquantised(RunFolder):
@@ -48,12 +51,10 @@ class Perplexity:
     trained: float
 
     @classmethod
-    def of(cls, material: Material, predicted: PREDICTED) -> "Perplexity":
-        every, trained = [], []
-        for row, _ in material.rows:
-            values = predicted([int(token) for token in row.ids])
-            every.append(values)
-            trained.append(values[np.asarray(row.trained[1:], bool)])
+    def of(cls, material: Material, predict: Predict) -> "Perplexity":
+        rows = [row for row, _ in material.rows]
+        every = predict([[int(token) for token in row.ids] for row in rows])
+        trained = [values[np.asarray(row.trained[1:], bool)] for values, row in zip(every, rows, strict=True)]
         return cls(*(math.exp(-np.concatenate(values).mean()) for values in (every, trained)))
 
     def differences(self, other: "Perplexity") -> list[float]:
@@ -82,8 +83,9 @@ class LlamaCpp:
         self.llama.eval(list(ids))
         return self.llama.scores[: len(ids)]
 
-    def predicted(self, ids: Sequence[int]) -> np.ndarray:
-        return _chosen(torch.from_numpy(self.logits(ids)), ids)
+    def predict(self, rows: list[list[int]]) -> list[np.ndarray]:
+        """As Predict says."""
+        return [_chosen(torch.from_numpy(self.logits(ids)), ids) for ids in rows]
 
     def answer(self, prompt: Sequence[int], stops: Sequence[int], most: int) -> list[int]:
         """Return the most likely ids behind ``prompt``, up to one of ``stops`` or ``most`` of them."""
@@ -94,6 +96,18 @@ class LlamaCpp:
             self.llama.eval([token])
             token = int(self.llama.scores[self.llama.n_tokens - 1].argmax())
         return answer
+
+
+@torch.no_grad()
+def predict(model: PreTrainedModel, rows: list[list[int]]) -> list[np.ndarray]:
+    """As Predict says; what fills short rows up stands behind them, where they do not see it."""
+    found = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        longest = max(map(len, some))
+        logits = model(torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in some])).logits
+        found += [_chosen(logits[place, : len(ids)], ids) for place, ids in enumerate(some)]
+    return found
 
 
 def _chosen(logits: torch.Tensor, ids: Sequence[int]) -> np.ndarray:
@@ -141,17 +155,13 @@ def compare(opened: OpenRun, material: Material, given: tuple[Path, Path | None]
     cpp = LlamaCpp(*given, context=longest + 1)
     prompts = [question.prompt for question in material.questions]
     same_ids = sum(cpp.ids(encoder.tokenizer.decode(ids)) == list(ids) for ids in prompts)
-    ours = [answer_batch(model, encoder, [ids], Sampling(max_tokens=most))[0] for ids in prompts]
+    ours = answer_all(model, encoder, prompts, Sampling(max_tokens=most))
     theirs = [encoder.decode(cpp.answer(ids, encoder.stop_ids, most)) for ids in prompts]
     different = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
     for one, other in different:
         print(f"run:       {one}\nllama.cpp: {other}")
 
-    @torch.no_grad()
-    def predicted(ids: Sequence[int]) -> np.ndarray:
-        return _chosen(model(torch.tensor([ids])).logits[0], ids)
-
-    run, file = Perplexity.of(material, predicted), Perplexity.of(material, cpp.predicted)
+    run, file = Perplexity.of(material, partial(predict, model)), Perplexity.of(material, cpp.predict)
     apart = file.differences(run)
     print(f"{given[0].name}{f' with {given[1].name}' if given[1] else ''} in llama.cpp:")
     same = len(prompts) - len(different)
