@@ -111,7 +111,7 @@ def write_audited(opened: OpenRun, out: Path, merge: Merge, console: Observer) -
         write_company(folder, base.tokenizer, base.generation_config)
         audit = _read_back(opened, folder, audit, names, partial(examine, "what was written"))
         write_json(folder / AUDIT, {"dtype": str(merge.dtype)[6:], **audit.as_record()})
-        write_text(folder / "README.md", _card(opened, out.name, merge, audit))
+        write_text(folder / "README.md", _card(opened, merge, audit))
     return audit
 
 
@@ -190,7 +190,7 @@ def _may_be_tied(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if module is head and model.config.tie_word_embeddings}
 
 
-def _card(opened: OpenRun, name: str, merge: Merge, audit: Audit) -> str:
+def _card(opened: OpenRun, merge: Merge, audit: Audit) -> str:
     recipe = opened.recipe
     facts = {
         "base": recipe.base.model,
@@ -199,4 +199,4 @@ def _card(opened: OpenRun, name: str, merge: Merge, audit: Audit) -> str:
         "merged over": f"the {audit.onto} weights",
         "weights": str(merge.dtype)[6:],
     }
-    return merged_card(name, recipe.base.model, facts, audit.lines(), recipe_toml(recipe))
+    return merged_card(opened.run.path.resolve().name, recipe.base.model, facts, audit.lines(), recipe_toml(recipe))
