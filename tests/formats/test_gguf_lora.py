@@ -20,6 +20,7 @@ from qlite.methods.lora import LoRA
 from qlite.model.load import LoadedBase
 from tests.formats.test_gguf_out import folder_of, loaded, written
 from tests.formats.test_gguf_out import read as checkpoint_of
+from tests.marks import slow
 from tests.model.test_gguf import SIZES, byte_vocabulary, logits, rebuilt, tiny_model, write_gguf
 from tests.tiny_run import run, tiny_recipe
 
@@ -42,7 +43,7 @@ def put_on(base: Path, metadata: dict[str, object], adapter: dict[str, gguf.Read
     return tensors
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "phi3"])
+@pytest.mark.parametrize("name", ["llama", *map(slow, ("qwen2", "gemma", "phi3"))])
 @pytest.mark.parametrize(
     "method",
     [

@@ -18,6 +18,7 @@ from qlite.training import merging
 from qlite.training.merging import Audit, Merge, write_audited
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.run_folder import RunFolder
+from tests.marks import slow
 from tests.tiny_run import Watcher, run, tiny_recipe
 
 CHANGES = {"train": {"steps": 12, "exact_match_rows": 0}, "optimizer": {"lr": 2e-2}}
@@ -83,7 +84,7 @@ def test_the_figures_are_those_of_the_model_that_is_written(opened, tmp_path, on
     assert (kept["onto"], kept["dtype"], kept["candidates"][onto]["kl"]) == (onto, "float32", found.kl)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["4 bit", "adapted head", *map(slow, (kind for kind in KINDS if kind not in ("4 bit", "adapted head")))])
 def test_the_nearer_base_is_taken_in_every_storage(tmp_path, kind):
     audit = audited(trained(tmp_path, KINDS[kind]), tmp_path / "out", most_kl=100.0)
     assert audit.onto == min(audit.found, key=lambda onto: audit.found[onto].kl)
