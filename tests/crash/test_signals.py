@@ -102,7 +102,8 @@ def test_a_closing_terminal_that_says_it_twice_loses_nothing(server, whole, tmp_
         folder = fresh(base, tmp_path / "victim")
         delay = 0.6 * seconds
         ended = server(folder, LONG, signals=[[number, delay + 0.001 * place] for place, number in enumerate(numbers)])
-        assert ended.get("code") in (CODES[numbers[0]], 0), ended
+        # Either's code: of two that are there when Python looks, it hears the one of the lower number first.
+        assert ended.get("code") in (*map(CODES.get, numbers), 0), ended
         steps = [record["step"] for record in RunFolder(folder / "run").records.read() if record["kind"] == "step"]
         saved = max(int(path.name[5:13]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
         assert saved == max(steps)
