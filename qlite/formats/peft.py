@@ -16,7 +16,7 @@ from qlite.methods.base import Method, adapted_linears, trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.quant.linear import is_linear
 
-PREFIX, LORA_A = "base_model.model.", ".lora_A.weight"
+PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # PEFT 0.21's options that are read here, follow from the tensors, only guide training, or only say where the adapter is from.
@@ -149,6 +149,8 @@ class ForeignAdapter:
         except RecipeError as error:
             raise AdapterError(f"{origin}: the adapter does not fit this base: {error}") from error
         copy_adapter(self.tensors, model, origin, keep_dtype=True)
+        if not self.method.dora and not any(tensor.any() for name, tensor in self.tensors.items() if name.endswith(LORA_B)):
+            raise AdapterError(f"{origin}: every *{LORA_B} is zero, so the adapter changes nothing of its base; was it ever trained?")
 
     @property
     def layers(self) -> list[str]:

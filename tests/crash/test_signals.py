@@ -105,8 +105,8 @@ def test_a_closing_terminal_that_says_it_twice_loses_nothing(server, whole, tmp_
         # Either's code: of two that are there when Python looks, it hears the one of the lower number first.
         assert ended.get("code") in (*map(CODES.get, numbers), 0), ended
         steps = [record["step"] for record in RunFolder(folder / "run").records.read() if record["kind"] == "step"]
-        saved = max(int(path.name[5:13]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path))
-        assert saved == max(steps)
+        saved = [int(path.name[5:13]) for path in (folder / "run" / "checkpoints").glob("step-*") if is_whole(path)]
+        assert max(saved, default=0) == max(steps, default=0)  # on a busy machine it may have come before the first step
         assert server(folder, LONG)["code"] == 0
         assert sums(folder) == sums(base)
 

@@ -126,6 +126,10 @@ TENSORS = {
         changed(lambda t: [t.update({name.replace(".weight", ".default.weight"): t.pop(name)}) for name in list(t)]),
         "holds no tensor called *.lora_A.weight",
     ),
+    "never trained": (
+        changed(lambda t: [x.zero_() for name, x in t.items() if "lora_B" in name]),
+        "every *.lora_B.weight is zero, so the adapter changes nothing",
+    ),
     "A without B": (changed(lambda t: t.pop(B)), f"lacks {B}"),
     "A of no rank": (changed(lambda t: t.update({A: torch.zeros(0, 64), B: torch.zeros(64, 0)})), "q_proj has rank 0"),
     "A without dimensions": (changed(lambda t: t.update({A: torch.zeros(())})), "q_proj has rank 0"),
@@ -187,5 +191,5 @@ def good(tmp_path_factory) -> Path:
 
 def test_every_malformed_adapter_is_refused_with_file_and_key_or_tensor(good, tmp_path, record_property):
     found = cases(good)
-    assert len(found) == 98
+    assert len(found) == 99
     count_refused("adapters", found, tmp_path, record_property)

@@ -274,6 +274,8 @@ def make_good(folder: Path) -> Path:
     save_tiny_base(folder / "base")
     model, method = tiny_llama(), LoRA(rank=4, alpha=8.0, targets=("q_proj", "down_proj"))
     method.attach(model)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.lora_B.weight.data.fill_(0.125)  # as if trained
     write_adapter(folder / "adapter", model, method, "org/base")
     with new_folder(folder / "best") as best:
         shutil.copy(folder / "adapter" / WEIGHTS, best / WEIGHTS)
