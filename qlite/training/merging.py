@@ -37,7 +37,7 @@ class Merge:
     dtype: torch.dtype = torch.float16
     onto: Onto | None = None
     """None: what the audit finds nearer to the run."""
-    rows: int = 32
+    rows: int = 16
     """Held-out rows that it is checked on; 0: it is not."""
     most_kl: float = 0.1
     """Mean KL, nats a token, beyond which nothing is written."""
