@@ -72,6 +72,7 @@ def test_text_that_would_steer_the_terminal_is_cleaned(tmp_path, capsys):
     assert "x[red].jsonl" in out
 
 
+@pytest.mark.slow
 def test_no_weight_is_read_and_the_exit_code_is_trains(tmp_path):
     path = recipe_file(tmp_path)
     (tmp_path / "base" / "model.safetensors").write_bytes(b"no weights")

@@ -153,7 +153,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder_behind(tmp_path, changes):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("stop_after", [1, *map(slow, range(2, 6)), 6])
+@pytest.mark.parametrize("stop_after", [*map(slow, range(1, 6)), 6])
 def test_so_it_does_over_the_edges_of_epochs(tmp_path, stop_after):
     """Two steps an epoch: stops in the middle of one, on its edge, and after the very last step."""
     sums, changes = [], {"train": {"accumulation": 10, "steps": 6, "eval_every": 0, "exact_match_rows": 0}, "output": {"save_every": 1}}

@@ -157,7 +157,7 @@ def test_without_a_run_the_newest_finished_one_is_taken(finished, tmp_path, monk
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("verb", ["train", "export", *map(slow, ("generate", "evaluate", "report"))])
+@pytest.mark.parametrize("verb", ["export", *map(slow, ("train", "generate", "evaluate", "report"))])
 def test_a_mistake_ends_with_one_message_and_exit_code_2(verb, tmp_path):
     others = {"train": ["nothing.toml"], "export": ["--merge", "nothing"], "generate": ["nothing", "--prompt", "x"]}
     arguments = others.get(verb, ["nothing"])

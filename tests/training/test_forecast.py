@@ -95,7 +95,7 @@ def test_a_run_measures_what_was_planned(case, folder):
         assert abs(wanted - seen) <= 1024, term  # a code table of bitsandbytes that layers share
 
 
-@pytest.mark.parametrize("case", ["4 bit, none", *map(slow, ("8 bit, block, packed", "dora", "all together", "base on the host"))])
+@pytest.mark.parametrize("case", list(map(slow, ("4 bit, none", "8 bit, block, packed", "dora", "all together", "base on the host"))))
 def test_a_few_blocks_say_what_all_take(case, folder):
     recipe = recipe_of(folder, {**CASES[case], "train": {**CASES[case].get("train", {}), "exact_match_rows": 5}})
     shapes, work = base_shapes(recipe.base, lambda *_: None), worst_workload(recipe)
@@ -105,7 +105,7 @@ def test_a_few_blocks_say_what_all_take(case, folder):
         assert (short[phase].bytes, short[phase].host, short[phase].where) == (whole[phase].bytes, whole[phase].host, whole[phase].where)
 
 
-@pytest.mark.parametrize(("case", "answers"), [slow("4 bit, block", (1, 2, 400)), ("vocabulary in 8 bit", (60, 90, 2))])
+@pytest.mark.parametrize(("case", "answers"), [slow("4 bit, block", (1, 2, 400)), slow("vocabulary in 8 bit", (60, 90, 2))])
 def test_the_larger_of_two_things_is_not_drawn_as_one_line(case, answers, folder):
     """A vocabulary that outweighs few blocks and not all; a prompt's pass and a last token's that do."""
     recipe = recipe_of(folder, CASES[case])
@@ -151,7 +151,7 @@ def test_the_work_of_a_few_blocks_says_that_of_all(folder):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": {"rank_per_target": {"model.layers.2.*": 8}}}, {"method": {"targets": ["model.layers.1.*", "model.layers.4.*"]}}],
+    [slow({"method": {"rank_per_target": {"model.layers.2.*": 8}}}), {"method": {"targets": ["model.layers.1.*", "model.layers.4.*"]}}],
     ids=["ranks", "targets"],
 )
 def test_a_model_whose_blocks_differ_is_traced_whole(changes, folder, monkeypatch):

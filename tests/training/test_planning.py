@@ -104,6 +104,7 @@ def test_a_run_that_does_not_fit_is_not_begun(folder, monkeypatch):
         assert not Path(recipe.output.dir).exists()
 
 
+@pytest.mark.slow
 def test_a_full_memory_at_one_row_names_three_ways_out_with_their_peaks(folder, monkeypatch):
     recipe = recipe_of(folder, train={"micro_batch": 1, "exact_match_rows": 0}, output={"dir": str(folder / "full")})
 
@@ -178,6 +179,7 @@ def test_a_budget_chooses_once_and_a_run_that_goes_on_keeps_the_choice(folder, m
     assert {key for key in FITTED if recipe.get(key) != chosen.get(key)}
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_not_free_is_fitted_to_what_is(folder, monkeypatch):
     recipe = recipe_of(folder, memory={"plan": "tell", "budget": "1GiB"}, train={"micro_batch": 6, "accumulation": 1, "tokens": 96})
     monkeypatch.setattr(budget.device, "free_memory", lambda _: 1200 * 1024)
@@ -236,6 +238,7 @@ def test_an_empty_name_or_amount_is_no_leave_to_plan_for_anything(flag, problem,
         planned(folder, capsys, flag, "")
 
 
+@pytest.mark.slow
 def test_the_verb_ends_with_3_where_it_does_not_fit_and_says_what_to_change(folder, capsys):
     with pytest.raises(MachineError, match="does not fit") as caught:
         planned(folder, capsys, "--vram", f"{CUDA_MIB + 15}MiB", *LONG, "train.micro_batch=4", "train.exact_match_rows=0")
