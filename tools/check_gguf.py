@@ -4,8 +4,9 @@
     python -m qlite.export --gguf f16 RUN && python tools/check_gguf.py RUN [--type f16] [--prompts 20] [--rows 100]
     python -m qlite.export --gguf-adapter RUN && python tools/check_gguf.py RUN --adapter
 
-The run is opened as ``python -m qlite.generate`` opens it: quantised base, adapter beside it. With --adapter llama.cpp puts the adapter
-on the GGUF file that was the base, and the run's base is opened in float32, because nothing has quantised llama.cpp's anew.
+The run is opened with its quantised base and its adapter beside it, and computes in float32, as llama.cpp sums: bfloat16's rounding alone moves the
+perplexity of a prompt's tokens, which are the same few in every row, by 2 % (tools/LOG.md). With --adapter llama.cpp puts the adapter on
+the GGUF file that was the base, and the run's base is not quantised either, because nothing has quantised llama.cpp's anew.
 """
 
 import argparse
@@ -35,12 +36,16 @@ Predict = Callable[[list[list[int]]], list[np.ndarray]]
 ROWS_AT_ONCE = 8
 
 
-class Unquantised(RunFolder):
-    """A run whose base is opened in float32."""
+class InFloat32(RunFolder):
+    """A run that computes in float32, ``unquantised`` or not."""
+
+    def __init__(self, path: Path, unquantised: bool):
+        super().__init__(path)
+        self.changes_of_base = {"dtype": "float32", **(dict.fromkeys(("bits", "embedding_bits", "head_bits"), 16) if unquantised else {})}
 
     def recipe(self) -> Recipe:
         recipe = super().recipe()
-        return replace(recipe, base=replace(recipe.base, bits=16, embedding_bits=16, head_bits=16, dtype="float32"))
+        return replace(recipe, base=replace(recipe.base, **self.changes_of_base))
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     run = find_run(args.run)
     with open_console(f"check gguf  {run.path}") as console:
-        opened = open_run(Unquantised(run.path) if args.adapter else run, "cpu", console.phase)
+        opened = open_run(InFloat32(run.path, unquantised=args.adapter), "cpu", console.phase)
         opened.attach()
         material = held_out(opened, max(args.prompts, args.rows), console)
     material = replace(material, rows=material.rows[: args.rows], questions=material.questions[: args.prompts])
