@@ -4,9 +4,9 @@
     python -m qlite.export --gguf f16 RUN && python tools/check_gguf.py RUN [--type f16] [--prompts 20] [--rows 100]
     python -m qlite.export --gguf-adapter RUN && python tools/check_gguf.py RUN --adapter
 
-The run is opened with its quantised base and its adapter beside it, and computes in float32, as llama.cpp sums: bfloat16's rounding alone moves the
-perplexity of a prompt's tokens, which are the same few in every row, by 2 % (tools/LOG.md). With --adapter llama.cpp puts the adapter on
-the GGUF file that was the base, and the run's base is not quantised either, because nothing has quantised llama.cpp's anew.
+The run is opened with its quantised base and its adapter beside it, and computes in float32, as llama.cpp sums: bfloat16's rounding
+alone moves the perplexity of a prompt's tokens, the same few in every row, by 2 % (tools/LOG.md). With --adapter llama.cpp puts the
+adapter on the GGUF file that was the base, and the run's base is not quantised either, because nothing has quantised llama.cpp's anew.
 """
 
 import argparse
