@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.data.encode import Encoded
-from qlite.errors import ExportError
+from qlite.errors import DataError, ExportError
 from qlite.files import write_json, write_text
 from qlite.formats.card import merged_card
 from qlite.formats.merged import SHARD_BYTES, cast, merged_folder, merged_tensors, write_company
@@ -135,7 +135,10 @@ def _tied_name(model: PreTrainedModel) -> str:
 
 def _rows(opened: OpenRun, count: int, console: Observer) -> tuple[list[Encoded], bool]:
     """Return the first ``count`` held-out rows, or training rows where there are none, and whether they are held out."""
-    data = opened.recipe.data.load(opened.base.tokenizer, opened.recipe.train.tokens, lambda _: None, console.phase, opened.encoder)
+    try:
+        data = opened.recipe.data.load(opened.base.tokenizer, opened.recipe.train.tokens, lambda _: None, console.phase, opened.encoder)
+    except DataError as error:
+        raise DataError(f"the merge is compared with the run on its rows, and {error}. Without comparing: --audit-rows 0") from error
     rows = data.test if len(data.test) else data.train
     return [rows[index] for index in range(min(count, len(rows)))], len(data.test) > 0
 

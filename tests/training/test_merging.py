@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlite.errors import ExportError
+from qlite.data.dataset import Data
+from qlite.errors import DataError, ExportError
 from qlite.formats.card import merged_card
 from qlite.methods.base import adapted_linears
 from qlite.serving import merge_audit
@@ -174,6 +175,17 @@ def test_without_rows_it_is_written_and_said_not_to_be_compared(opened, tmp_path
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed == {f"{name}.weight" for name, _ in adapted_linears(opened.base.model)}
+
+
+def test_rows_that_are_gone_are_said_with_the_way_to_do_without(opened, tmp_path, monkeypatch):
+    def gone(*_: object) -> None:
+        raise DataError("there is no rows.jsonl")
+
+    monkeypatch.setattr(Data, "load", gone)
+    with pytest.raises(DataError, match="on its rows, and there is no rows.jsonl. Without comparing: --audit-rows 0"):
+        audited(opened, tmp_path / "exports" / "out")
+    assert not (tmp_path / "exports").exists()
+    audited(opened, tmp_path / "exports" / "out", rows=0)
 
 
 def test_raw_text_and_runs_without_held_out_rows_are_compared_too(tmp_path):
