@@ -33,7 +33,7 @@ class Records:
 
     def add(self, record: dict) -> None:
         """Write one more. Raises DiskError if the disk does not take it, unless lines may be lost."""
-        # JSON has no word for infinity, which the perplexity of a high loss is.
+        # JSON has no word for NaN, which a held-out loss can be.
         known = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in record.items()}
         try:
             append_line(self.newest, _line(known))
@@ -63,5 +63,5 @@ def _records_of(path: Path) -> list[dict]:
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(ValueError):
-            records.append(json.loads(line))
+            records.append(json.loads(line, parse_constant=lambda _: None))  # earlier versions wrote NaN
     return records

@@ -55,9 +55,8 @@ def print_summary(run: RunFolder) -> None:
     if result["first_loss"] is not None:
         table.add_row("loss", f"{result['first_loss']:.3f} -> {result['last_loss']:.3f}")
     if result["eval_loss"] is not None:
-        perplexity = "beyond all numbers" if result["perplexity"] is None else f"{result['perplexity']:.2f}"
         best = f"; lowest {result['best_loss']:.3f} at step {result['best_step']}" if result["best_step"] != result["steps"] else ""
-        table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {perplexity}{best}")
+        table.add_row("held out", f"loss {result['eval_loss']:.3f}, perplexity {result['perplexity']:.2f}{best}")
     if result["answers"]:
         counts = [f"{record['exact']}/{record['rows']}" for record in result["answers"]]
         table.add_row("exact match", f"{counts[0]} before training, {counts[-1]} after")

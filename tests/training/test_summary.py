@@ -73,12 +73,19 @@ def test_a_run_whose_records_somebody_has_deleted_still_ends_well(tmp_path, caps
     assert "loss" not in out
 
 
-def test_a_perplexity_beyond_all_numbers_is_in_the_records_and_the_closing_words(tmp_path, capsys):
+def test_a_held_out_loss_that_is_no_number_is_null_in_the_records_and_ends_no_run(tmp_path, capsys):
     run = RunFolder(tmp_path)
-    run.evaluated(EvalReport(3, 800.0, math.inf, 5, 20, 0.1))
-    assert "null" in run.records.newest.read_text()
+    run.evaluated(EvalReport(3, math.nan, math.nan, 5, 20, 0.1))
+    assert '"loss": null, "perplexity": null' in run.records.newest.read_text()
     result = summarise(run.records.read(), CPU, {"planned": None, "measured": {}}, "", TrainState(step=3))
-    assert (result["eval_loss"], result["perplexity"]) == (800.0, None)
+    assert (result["eval_loss"], result["perplexity"]) == (None, None)
     run.finish(result)
     print_summary(run)
-    assert "loss 800.000, perplexity beyond all numbers" in capsys.readouterr().out
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_records_in_which_an_earlier_version_wrote_nan_can_be_gone_on_with(tmp_path):
+    run = RunFolder(tmp_path)
+    run.records.newest.write_text('{"kind": "eval", "step": 1, "loss": NaN}\n{"kind": "eval", "step": 9, "loss": Infinity}\n')
+    run.records.rewind(TrainState(step=3, measured=3))
+    assert run.records.newest.read_text() == '{"kind": "eval", "step": 1, "loss": null}\n'
