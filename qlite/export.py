@@ -16,14 +16,14 @@ import torch
 from qlite.errors import ExportError, RecipeError, RunError
 from qlite.files import new_folder, write_tensors, write_text
 from qlite.formats.gguf_lora import write_adapter_gguf
-from qlite.formats.gguf_merged import write_merged_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES
 from qlite.formats.peft import CONFIG, WEIGHTS, read_tensors
 from qlite.model.wheel import Progress
+from qlite.training.auditing import Audit
 from qlite.training.console import open_console
-from qlite.training.gguf_facts import run_modelfile, run_saying
-from qlite.training.merging import Audit, Merge, write_audited
+from qlite.training.gguf_facts import run_modelfile
+from qlite.training.merging import Merge, write_audited, write_audited_gguf
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.units import GIB, format_bytes
@@ -49,28 +49,29 @@ def main(argv: list[str]) -> None:
         "--onto", choices=("dequantised", "original"), help="what to merge over; by default whichever answers more like the run"
     )
     parser.add_argument("--audit-rows", type=int, default=Merge.rows, help="held-out rows on which merged model and run are compared")
-    parser.add_argument("--most-kl", type=float, default=Merge.most_kl, help="nats a token between both beyond which nothing is written")
+    most = "nats a token between both beyond which nothing is written (0.1; of less than 8 bits 1)"
+    parser.add_argument("--most-kl", type=float, default=Merge.most_kl, help=most)
     parser.add_argument("--shard-gib", type=float, default=SHARD_BYTES / GIB, help="largest weight file")
     parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
     if not args.shard_gib > 0:
         raise RecipeError(f"--shard-gib {args.shard_gib}: should be more than 0")
-    if args.audit_rows < 0 or not args.most_kl > 0:
+    if args.audit_rows < 0 or not (args.most_kl is None or args.most_kl > 0):
         raise RecipeError(f"--audit-rows {args.audit_rows}, --most-kl {args.most_kl}: should be 0 or more, and more than 0")
     as_type = gguf_type(args.gguf) if args.gguf else None
     run = find_run(args.run)
     out = args.out or run.path / _folder_name(args)
     if out.exists() and not args.force:
         raise RunError(f'"{out}" exists already; choose another --out, or replace it with --force')
+    how = Merge(DTYPES[args.dtype], args.onto, args.audit_rows, args.most_kl, int(args.shard_gib * GIB))
     if args.merge:
-        how = Merge(DTYPES[args.dtype], args.onto, args.audit_rows, args.most_kl, int(args.shard_gib * GIB))
         merge(run, out, how, args.device)
         print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
     elif as_type:
-        write_run_gguf(run, out, as_type, args.device)
+        merge_to_gguf(run, out, as_type, how, args.device)
     elif args.gguf_adapter:
-        write_run_gguf(run, out, None, args.device)
+        write_adapter_as_gguf(run, out, args.device)
     else:
         copy_adapter_files(run, out)
         print(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")
@@ -92,29 +93,38 @@ def merge(run: RunFolder, out: Path, how: Merge, device: str) -> None:
 
 
 def print_audit(audit: Audit) -> None:
-    """Say how the merged weights answer beside the run."""
+    """Say how the merged weights answer beside the run, and what is left of training."""
     for onto, each in audit.found.items():
         mark = "written:  " if onto == audit.onto else "          "
         print(
             f"{mark}over the {onto} weights  KL {each.kl:.2e} nats a token, likeliest token the same {each.top1:.1%}, "
             f"loss {each.loss:.4f} (run {each.live_loss:.4f}), greedy answers the same {each.same_answers} of {each.answers}"
         )
+    if audit.left is not None:
+        print(f"what training changed (KL of run and base {audit.base.kl:.2e}): {audit.left:.1%} of it is left")
+    if advice := audit.advice():
+        print(advice)
 
 
-def write_run_gguf(run: RunFolder, out: Path, as_type: GgufType | None, device: str) -> None:
-    """Write ``run``'s model, merged and stored as ``as_type``, or without a type its adapter, into the folder ``out`` as one GGUF file."""
+def merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, device: str) -> None:
+    """Write ``run``'s model, its adapter merged into the base, into ``out`` as one GGUF file, and say how it was checked."""
+    file = f"{run.path.resolve().name}-{as_type.name}.gguf"
+    with open_console(f"qlite export  {run.path}") as console:
+        audit = write_audited_gguf(_opened(run, device, console.phase), out, file, as_type, how, console)
+    print(f"wrote {out / file}: {format_bytes((out / file).stat().st_size)}, merged over the {audit.onto} base weights")
+    print_audit(audit)
+
+
+def write_adapter_as_gguf(run: RunFolder, out: Path, device: str) -> None:
+    """Write ``run``'s adapter into the folder ``out`` as one GGUF file."""
     name = run.path.resolve().name
-    file = f"{name}-{as_type.name}.gguf" if as_type else f"{name}-lora.gguf"
+    file = f"{name}-lora.gguf"
     with open_console(f"qlite export  {run.path}") as console, new_folder(out) as folder:
         opened = _opened(run, device, console.phase)
-        if as_type:
-            size = write_merged_gguf(folder / file, opened.base, run_saying(opened, name), as_type, console.phase)
-        else:
-            size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase)
-        if (text := run_modelfile(opened, file, is_adapter=as_type is None)) is not None:
+        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase)
+        if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
-    what = f"merged over the dequantised {opened.recipe.base.bits}-bit base" if as_type else "the adapter alone"
-    print(f"wrote {out / file}: {format_bytes(size)}, {what}")
+    print(f"wrote {out / file}: {format_bytes(size)}, the adapter alone")
 
 
 def _opened(run: RunFolder, device: str, progress: Progress) -> OpenRun:

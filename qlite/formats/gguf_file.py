@@ -76,6 +76,19 @@ def write_gguf(path: Path, metadata: dict[str, Value], tensors: list[GgufTensor]
             told(done)
 
 
+def round_trip(values: Tensor, name: str, kind: GGMLQuantizationType) -> Iterator[Tensor]:
+    """Yield ``values`` as they will be read out of a file that stores them as ``kind``: float32 on the CPU, some rows at a time.
+
+    Raises:
+        ExportError: they are not finite, or do not fit ``kind``.
+    """
+    values = values.detach().cpu()
+    for part in values.split(max(1, CHUNK_VALUES // max(1, values[:1].numel()))):
+        _require_fits(part, name, kind)
+        content = np.ascontiguousarray(_stored(part.reshape(-1), kind)).reshape(1, -1).view(np.uint8)
+        yield torch.from_numpy(gguf.dequantize(content, kind)).view(part.shape)
+
+
 def encoded(value: Value) -> bytes:
     """Return a metadata value with its type in front: text, bool, uint32, float32, or an array of text, int32 or float32."""
     if isinstance(value, bytes):
@@ -125,7 +138,7 @@ def _quantised(values: Tensor, tensor: GgufTensor) -> Iterator[memoryview]:
     """Yield the tensor's bytes, CHUNK_VALUES at a time; blocks never run over the end of a row, so all rows are one long one."""
     flat = values.reshape(-1)
     for part in flat.split(CHUNK_VALUES):
-        _require_fits(part, tensor)
+        _require_fits(part, tensor.name, tensor.kind)
         yield memoryview(_stored(part, tensor.kind)).cast("B")
 
 
@@ -139,13 +152,13 @@ def _stored(part: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     return gguf.quantize(part.float().numpy().reshape(1, -1), kind)
 
 
-def _require_fits(part: Tensor, tensor: GgufTensor) -> None:
+def _require_fits(part: Tensor, name: str, kind: GGMLQuantizationType) -> None:
     least, most = torch.aminmax(part)
     if not (least.isfinite() and most.isfinite()):
-        raise ExportError(f"{tensor.name}: has values that are not finite; this adapter or base is damaged, nothing was written")
+        raise ExportError(f"{name}: has values that are not finite; this adapter or base is damaged, nothing was written")
     largest = max(-least.item(), most.item())
-    if tensor.kind not in WIDE and largest > LARGEST:
+    if kind not in WIDE and largest > LARGEST:
         raise ExportError(
-            f"{tensor.name}: values up to {largest:.4g} do not fit {tensor.kind.name.lower()} (largest {LARGEST:.4g}); nothing was "
+            f"{name}: values up to {largest:.4g} do not fit {kind.name.lower()} (largest {LARGEST:.4g}); nothing was "
             "written. Use --gguf bf16"
         )

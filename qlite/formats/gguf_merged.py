@@ -4,6 +4,7 @@ Each weight is dequantised, merged in float32, put into llama.cpp's order, and q
 is in memory. A base that was a GGUF file gives back its own metadata and tokenizer.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
 from torch import Tensor
 
-from qlite.formats.gguf_file import GgufTensor, Value, padded, write_gguf
+from qlite.formats.gguf_file import GgufTensor, Value, padded, round_trip, write_gguf
 from qlite.formats.gguf_model import Written, written_model
 from qlite.formats.gguf_tokenizer import tokenizer_fields
 from qlite.formats.gguf_types import GgufType
@@ -19,6 +20,7 @@ from qlite.formats.merged import Dense, merged_tensors
 from qlite.model.gguf_architecture import GgufModel
 from qlite.model.gguf_header import raw_values
 from qlite.model.load import LoadedBase
+from qlite.model.originals import Originals
 from qlite.model.wheel import Progress
 from qlite.room import require_space
 from qlite.units import format_bytes
@@ -39,23 +41,43 @@ class Saying:
     """Tokens that end an answer."""
 
 
-def write_merged_gguf(path: Path, base: LoadedBase, saying: Saying, as_type: GgufType, progress: Progress) -> int:
+def write_merged_gguf(
+    path: Path, base: LoadedBase, saying: Saying, as_type: GgufType, progress: Progress, originals: Originals | None = None
+) -> int:
     """Write ``base``'s model with its adapter merged as the GGUF file ``path``, in a folder that is being made; return its bytes.
+
+    ``originals``: merge over these weights, not over what the base's storage has made of them.
 
     Raises:
         NotMergeable: the adapter is more than changed weights.
         ExportError: llama.cpp has no such model or tokenizer; or values do not fit, or are not finite.
         MachineError: the disk does not take it.
     """
-    source = gguf_source(base)
-    dense = list(merged_tensors(base.model))
-    written = written_model(base.model.config, {tensor.name: tensor.shape for tensor in dense}, source)
+    source, dense = gguf_source(base), list(merged_tensors(base.model, originals))
+    written = _written(base, dense)
     tensors = [_extra(name, values) for name, values in written.extra.items()] + [_stored(written, each, as_type) for each in dense]
     metadata = _metadata(base, written, saying, as_type, source)
     total = sum(padded(tensor.nbytes) for tensor in tensors)
     require_space(path, total, f"{format_bytes(total)} of {as_type.name} weights")
     write_gguf(path, metadata, tensors, lambda done: progress("merge", done, total))
     return total
+
+
+class StoredAs:
+    """What a GGUF file of one type makes of the merged tensors of ``base``'s model."""
+
+    def __init__(self, base: LoadedBase, as_type: GgufType):
+        """Raises ExportError where llama.cpp has no such model."""
+        self._names, self._type = _written(base, list(merged_tensors(base.model))).names, as_type
+
+    def __call__(self, dense: Dense) -> Iterator[Tensor]:
+        """Yield the values of a matrix as they will be read out of the file, some rows at a time."""
+        name = self._names[dense.name]
+        return (part for rows in dense.parts() for part in round_trip(rows, name, self._type.kind_of(name, dense.shape)))
+
+
+def _written(base: LoadedBase, dense: list[Dense]) -> Written:
+    return written_model(base.model.config, {tensor.name: tensor.shape for tensor in dense}, gguf_source(base))
 
 
 def gguf_source(base: LoadedBase) -> GgufModel | None:

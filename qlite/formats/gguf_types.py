@@ -17,6 +17,12 @@ class GgufType:
     kind: Kind
     file_type: LlamaFileType
 
+    @property
+    def bits(self) -> float:
+        """Of one value of a matrix, its block's scale counted with it."""
+        values, size = GGML_QUANT_SIZES[self.kind]
+        return 8 * size / values
+
     def kind_of(self, name: str, shape: tuple[int, ...]) -> Kind:
         """Return how the tensor called ``name`` (llama.cpp's) is stored.
 
@@ -26,8 +32,7 @@ class GgufType:
         """
         if len(shape) == 1:
             return Kind.F32
-        bits = 8 * GGML_QUANT_SIZES[self.kind][1] / GGML_QUANT_SIZES[self.kind][0]
-        kind = Kind.Q8_0 if bits < 8 and name in ("token_embd.weight", "output.weight") else self.kind
+        kind = Kind.Q8_0 if self.bits < 8 and name in ("token_embd.weight", "output.weight") else self.kind
         return Kind.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 

@@ -45,8 +45,7 @@ class Dense:
 
     def whole(self) -> Tensor:
         """Return it in one piece."""
-        parts = list(self.parts())
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _joined(self.parts())
 
 
 def write_merged(
@@ -144,11 +143,11 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
 
     def frozen(name: str, otherwise: Callable[[], Iterable[Tensor]]) -> Iterable[Tensor]:
         """Return what the original is, or else what the model has."""
-        return otherwise() if originals is None or name not in originals else [originals.read(name)]
+        return otherwise() if originals is None or name not in originals else originals.parts(name)
 
     if isinstance(module, AdaptedLinear):
         shape = (linear.out_features, linear.in_features)
-        yield Dense(weight, shape, lambda: [_merged(module, *frozen(weight, lambda: [dense_weight(linear)]))])
+        yield Dense(weight, shape, lambda: [_merged(module, frozen(weight, lambda: [dense_weight(linear)]))])
     elif (matrix := matrix_of(module)) is not None and id(matrix.weight) not in seen:
         seen.add(id(matrix.weight))
         yield Dense(weight, (matrix.out_features, matrix.in_features), lambda: frozen(weight, lambda: _by_rows(matrix)))
@@ -167,8 +166,13 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
             yield Dense(dot + name, tuple(tensor.shape), partial(own_value, dot + name, tensor), _whole(tensor))
 
 
-def _merged(module: AdaptedLinear, dense: Tensor) -> Tensor:
-    return module.merged_weight(dense.to(module.base.weight.device, torch.float32))
+def _merged(module: AdaptedLinear, parts: Iterable[Tensor]) -> Tensor:
+    return module.merged_weight(_joined(part.to(module.base.weight.device, torch.float32) for part in parts))
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_rows(matrix: Packed) -> Iterator[Tensor]:

@@ -111,6 +111,10 @@ class SafetensorsCheckpoint:
         require_finite(tensor, f"{shard}: {shown(name)}")
         return tensor
 
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor with all the digits it has here: as ``read`` gives it, for nothing is rounded there."""
+        yield self.read(name)
+
     def weight_files(self) -> list[Path]:
         """Return the files that the tensors are read from, and the config that says what they are."""
         return [self.files.folder / "config.json", *self._shards]

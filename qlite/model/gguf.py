@@ -27,6 +27,8 @@ from qlite.model.source import ModelFiles
 # Dequantised at once. Small enough for a core's own cache and for torch not to wake its threads (it does so from 32,768 values
 # on), which on busy cores took 8 times longer; and a vocabulary's whole table never exists in float32.
 CHUNK_VALUES = 2**14
+# Given at once where each piece is multiplied: 16 MiB of float32.
+PART_VALUES = 2**22
 
 # tokenizer.ggml.pre of byte-level vocabularies whose split transformers 5.23 rebuilds rightly. For any other it silently takes GPT-2's.
 KNOWN_SPLITS = {
@@ -90,6 +92,22 @@ class GgufCheckpoint:
         require_finite(result, f"{self._path}: {stored.name}")
         return result
 
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor with all the digits it has here, on the CPU in float32, some rows at a time: what ``read`` rounds.
+
+        Rows that llama.cpp keeps in another order come all at once.
+        """
+        stored = self._stored[name]
+        offset = self._architecture.norm_offset if name.endswith("norm.weight") else 0.0
+        places = rotary_rows(self.model, stored.name)
+        parts = (values.view(-1, *stored.shape[1:]) - offset for _, values in self._chunks(stored, PART_VALUES))
+        if places is None:
+            yield from parts
+            return
+        whole = torch.empty(stored.shape)
+        whole[torch.from_numpy(places)] = torch.cat(list(parts))
+        yield whole
+
     def weight_files(self) -> list[Path]:
         """Return the file that the tensors are read from."""
         return [self._path]
@@ -125,12 +143,12 @@ class GgufCheckpoint:
         digest.update(str(self._path.stat().st_size).encode())
         return "gguf:" + digest.hexdigest()[:16]
 
-    def _chunks(self, stored: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first row, float32 values [rows, width]) of a tensor, CHUNK_VALUES at a time."""
+    def _chunks(self, stored: StoredTensor, at_once: int = CHUNK_VALUES) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first row, float32 values [rows, width]) of a tensor, about ``at_once`` of them at a time."""
         row_bytes = stored.nbytes // stored.rows
         # Mapped for this tensor alone and copy-on-write: dropping it gives the pages back, and torch may view it.
         content = np.memmap(self._path, np.uint8, "c", stored.offset, (stored.rows, row_bytes))
-        step = max(1, CHUNK_VALUES * stored.rows // max(1, torch.Size(stored.shape).numel()))
+        step = max(1, at_once * stored.rows // max(1, torch.Size(stored.shape).numel()))
         for start in range(0, stored.rows, step):
             chunk = np.asarray(content[start : start + step])
             # As one long row: the package works through 16 rows at a time.

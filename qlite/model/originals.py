@@ -1,6 +1,6 @@
 """The weights of a base model's own files, one at a time, under the names that the loaded model gives them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,9 +25,12 @@ class Originals:
     def __contains__(self, name: str) -> bool:
         return name in self._source
 
-    def read(self, name: str) -> Tensor:
-        """Return the tensor ``name`` of the model on the CPU, in its file's dtype. To be read only: it may be a window on the file."""
-        return self._checkpoint.read(self._source[name])
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield the tensor ``name`` of the model on the CPU, with all its file's digits, some rows at a time or whole.
+
+        To be read only: they may be windows on the file.
+        """
+        return self._checkpoint.parts(self._source[name])
 
 
 def _name_of(model: PreTrainedModel, wanted: object) -> str:

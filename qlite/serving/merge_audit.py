@@ -1,10 +1,11 @@
 """What a merge does to a model: merged weights beside the live adapter on the same rows, before they are written and after.
 
 The weights stand in for the modules that hold them, one at a time: no merged model is ever whole in memory. They multiply as they would be
-written, in their own dtype's digits; all between them computes as the run did. So what differs is what merging rounds, and what the base's
-quantisation had changed where the merge is over the original weights.
+written, in the digits that are left of them; all between them computes as the run did. So what differs is what merging rounds, what a
+quantised file takes away, and what the base's own quantisation had changed where the merge is over the original weights.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.data.encode import Encoded
-from qlite.methods.base import AdaptedLinear
+from qlite.methods.base import AdaptedLinear, adapters_off
 from qlite.model.head import hidden_states, logits_head
 from qlite.quant.embedding import QuantEmbedding
-from qlite.quant.linear import QuantLinear
+from qlite.quant.linear import is_linear
 
 Weights = Callable[[str], Iterable[Tensor]]
 """Gives the merged weight [out, in] of this dotted name, some rows at a time, in any float dtype, on any device."""
@@ -53,45 +54,73 @@ class Agreement:
         return asdict(self)
 
 
-@torch.no_grad()
-def agreement(
-    model: PreTrainedModel,
-    weights: Weights,
-    rows: Sequence[Encoded],
-    answers: Sequence[Encoded],
-    pad_id: int,
-    told: Callable[[int, int], None] = lambda *_: None,
-) -> Agreement:
-    """Compare ``model``, its adapter live, with itself on merged ``weights``.
+class LiveModel:
+    """A model with its adapter live on some rows: what it thinks is computed once, and others are compared with that."""
 
-    rows: what is measured on, where they are trained. answers: the live model's own greedy answers, trained where they are its own.
-    ``told``: (rows done, of all).
-    """
-    model.eval()
-    head, sums, measured = logits_head(model), _Sums(), {}
-    waiting = [(row, False) for row in rows] + [(row, True) for row in answers]
-    waiting = sorted((each for each in waiting if any(each[0].trained[1:])), key=lambda each: len(each[0]), reverse=True)
-    done, total = 0, len(waiting)
-    told(0, total)
-    while waiting:
-        batch = waiting[: max(1, TOKENS_AT_ONCE // len(waiting[0][0]))]
-        waiting = waiting[len(batch) :]
-        ids, places, wanted, owners = _batch([row for row, _ in batch], pad_id)
-        live = _at(hidden_states(model, ids.to(model.device)), places)
-        with _standing_in(model, weights, measured):
-            merged = _at(hidden_states(model, ids.to(model.device)), places)
-        count = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-        for start in range(0, len(places), count):
-            part = slice(start, start + count)
-            live_logits = head(live[part]).float()
-            with _standing_in(model, weights, {}):
-                merged_logits = head(merged[part]).float()
-            is_answer = torch.tensor([batch[owner][1] for owner in owners[part]])
-            sums.add(live_logits, merged_logits, wanted[part], is_answer, [done + owner for owner in owners[part]])
-        done += len(batch)
-        told(done, total)
-    layers = {name: (difference / max(whole, 1e-30)) ** 0.5 for name, (difference, whole) in measured.items()}
-    return sums.agreement(sum(any(row.trained[1:]) for row in answers), layers)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Encoded],
+        answers: Sequence[Encoded],
+        pad_id: int,
+        told: Callable[[int, int], None] = lambda *_: None,
+    ):
+        """rows: what is measured on, where they are trained. answers: the model's own greedy answers, trained where they are its own.
+
+        ``told`` here and below: (rows done, of all).
+        """
+        self._model, self._head, self._batches = model.eval(), logits_head(model), []
+        self._answers = sum(any(row.trained[1:]) for row in answers)
+        waiting = [(row, False) for row in rows] + [(row, True) for row in answers]
+        waiting = sorted((each for each in waiting if any(each[0].trained[1:])), key=lambda each: len(each[0]), reverse=True)
+        self._rows = len(waiting)
+        while waiting:
+            count = max(1, TOKENS_AT_ONCE // len(waiting[0][0]))
+            batch = _batch(waiting[:count], pad_id)
+            batch.states = self._states(batch)
+            self._batches.append(batch)
+            waiting = waiting[count:]
+            told(self._rows - len(waiting), self._rows)
+
+    @torch.no_grad()
+    def compared(self, weights: Weights, told: Callable[[int, int], None] = lambda *_: None, with_layers: bool = True) -> Agreement:
+        """Return how the model on merged ``weights`` agrees; ``with_layers``: what they change is measured in each adapted linear, too."""
+        measured: dict[str, tuple[float, float]] | None = {} if with_layers else None
+        sums = self._sums(lambda: _standing_in(self._model, weights, measured), lambda: _standing_in(self._model, weights, None), told)
+        layers = {name: (difference / max(whole, 1e-30)) ** 0.5 for name, (difference, whole) in (measured or {}).items()}
+        return sums.agreement(self._answers, layers)
+
+    @torch.no_grad()
+    def compared_to_base(self, told: Callable[[int, int], None] = lambda *_: None) -> Agreement:
+        """Return how the model without its adapter agrees: what training has changed."""
+        return self._sums(*[lambda: adapters_off(self._model)] * 2, told).agreement(self._answers, {})
+
+    def _sums(self, as_other: Callable, as_others_head: Callable, told: Callable[[int, int], None]) -> "_Sums":
+        sums, done = _Sums(), 0
+        count = max(1, LOGITS_AT_ONCE // self._model.config.get_text_config().vocab_size)
+        told(0, self._rows)
+        for batch in self._batches:
+            with as_other():
+                other = self._states(batch)
+            for start in range(0, len(batch.places), count):
+                part = slice(start, start + count)
+                live = self._logits(batch.states[part])
+                with as_others_head():
+                    theirs = self._logits(other[part])
+                owners = [done + owner for owner in batch.owners[part]]
+                sums.add(live, theirs, batch.wanted[part], batch.is_answer[part], owners)
+            done += len(batch.ids)
+            told(done, self._rows)
+        return sums
+
+    def _states(self, batch: "_Batch") -> Tensor:
+        """Return the hidden states [N, D] at the batch's places, on the CPU."""
+        states = hidden_states(self._model, batch.ids.to(self._model.device))
+        return states.reshape(-1, states.shape[-1]).index_select(0, batch.places.to(states.device)).cpu()
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return self._head(states.to(self._model.device)).float()
 
 
 class _Sums:
@@ -122,56 +151,71 @@ class _Sums:
         return Agreement(**means, answers=answers, same_answers=answers - len(self.others), layers=layers)
 
 
-def _batch(rows: list[Encoded], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Return ids [B, T] padded on the right, and of each trained position: its place in [B * T] before it, its token, its row."""
-    width = len(rows[0])
+@dataclass
+class _Batch:
+    """Some rows that are read together."""
+
+    ids: Tensor
+    """[B, T], padded on the right"""
+    places: Tensor
+    """Of each trained position, the place in [B * T] before it: that of the logits that are to find it."""
+    wanted: Tensor
+    """The token at each of them."""
+    is_answer: Tensor
+    """Whether each stands in one of the live model's answers."""
+    owners: list[int]
+    """The row of each."""
+    states: Tensor | None = None
+    """The live model's last hidden states there [N, D]."""
+
+
+def _batch(rows: list[tuple[Encoded, bool]], pad_id: int) -> _Batch:
+    width = len(rows[0][0])
     ids = torch.full((len(rows), width), pad_id)
-    places, wanted, owners = [], [], []
-    for number, row in enumerate(rows):
+    places, wanted, is_answer, owners = [], [], [], []
+    for number, (row, answers) in enumerate(rows):
         ids[number, : len(row)] = torch.as_tensor(list(map(int, row.ids)))
         trained = [index for index in range(1, len(row)) if row.trained[index]]
         places += [number * width + index - 1 for index in trained]
         wanted += [int(row.ids[index]) for index in trained]
+        is_answer += [answers] * len(trained)
         owners += [number] * len(trained)
-    return ids, torch.tensor(places), torch.tensor(wanted), owners
-
-
-def _at(hidden: Tensor, places: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, places.to(hidden.device))
+    return _Batch(ids, torch.tensor(places), torch.tensor(wanted), torch.tensor(is_answer), owners)
 
 
 @contextmanager
-def _standing_in(model: nn.Module, weights: Weights, measured: dict[str, tuple[float, float]]) -> Iterator[None]:
-    """Let ``weights`` multiply wherever ``model`` has an adapter or packed weights; ``measured`` takes what that changes, by linear."""
+def _standing_in(model: nn.Module, weights: Weights, measured: dict[str, tuple[float, float]] | None) -> Iterator[None]:
+    """Let ``weights`` multiply, and be looked up, wherever ``model`` has a matrix; ``measured`` takes what that changes, by linear."""
     inner, changed = set(), []
     try:
         for name, module in model.named_modules():
             if module in inner:
                 continue
             if isinstance(module, AdaptedLinear):
-                inner |= set(module.modules())
-                module.forward = partial(_adapted, module, name, weights, measured)
-            elif isinstance(module, QuantEmbedding):
-                inner |= set(module.modules())
-                module.table.rows = partial(_rows, module, name, weights)
-                module = module.table
-            elif isinstance(module, QuantLinear):
-                module.forward = partial(_product, module, f"{name}.weight", weights)
+                forward = partial(_adapted, module, name, weights, measured)
+            elif isinstance(module, QuantEmbedding | nn.Embedding):
+                forward = partial(_looked_up, module, f"{name}.weight", weights)
+            elif is_linear(module):
+                forward = partial(_product, module, f"{name}.weight", weights)
             else:
                 continue
-            changed.append(module)
+            inner |= set(module.modules())
+            changed.append((module, module.__dict__.get("forward")))
+            module.forward = forward
         yield
     finally:
-        for module in changed:
-            module.__dict__.pop("forward", None)
-            module.__dict__.pop("rows", None)
+        for module, forward in changed:
+            del module.forward
+            if forward is not None:  # an embedding on the host has one of its own
+                module.forward = forward
 
 
-def _adapted(module: AdaptedLinear, name: str, weights: Weights, measured: dict[str, tuple[float, float]], x: Tensor) -> Tensor:
+def _adapted(module: AdaptedLinear, name: str, weights: Weights, measured: dict[str, tuple[float, float]] | None, x: Tensor) -> Tensor:
     y = _product(module.base, f"{name}.weight", weights, x)
-    live = type(module).forward(module, x)
-    difference, whole = measured.get(name, (0.0, 0.0))
-    measured[name] = (difference + float((y.float() - live.float()).square().sum()), whole + float(live.float().square().sum()))
+    if measured is not None:
+        live = type(module).forward(module, x)
+        difference, whole = measured.get(name, (0.0, 0.0))
+        measured[name] = (difference + float((y.float() - live.float()).square().sum()), whole + float(live.float().square().sum()))
     return y
 
 
@@ -181,10 +225,23 @@ def _product(linear: nn.Module, name: str, weights: Weights, x: Tensor) -> Tenso
     return (y if linear.bias is None else y + linear.bias.float()).to(x.dtype)
 
 
-def _rows(embedding: QuantEmbedding, name: str, weights: Weights, places: Tensor) -> Tensor:
-    found, start = torch.empty((len(places), embedding.embedding_dim), dtype=embedding.table.compute_dtype, device=places.device), 0
-    for rows in weights(f"{name}.weight"):
+def _looked_up(embedding: QuantEmbedding | nn.Embedding, name: str, weights: Weights, ids: Tensor) -> Tensor:
+    places = ids.reshape(-1)
+    packed = isinstance(embedding, QuantEmbedding)
+    dtype = embedding.table.compute_dtype if packed else embedding.weight.dtype
+    found, start = torch.empty((len(places), embedding.embedding_dim), dtype=dtype, device=ids.device), 0
+    for rows in weights(name):
         here = ((places >= start) & (places < start + len(rows))).nonzero().view(-1)
-        found[here] = rows.to(places.device)[places[here] - start].to(found.dtype)
+        found[here] = rows.to(ids.device)[places[here] - start].to(dtype)
         start += len(rows)
-    return found
+    family = embedding.family if packed else embedding
+    if family is None:
+        return found.view(*ids.shape, -1)
+    # The family's own code (Gemma's scales the rows), on a table of the rows asked for.
+    table = copy.copy(family)
+    table._parameters, table._buffers, table.padding_idx = (
+        {"weight": found},
+        {k: v for k, v in family._buffers.items() if k != "weight"},
+        None,
+    )
+    return type(family).forward(table, torch.arange(len(places), device=ids.device).view(ids.shape))

@@ -171,7 +171,7 @@ def test_the_command_writes_one_file_and_a_modelfile(finished, capsys):
     main(["--gguf", "Q8_0", str(finished), "--device", "cpu"])
     out = finished / "gguf-q8_0"
     assert is_whole(out)
-    assert set(json.loads((out / "manifest.json").read_text())) == {"run-q8_0.gguf", "Modelfile"}
+    assert set(json.loads((out / "manifest.json").read_text())) == {"run-q8_0.gguf", "Modelfile", "audit.json", "README.md"}
     assert "run-q8_0.gguf" in capsys.readouterr().out
     said = {key: field.contents() for key, field in gguf.GGUFReader(out / "run-q8_0.gguf").fields.items()}
     assert (said["general.name"], said["general.file_type"], said["llama.context_length"]) == ("run", 7, 256)

@@ -15,8 +15,10 @@ from qlite.errors import DataError, ExportError
 from qlite.formats.card import merged_card
 from qlite.methods.base import adapted_linears
 from qlite.serving import merge_audit
-from qlite.training import merging
-from qlite.training.merging import Audit, Merge, write_audited
+from qlite.serving.answer import Sampling, answer_ids
+from qlite.training import auditing, merging
+from qlite.training.auditing import Audit
+from qlite.training.merging import Merge, write_audited
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.run_folder import RunFolder
 from tests.marks import slow
@@ -110,10 +112,10 @@ def test_an_error_of_a_layer_is_measured_where_it_is(opened, tmp_path, monkeypat
 def test_the_greedy_answers_are_those_that_the_merged_model_gives(opened, tmp_path):
     audit = audited(opened, tmp_path / "out", dtype=torch.float32, onto="original", most_kl=100.0)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    rows, _ = merging._rows(opened, 32, Watcher())
+    rows, _ = auditing.held_out_rows(opened, 32, Watcher())
     prompts = [list(map(int, row.ids[: row.answer_start])) for row in rows]
-    sampling = merging.Sampling(opened.recipe.train.answer_tokens)
-    answers = [merging.answer_ids(model, opened.encoder, prompts, sampling) for model in (opened.base.model, merged)]
+    sampling = Sampling(opened.recipe.train.answer_tokens)
+    answers = [answer_ids(model, opened.encoder, prompts, sampling) for model in (opened.base.model, merged)]
     assert audit.found["original"].same_answers == sum(a == b for a, b in zip(*answers, strict=True))
     assert audit.found["original"].answers == len(prompts) == 7
 
