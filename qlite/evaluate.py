@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     with open_console(f"qlite evaluate  {run.path}") as console:
         # What is wrong with a file shows before minutes of loading.
         talks = None if args.data is None else read_given(recipe.data, args.data, args.format, args.rows, console)
-        opened = open_run(run, args.device, console.phase)
+        opened = open_run(run, args.device, console.phase, console.note)
         opened.attach()
         material = held_out(opened, args.rows, console) if talks is None else Material.of(talks, opened)
         metrics, left_out = applicable(asked, material)

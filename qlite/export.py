@@ -18,13 +18,13 @@ from qlite.files import new_folder, write_tensors, write_text
 from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES
-from qlite.formats.peft import CONFIG, WEIGHTS, read_tensors
-from qlite.model.wheel import Progress
+from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
 from qlite.training.auditing import Audit
 from qlite.training.console import open_console
 from qlite.training.gguf_facts import run_modelfile
 from qlite.training.merging import Merge, write_audited, write_audited_gguf
 from qlite.training.open_run import OpenRun, open_run
+from qlite.training.report import Observer
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.units import GIB, format_bytes
 from qlite.verb import run_verb
@@ -86,7 +86,7 @@ def _folder_name(args: argparse.Namespace) -> str:
 def merge(run: RunFolder, out: Path, how: Merge, device: str) -> None:
     """Write ``run``'s model, its adapter merged into the base, into ``out``, and say how it was checked."""
     with open_console(f"qlite export  {run.path}") as console:
-        audit = write_audited(_opened(run, device, console.phase), out, how, console)
+        audit = write_audited(_opened(run, device, console), out, how, console)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"wrote {out}: {format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights")
     print_audit(audit)
@@ -110,7 +110,7 @@ def merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, devi
     """Write ``run``'s model, its adapter merged into the base, into ``out`` as one GGUF file, and say how it was checked."""
     file = f"{run.path.resolve().name}-{as_type.name}.gguf"
     with open_console(f"qlite export  {run.path}") as console:
-        audit = write_audited_gguf(_opened(run, device, console.phase), out, file, as_type, how, console)
+        audit = write_audited_gguf(_opened(run, device, console), out, file, as_type, how, console)
     print(f"wrote {out / file}: {format_bytes((out / file).stat().st_size)}, merged over the {audit.onto} base weights")
     print_audit(audit)
 
@@ -120,16 +120,16 @@ def write_adapter_as_gguf(run: RunFolder, out: Path, device: str) -> None:
     name = run.path.resolve().name
     file = f"{name}-lora.gguf"
     with open_console(f"qlite export  {run.path}") as console, new_folder(out) as folder:
-        opened = _opened(run, device, console.phase)
+        opened = _opened(run, device, console)
         size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
     print(f"wrote {out / file}: {format_bytes(size)}, the adapter alone")
 
 
-def _opened(run: RunFolder, device: str, progress: Progress) -> OpenRun:
+def _opened(run: RunFolder, device: str, console: Observer) -> OpenRun:
     # Weights that a card cannot hold are merged where they lie.
-    opened = open_run(run, "cpu" if run.recipe().memory.base == "host" else device, progress)
+    opened = open_run(run, "cpu" if run.recipe().memory.base == "host" else device, console.phase, console.note)
     opened.attach()
     return opened
 
@@ -139,7 +139,7 @@ def copy_adapter_files(run: RunFolder, out: Path) -> None:
     if not (run.adapter / CONFIG).is_file():
         raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
     with new_folder(out) as folder:
-        write_tensors(folder / WEIGHTS, read_tensors(run.adapter))
+        write_tensors(folder / WEIGHTS, read_tensors(run.adapter), read_metadata(run.adapter))
         write_text(folder / CONFIG, (run.adapter / CONFIG).read_text(encoding="utf-8"))
 
 

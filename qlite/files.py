@@ -56,7 +56,16 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write ``tensors`` as one safetensors file. Views of one buffer are written as tensors of their own; nothing else is copied."""
+    """Write ``tensors`` as one safetensors file. Views of one buffer are written as tensors of their own; nothing else is copied.
+
+    With ``metadata``, the same gives the same bytes: the safetensors library writes several of its keys in any order.
+    """
+    if metadata:
+        # The widest first: a tensor begins at a multiple of its values' size, as the library has it.
+        own = dict(sorted(tensors.items(), key=lambda each: -each[1].itemsize))
+        table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in own.items()}
+        write_tensor_file(path, table, (tensor.detach().cpu() for tensor in own.values()), metadata)
+        return
     own, taken = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().to("cpu").contiguous()
@@ -65,15 +74,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         taken.add(memory.data_ptr())
         own[name] = tensor if is_its_own else tensor.clone()
     with explained(path, sum(tensor.nbytes for tensor in own.values())), _replacing(path) as temporary:
-        save_file(own, temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(own, temporary, metadata={"format": "pt"})
 
 
-def write_tensor_file(path: Path, table: dict[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Iterable[Tensor]) -> None:
+def write_tensor_file(
+    path: Path, table: dict[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Iterable[Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write one safetensors file of the tensors in ``table``, name to dtype and shape, whose values come in ``pieces``, one after another.
 
     A piece, on the CPU, is all or a part of one tensor, in its dtype and order in memory: no more than one is held.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, (dtype, shape) in table.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}

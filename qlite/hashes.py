@@ -18,15 +18,16 @@ def code_hash(folders: Iterable[Path], libraries: Iterable[str]) -> str:
     return hashlib.sha256(code + json.dumps([version(name) for name in libraries]).encode()).hexdigest()
 
 
-def sampled_hash(paths: Iterable[Path]) -> str:
+def sampled_hash(paths: Iterable[Path], with_names: bool = True) -> str:
     """Return 32 digits that are other if the content of any file is as good as surely other: of sizes, and of 64 places in each.
 
-    All bytes of a model take as long to read as to load; whoever trains it further changes every tensor.
+    ``with_names``: other, too, if a file is called otherwise. All bytes of a model take as long to read as to load; whoever trains it
+    further changes every tensor.
     """
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
+        digest.update(f"{path.name if with_names else ''} {size} ".encode())
         with path.open("rb") as file:
             for place in range(64):
                 file.seek(place * size // 64)

@@ -18,6 +18,7 @@ from qlite.formats.merged import write_merged
 from qlite.formats.peft import read_foreign_adapter
 from qlite.model.load import Base
 from qlite.training.console import open_console
+from qlite.training.provenance import other_base, other_company
 from qlite.verb import run_verb
 
 
@@ -40,6 +41,10 @@ def main(argv: list[str]) -> None:
         # float32: bfloat16 would round a float16 or float32 base before it is merged.
         base = Base(model=args.base, revision=args.revision, sha256=args.sha256, bits=args.bits, dtype="float32")
         loaded = base.load(torch.device("cpu"), console.phase)
+        if other := other_base(args.adapter, loaded):
+            console.note(f"the adapter was trained over another base: {other}")
+        for other in other_company(args.adapter, loaded):
+            console.note(other)
         foreign.put_on(loaded.model, args.adapter)
         write_merged(args.out, loaded.model, loaded.tokenizer, loaded.generation_config, DTYPES[args.dtype], console.phase)
     print(f"wrote {args.out}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,9 +39,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {PREFIX + name: p for name, p in trainable_tensors(model).items()}
 
 
-def write_adapter(folder: Path, model: nn.Module, method: Method, base_name: str) -> None:
-    """Write ``model``'s adapter into ``folder``; adapter_config.json only where PEFT has the method's type."""
-    write_tensors(folder / WEIGHTS, adapter_tensors(model))
+def write_adapter(folder: Path, model: nn.Module, method: Method, base_name: str, metadata: dict[str, str] | None = None) -> None:
+    """Write ``model``'s adapter into ``folder``, with ``metadata``; adapter_config.json only where PEFT has the method's type."""
+    write_tensors(folder / WEIGHTS, adapter_tensors(model), metadata)
     if isinstance(method, LoRA):
         write_json(folder / CONFIG, peft_config(model, method, base_name))
 
@@ -123,6 +123,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if tensor.dtype not in DTYPES:
             raise AdapterError(f"{path}: {shown(name, SHOWN_NAME)} is {str(tensor.dtype)[6:]}, and adapters are 16 or 32 bit floats")
     return tensors
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """Return what the tensors of an adapter folder say beside themselves, by key; nothing where they cannot be read."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from qlite.serving.metrics import Score
 from qlite.serving.questions import ChoiceQuestion, Question, last_said
 from qlite.streams import clean
 from qlite.training.progress import format_perplexity
-from qlite.training.run_folder import LIBRARIES, RunFolder
+from qlite.training.provenance import LIBRARIES
+from qlite.training.run_folder import RunFolder
 from qlite.units import format_seconds
 
 KIND = "qlite evaluation"

@@ -1,16 +1,20 @@
 """Open a finished run: its base, quantised as in training, with the trained adapter on it or off."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from qlite import device
 from qlite.data.encode import Encoder
+from qlite.errors import printable
 from qlite.formats.peft import load_adapter
 from qlite.model.load import LoadedBase
 from qlite.model.lowering import lower_memory
 from qlite.model.wheel import Progress
 from qlite.recipe.schema import Recipe
+from qlite.training.provenance import other_company, require_same_base, require_same_keys
 from qlite.training.run_folder import RunFolder
 
 
@@ -32,15 +36,27 @@ class OpenRun:
         self.base.model.requires_grad_(False).eval()
 
 
-def open_run(run: RunFolder, device_name: str, progress: Progress) -> OpenRun:
-    """Load the base of ``run`` on the device called ``device_name``, without the adapter."""
+def _to_stderr(message: str) -> None:
+    print(printable(message), file=sys.stderr)
+
+
+def open_run(run: RunFolder, device_name: str, progress: Progress, note: Callable[[str], None] = _to_stderr) -> OpenRun:
+    """Load the base of ``run`` on the device called ``device_name``, without the adapter; ``note`` hears what the user should know of it.
+
+    Raises:
+        AdapterError: the adapter was trained over other files, or with other keys, than the run's folder names now.
+    """
     recipe = run.recipe()
+    require_same_keys(run.adapter, recipe, run.path / "recipe.toml")
     where = device.pick_device(device_name)
     device.keep_freed_memory()
     # "flash" and "flex" are for training on a card; what was trained with them may be opened without one.
     base = replace(recipe.base, attention="auto").load(where, progress, recipe.memory)
+    require_same_base(run.adapter, base)
     recipe.base.compile(where, progress)
     encoder = Encoder(base.tokenizer, run.template, recipe.data.loss_on)
     if encoder.template is not None:
         base.tokenizer.chat_template = encoder.template  # what an export writes beside the weights
+    for other in other_company(run.adapter, base):
+        note(other)
     return OpenRun(run, recipe, base, encoder, where)

@@ -24,6 +24,7 @@ from qlite.training.evaluate import require_answers
 from qlite.training.limits import Limits
 from qlite.training.meter import Meter
 from qlite.training.planning import Planner
+from qlite.training.provenance import provenance
 from qlite.training.report import Broadcast, Observer, SpillWatch
 from qlite.training.run_folder import RunFolder
 from qlite.training.run_report import leave_report
@@ -72,6 +73,8 @@ class Parts:
     machine: dict[str, str | int]
     identity: dict[str, str]
     """What is behind data.train, data.test, data.template and base.model."""
+    provenance: dict[str, str]
+    """What the adapter will say of where it is from."""
     notes: list[str]
 
 
@@ -114,7 +117,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     if recipe.output.adapter == "best" and state.best_step:
         run.load_best(state, parts.model)
         observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
-    run.write_adapter(recipe, parts.model)
+    run.write_adapter(recipe, parts.model, parts.provenance)
     answer(recipe, parts, observer, state.step)
     compared = run.write_memory(parts.meter.compared())
     run.finish(summarise(run.records.read(), parts.meter.read(), compared, parts.data.system, state))
@@ -160,4 +163,5 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     meter.follow(stepper, optimizer)
     disk.require_room(recipe.output, disk.checkpoint_bytes(model, optimizer))
     machine = {"device": device.describe(where), "threads": threads, "kernels": kernels}
-    return Parts(recipe, model, data, batches, steps, stepper, optimizer, meter, machine, identity, notes)
+    told = provenance(recipe, base, identity)
+    return Parts(recipe, model, data, batches, steps, stepper, optimizer, meter, machine, identity, told, notes)

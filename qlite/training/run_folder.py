@@ -15,14 +15,12 @@ import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlite import __version__
 from qlite.errors import Diverged, RunError
 from qlite.files import (
     is_whole,
@@ -42,13 +40,13 @@ from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_differences, recipe_toml
 from qlite.reporting.document import is_ours
+from qlite.training.provenance import versions
 from qlite.training.records import Records
 from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
 from qlite.training.state import TrainState
 
 BEGINNING = ("run.json", "data.json", "template.jinja")
 """What is written before recipe.toml, with which a run is begun."""
-LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
 UNEVALUATED = "-unevaluated"
 """Ends the name of a checkpoint of a run that was stopped in the evaluation after its step: the run goes on with that evaluation."""
 MAY_CHANGE = (
@@ -115,7 +113,7 @@ class RunFolder:
     def _is_run_json(self) -> bool:
         with suppress(RunError):
             facts = self._read("run.json")
-            return isinstance(facts, dict) and {"qlite", *LIBRARIES} <= facts.keys()
+            return isinstance(facts, dict) and versions().keys() <= facts.keys()
         return False
 
     def changes(self, recipe: Recipe) -> list[str]:
@@ -161,7 +159,7 @@ class RunFolder:
 
         Returns what differs from the machine it began on ("torch: 2.12.0 -> 2.13.0"): with it the last bits will, too.
         """
-        facts = {"qlite": __version__, **{name: version(name) for name in LIBRARIES}, **machine}
+        facts = {**versions(), **machine}
         if not self.is_begun:
             write_json(self.path / "run.json", facts)
             write_json(self.path / "data.json", identity)
@@ -291,10 +289,10 @@ class RunFolder:
             raise RunError(f'"{folder}" is damaged or missing; take output.adapter = "last"')
         copy_adapter(read_tensors(folder), model, folder)
 
-    def write_adapter(self, recipe: Recipe, model: nn.Module) -> None:
-        """Write what was trained."""
+    def write_adapter(self, recipe: Recipe, model: nn.Module, metadata: dict[str, str]) -> None:
+        """Write what was trained; ``metadata`` says where it is from."""
         with new_folder(self.adapter) as folder:
-            write_adapter(folder, model, recipe.method, recipe.base.model)
+            write_adapter(folder, model, recipe.method, recipe.base.model, metadata)
 
     def write_memory(self, record: dict) -> dict:
         """Write plan against measured memory, by phase and term, in bytes; return it with what was measured before a stop."""

@@ -1,0 +1,150 @@
+"""What an adapter says of where it is from: base, storage, template, tokenizer, rows, recipe and versions, in its file's metadata.
+
+An adapter is a change of one base under one template. Over another it is loaded as readily, and answers nonsense.
+"""
+
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+from qlite import __version__
+from qlite.data.encoding import tokenizer_hash
+from qlite.errors import AdapterError
+from qlite.formats.peft import read_metadata
+from qlite.hashes import sampled_hash
+from qlite.model.load import LoadedBase
+from qlite.recipe.keys import toml_value
+from qlite.recipe.schema import Recipe
+from qlite.recipe.share import shareable
+from qlite.recipe.write import recipe_tables
+from qlite.units import format_bytes
+
+KEY = "qlite"
+"""Of the safetensors metadata; its value is JSON."""
+CONFIG = "config.json"
+LIBRARIES = ("torch", "bitsandbytes", "transformers", "safetensors", "tokenizers")
+WATCHING = {
+    *("base.cache", "base.fused", "train.eval_every", "train.exact_match_rows"),
+    *("train.answer_tokens", "train.samples", "train.max_skipped"),
+}
+"""Keys that say what is looked at, or where it is kept; so does all of memory, parallel and output."""
+WITHOUT_EFFECT = ("base.model", "base.revision", "base.sha256", "base.attention", "method.dropout")
+"""Keys of base and method that a trained adapter does not depend on; which files the base is, their hashes tell."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of qlite and of the libraries that compute."""
+    return {"qlite": __version__, **{name: version(name) for name in LIBRARIES}}
+
+
+def provenance(recipe: Recipe, base: LoadedBase, identity: dict[str, str]) -> dict[str, str]:
+    """Return the metadata of the adapter that ``recipe`` trains over ``base`` with the rows, template and tokenizer of ``identity``.
+
+    No path of this machine is in it.
+    """
+    said = {
+        "base": {"name": shareable(recipe).base.model, **_files(base)},
+        "identity": identity,
+        "recipe": _deciding(recipe),
+        "versions": versions(),
+    }
+    return {KEY: json.dumps(said, sort_keys=True)}
+
+
+def _deciding(recipe: Recipe) -> dict[str, dict]:
+    """Return the recipe's tables with the keys that decide what is trained: two runs that differ in others end with the same bytes."""
+    tables = recipe_tables(shareable(recipe))
+    return {
+        table: {key: value for key, value in tables[table].items() if f"{table}.{key}" not in WATCHING}
+        for table in ("base", "method", "optimizer", "schedule", "data", "train")
+    }
+
+
+def _files(base: LoadedBase) -> dict:
+    """Return the hub's commit, if the base is from there, and size and hashes of each of its weight files."""
+    files = {path.name: _facts(path) for path in base.checkpoint.weight_files()}
+    folder = base.checkpoint.files.folder
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return {"files": files} | ({"revision": folder.name} if is_snapshot else {})
+
+
+def _facts(path: Path) -> dict:
+    facts = {"bytes": path.stat().st_size, "sampled": sampled_hash([path], with_names=False)}
+    blob = path.resolve().name  # the hub's cache calls large files by their SHA-256
+    return facts | ({"sha256": blob} if re.fullmatch(r"[0-9a-f]{64}", blob) else {})
+
+
+def read_provenance(folder: Path) -> dict | None:
+    """Return what the adapter in ``folder`` says of itself; None where another program or an earlier version wrote it, or it is damaged."""
+    try:
+        said = json.loads(read_metadata(folder).get(KEY, "null"))
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def require_same_keys(folder: Path, recipe: Recipe, path: Path) -> None:
+    """Raise AdapterError if the adapter in ``folder`` was trained with other keys of base or method than ``recipe``, read from ``path``.
+
+    Scaling, for example, is in no tensor: with another alpha the adapter is loaded and does something else.
+    """
+    said = read_provenance(folder)
+    if said is None:
+        return
+    now = _deciding(recipe)
+    try:
+        changed = [
+            f"{table}.{key}: {toml_value(value)} -> {toml_value(now[table][key])}"
+            for table in ("base", "method")
+            for key, value in said["recipe"][table].items()
+            if f"{table}.{key}" not in WITHOUT_EFFECT and now[table].get(key, value) != value
+        ]
+    except (KeyError, TypeError, AttributeError):
+        return
+    if changed:
+        raise AdapterError(f"{folder}: was trained with other keys than {path} has now: {'; '.join(changed)}. Put the old ones back")
+
+
+def require_same_base(folder: Path, base: LoadedBase) -> None:
+    """Raise AdapterError unless ``base``, loaded, has the files that the adapter in ``folder`` was trained over, as far as it says."""
+    if other := other_base(folder, base):
+        raise AdapterError(f"{folder}: was trained over another base: {other}. Put the old files back, or train anew")
+
+
+def other_base(folder: Path, base: LoadedBase) -> str | None:
+    """Return how ``base``'s weight files differ from those that the adapter in ``folder`` says it was trained over; None if they do not.
+
+    What they are called makes no difference.
+    """
+    said = read_provenance(folder) or {}
+    try:
+        name, then, now = said["base"]["name"], _weights(said["base"]["files"]), _weights(_files(base)["files"])
+    except (KeyError, TypeError, AttributeError):
+        return None
+    if sorted(then.values()) == sorted(now.values()):
+        return None
+    return f"{_named(name, then)}, and this is {_named(base.name, now)}"
+
+
+def other_company(folder: Path, base: LoadedBase) -> list[str]:
+    """Return what else ``base`` has other than the adapter in ``folder`` says: it may be no more than another version's way to say it."""
+    said, found = read_provenance(folder) or {}, []
+    try:
+        if said["base"]["files"].get(CONFIG, {}) != _files(base)["files"].get(CONFIG, {}):
+            found.append("the base's config.json is not the one of training")
+        if said["identity"]["tokenizer"] != tokenizer_hash(base.tokenizer):
+            found.append("the tokenizer is not the one of training: its files have changed, or are read by another version of tokenizers")
+    except (KeyError, TypeError, AttributeError):
+        return []
+    return found
+
+
+def _weights(files: dict) -> dict[str, str]:
+    """Return size and hash, in words, of each file with weights."""
+    return {str(name): f"{format_bytes(facts['bytes'])}, {facts['sampled'][:12]}" for name, facts in files.items() if name != CONFIG}
+
+
+def _named(name: object, files: dict[str, str]) -> str:
+    told = [f"{file}, {facts}" for file, facts in list(files.items())[:3]]
+    return f"{Path(str(name)).name} ({'; '.join(told)}{'; ...' if len(files) > 3 else ''})"
