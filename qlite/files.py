@@ -5,6 +5,7 @@ bears its final name is whole and lists its files with their SHA-256 in its mani
 """
 
 import errno
+import glob
 import itertools
 import json
 import math
@@ -37,7 +38,6 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 LEFT_OVER = re.compile(r"\..+\.(tmp|old)-([0-9a-f]{8})-(\d+)\w*")
 """Names of what is being made or deleted: by which machine, and by which process of it."""
-KEPT_REPORTS = 10
 IS_WINDOWS = os.name == "nt"
 PAUSES = (0.02, 0.05, 0.1, 0.3, 0.6, 1.0)
 """Seconds between the attempts at a rename that Windows refuses."""
@@ -190,16 +190,6 @@ def sweep(folder: Path) -> list[str]:
     return sorted(path.name for path in left)
 
 
-def keep_report(text: str) -> Path:
-    """Write what went wrong into the cache's folder of reports, beside the newest of those that are there; return its path."""
-    folder = cache_folder() / "reports"
-    path = folder / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}.txt"
-    write_text(path, text)
-    for old in sorted(folder.glob("*.txt"))[:-KEPT_REPORTS]:
-        remove_file(old)
-    return path
-
-
 def make_folder(folder: Path) -> None:
     """Make ``folder`` with all above it, and flush the names of those that were not there."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -240,11 +230,12 @@ def mark_used(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, key: str | None = None) -> Iterator[Path]:
     """Give a temporary folder to fill; on leaving, add a manifest of SHA-256 sums and rename it to ``path``.
 
-    If filling it fails, nothing is left behind. An older folder at ``path`` gives way once the new one is complete, but only
-    if it is one that this function made and nobody has put anything into.
+    If filling it fails, nothing is left behind; with a ``key``, what a kill or Ctrl-C leaves is given to the next call with that key.
+    An older folder at ``path`` gives way once the new one is complete, but only if it is one that this function made and nobody has
+    put anything into.
 
     Raises:
         MachineError: the disk does not take it, or ``path`` holds something else.
@@ -253,8 +244,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists() and not _is_ours(path):
             raise MachineError(f'"{path}" holds files that qlite did not write there; choose another folder')
         make_folder(path.parent)
+        temporary = _taken_over(path, key) if key else None
         _clear(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-{_me()}_", dir=path.parent))
+        temporary = temporary or Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-{_me()}_{key or ''}", dir=path.parent))
         try:
             yield temporary
             sums = {file.relative_to(temporary).as_posix(): sha256(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
@@ -262,8 +254,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             for part in temporary.rglob("*"):
                 _flush(part)
             _swap(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            if key is None or isinstance(error, Exception):
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
@@ -308,6 +301,18 @@ def _is_left_over(path: Path) -> bool:
 
 def _is_mine(found: re.Match) -> bool:
     return _me().startswith(f"{found[2]}-")
+
+
+def _taken_over(path: Path, key: str) -> Path | None:
+    """Return, as this process's own, what one that has ended, or an earlier call of this, left of ``path`` under ``key``; None without."""
+    for other in path.parent.glob(f"[.]{glob.escape(path.name)}.tmp-*_{key}*"):
+        found = LEFT_OVER.fullmatch(other.name)
+        if found and _is_mine(found) and (_is_left_over(other) or found[3] == str(os.getpid())):
+            mine = path.with_name(f".{path.name}.tmp-{_me()}_{key}{short_hash(other.name)[:8]}")
+            with suppress(OSError):  # another process was quicker
+                _rename(other, mine)
+                return mine
+    return None
 
 
 def _clear(path: Path) -> None:

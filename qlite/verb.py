@@ -2,12 +2,16 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from qlite.errors import MachineError, QliteError, printable
 from qlite.stopping import Stopped, stopping_at_once
 from qlite.streams import forgiving_output
+
+KEPT_REPORTS = 10
 
 
 def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted") -> None:
@@ -49,12 +53,22 @@ def _other(error: Exception) -> tuple[str, int]:
         first = (str(error) or "no more to be had").splitlines()[0]
         fix = "Lower train.micro_batch (and raise train.accumulation), train.tokens or memory.loss_chunk"
         return f"out of memory: {first}\n{fix}", MachineError.exit_code
-    from qlite.files import keep_report
-
     text = "".join(traceback.format_exception(error))
     what = f"{type(error).__name__}: {error}".splitlines()[0]
     try:
-        where = f"where it happened is in {keep_report(text)}; please report it with that file"
+        where = f"where it happened is in {_keep_report(text)}; please report it with that file"
     except QliteError:
         where = f"please report it:\n{text}"
     return f"this is a mistake of qlite's own ({what}); {where}", 1
+
+
+def _keep_report(text: str) -> Path:
+    """Write what went wrong into the cache's folder of reports, beside the newest of those that are there; return its path."""
+    from qlite.files import cache_folder, remove_file, write_text  # here: as above
+
+    folder = cache_folder() / "reports"
+    path = folder / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}.txt"
+    write_text(path, text)
+    for old in sorted(folder.glob("*.txt"))[:-KEPT_REPORTS]:
+        remove_file(old)
+    return path

@@ -5,7 +5,6 @@ a time, however large a file is.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlite.errors import ExportError, NotMergeable
-from qlite.files import new_folder, write_json, write_tensor_file
+from qlite.files import write_json, write_tensor_file
+from qlite.formats.unfinished import Unfinished, unfinished_folder
 from qlite.methods.base import AdaptedLinear, trainable_tensors
 from qlite.model.load import file_names
 from qlite.model.originals import Originals
@@ -25,7 +25,7 @@ from qlite.quant.linear import Packed, QuantLinear, dense_weight
 from qlite.room import require_space
 from qlite.units import GIB, format_bytes
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * GIB
 """Largest weight file. Only one tensor is in memory, however large it is."""
 PIECE = 1 << 24
@@ -59,10 +59,11 @@ def write_merged(
 ) -> None:
     """Write ``model`` with its adapter merged over its own weights into ``folder``, in ``dtype``, with all that belongs to it.
 
-    Raises: as ``merged_folder``.
+    Raises: as ``write_weights``.
     """
-    with merged_folder(folder, model, dtype, progress, shard_bytes) as path:
-        write_company(path, tokenizer, generation_config)
+    with unfinished_folder(folder, None) as made:
+        write_weights(made, model, dtype, progress, shard_bytes)
+        write_company(made.path, tokenizer, generation_config)
 
 
 def write_company(folder: Path, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> None:
@@ -72,16 +73,15 @@ def write_company(folder: Path, tokenizer: PreTrainedTokenizerBase, generation_c
         generation_config.save_pretrained(folder)
 
 
-@contextmanager
-def merged_folder(
-    folder: Path,
+def write_weights(
+    made: Unfinished,
     model: PreTrainedModel,
     dtype: torch.dtype,
     progress: Progress,
     shard_bytes: int = SHARD_BYTES,
     originals: Originals | None = None,
-) -> Iterator[Path]:
-    """Give a temporary folder with the merged weights and their config, to be checked and added to; on leaving it becomes ``folder``.
+) -> None:
+    """Write the merged weights and their config into ``made``, but for the files that are finished there.
 
     ``originals``: merge over these weights, not over what the base's storage has made of them.
 
@@ -93,20 +93,22 @@ def merged_folder(
     tensors = list(merged_tensors(model, originals))
     in_files = file_names(model, (tensor.name for tensor in tensors))
     shards = _shards(tensors, shard_bytes // dtype.itemsize)
-    total = sum(_size(tensor) for tensor in tensors) * dtype.itemsize
-    require_space(folder, total, f"{format_bytes(total)} of {str(dtype)[6:]} weights")
+    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE]
+    sizes = {file: sum(_size(tensor) for tensor in shard) * dtype.itemsize for file, shard in zip(files, shards, strict=True)}
+    total, done = sum(sizes.values()), sum(size for file, size in sizes.items() if made.has(file))
+    require_space(made.path.parent, total - done, f"{format_bytes(total)} of {str(dtype)[6:]} weights")
     done, places = 0, {}
-    with new_folder(folder) as path:
-        for number, shard in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            table = {in_files[tensor.name]: (tensor.dtype or dtype, tensor.shape) for tensor in shard}
-            write_tensor_file(path / file, table, _told((part for tensor in shard for part in cast(tensor, dtype)), done, total, progress))
-            done += sum(_size(tensor) for tensor in shard) * dtype.itemsize
-            places |= dict.fromkeys(table, file)
-        if len(shards) > 1:
-            write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-        _write_config(path, model, dtype, {tensor.name for tensor in tensors})
-        yield path
+    for file, shard in zip(files, shards, strict=True):
+        table = {in_files[tensor.name]: (tensor.dtype or dtype, tensor.shape) for tensor in shard}
+        if not made.has(file):
+            pieces = (part for tensor in shard for part in cast(tensor, dtype))
+            write_tensor_file(made.path / file, table, _told(pieces, done, total, progress))
+            made.keep(file)
+        done += sizes[file]
+        places |= dict.fromkeys(table, file)
+    if len(shards) > 1:
+        write_json(made.path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    _write_config(made.path, model, dtype, {tensor.name for tensor in tensors})
 
 
 def _told(pieces: Iterator[Tensor], done: int, total: int, progress: Progress) -> Iterator[Tensor]:

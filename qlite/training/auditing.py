@@ -60,6 +60,13 @@ class Audit:
         record = {"onto": self.onto, "rows": self.rows, "held_out": self.are_held_out, "candidates": candidates, "written": written}
         return {**record, "base": base, "left": self.left, "survival": layers}
 
+    @classmethod
+    def of_record(cls, record: dict) -> "Audit":
+        """Return what ``as_record`` told before anything was written."""
+        base = record["base"] and Agreement(**record["base"])
+        found = {name: Agreement(**each) for name, each in record["candidates"].items()}
+        return cls(record["onto"], record["rows"], record["held_out"], found, base)
+
     def lines(self) -> list[str]:
         """Return it as Markdown."""
         if not self.found:

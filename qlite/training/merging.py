@@ -1,5 +1,6 @@
 """The audited merge: over which weights, whether what comes out answers as the run does, and whether what was written is that."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,10 @@ from qlite.files import new_folder, write_json, write_text
 from qlite.formats.card import merged_card
 from qlite.formats.gguf_merged import StoredAs, write_merged_gguf
 from qlite.formats.gguf_types import GgufType
-from qlite.formats.merged import SHARD_BYTES, cast, merged_folder, write_company
+from qlite.formats.merged import SHARD_BYTES, cast, write_company, write_weights
+from qlite.formats.peft import WEIGHTS
+from qlite.formats.unfinished import unfinished_folder
+from qlite.hashes import code_hash, sha256, short_hash
 from qlite.model.checkpoint import open_checkpoint
 from qlite.model.load import dense_shapes, empty_model, own_names
 from qlite.model.source import ModelFiles
@@ -21,7 +25,10 @@ from qlite.recipe.write import recipe_toml
 from qlite.training.auditing import FILE, Audit, Auditor, Onto
 from qlite.training.gguf_facts import run_modelfile, run_saying
 from qlite.training.open_run import OpenRun
+from qlite.training.provenance import versions
 from qlite.training.report import Observer
+
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,16 @@ def write_audited(opened: OpenRun, out: Path, merge: Merge, console: Observer) -
     """
     base = opened.base
     auditor = Auditor(opened, merge.rows, console)
-    audit = auditor.chosen(partial(cast, dtype=merge.dtype), merge.onto, merge.limit(16))
-    originals = auditor.originals(base.checkpoint, audit.onto)
-    with merged_folder(out, base.model, merge.dtype, console.phase, merge.shard_bytes, originals) as folder:
+    with unfinished_folder(out, _key(opened, merge)) as made:
+        folder = made.path
+        if made.findings:
+            console.note("going on with an export that was stopped: compared before, written from its first unfinished file on")
+            audit = Audit.of_record(made.findings)
+        else:
+            audit = auditor.chosen(partial(cast, dtype=merge.dtype), merge.onto, merge.limit(16))
+            made.find(audit.as_record())
+        originals = auditor.originals(base.checkpoint, audit.onto)
+        write_weights(made, base.model, merge.dtype, console.phase, merge.shard_bytes, originals)
         write_company(folder, base.tokenizer, base.generation_config)
         checkpoint = open_checkpoint(ModelFiles(folder, None, str(folder)))
         _require_described(checkpoint, opened)
@@ -83,6 +97,12 @@ def write_audited_gguf(opened: OpenRun, out: Path, file: str, as_type: GgufType,
         if (text := run_modelfile(opened, file, is_adapter=False)) is not None:
             write_text(folder / "Modelfile", text)
     return audit
+
+
+def _key(opened: OpenRun, merge: Merge) -> str:
+    """Return what tells an export from all others: of this adapter over this base, made and looked at so, by this code."""
+    facts = [sha256(opened.run.adapter / WEIGHTS), opened.base.identity, str(merge), versions(), code_hash([PACKAGE / "formats"], ())]
+    return short_hash(json.dumps(facts))[:16]
 
 
 def _require_described(checkpoint: object, opened: OpenRun) -> None:

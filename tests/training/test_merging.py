@@ -1,7 +1,9 @@
 """The audited merge: its figures are those of the models that are compared, and what is not right is not written."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlite.data.dataset import Data
-from qlite.errors import DataError, ExportError
+from qlite.errors import DataError, ExportError, MachineError
+from qlite.formats import merged
 from qlite.formats.card import merged_card
+from qlite.hashes import sha256
 from qlite.methods.base import adapted_linears
 from qlite.serving import merge_audit
 from qlite.serving.answer import Sampling, answer_ids
@@ -123,7 +127,7 @@ def test_the_greedy_answers_are_those_that_the_merged_model_gives(opened, tmp_pa
 def test_what_answers_otherwise_is_not_written(opened, tmp_path):
     with pytest.raises(ExportError, match=r"original weights the model answers otherwise than the run: KL .* at most 1e-09.*--most-kl"):
         audited(opened, tmp_path / "exports" / "out", onto="original", most_kl=1e-9)
-    assert not (tmp_path / "exports").exists()
+    assert list((tmp_path / "exports").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -216,3 +220,63 @@ def test_the_figures_are_on_the_card(opened, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| the {audit.onto} weights (written) | {audit.found[audit.onto].kl:.2e} |" in card
     assert replace(audit, written=None).lines()[-1] in card
+
+
+def stopped(monkeypatch, number: int, error: BaseException, export: Callable[[], object]) -> None:
+    """Let ``export`` end with ``error`` where it writes its ``number``-th weight file."""
+    calls = []
+
+    def write(path: Path, table: dict, pieces: object) -> None:
+        calls.append(path)
+        if len(calls) == number:
+            raise error
+        merged_write(path, table, pieces)
+
+    merged_write = merged.write_tensor_file
+    with monkeypatch.context() as patched:
+        patched.setattr(merged, "write_tensor_file", write)
+        with pytest.raises(type(error)):
+            export()
+
+
+def test_a_stopped_merge_goes_on_with_what_it_has_found_and_written(opened, tmp_path, monkeypatch):
+    options = {"shard_bytes": 20_000, "most_kl": 100.0}
+    audited(opened, tmp_path / "whole", **options)
+    stopped(monkeypatch, 4, KeyboardInterrupt(), lambda: audited(opened, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+    other = partial(audited, opened, tmp_path / "other", **options, dtype=torch.float32)  # of other options: none of its business
+    stopped(monkeypatch, 2, KeyboardInterrupt(), other)
+    written, watcher = [], Watcher()
+    with monkeypatch.context() as patched:
+        patched.setattr(auditing.Auditor, "chosen", None)
+        write = merged.write_tensor_file
+        patched.setattr(merged, "write_tensor_file", lambda path, *rest: (written.append(path.name), write(path, *rest)))
+        write_audited(opened, tmp_path / "out", Merge(**options), watcher)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 5
+    assert written == files[3:]
+    assert any("going on with an export that was stopped" in note for note in watcher.notes)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_a_file_that_is_not_as_it_was_noted_is_written_again(opened, tmp_path, monkeypatch):
+    options = {"shard_bytes": 20_000, "most_kl": 100.0}
+    audited(opened, tmp_path / "whole", **options)
+    stopped(monkeypatch, 4, KeyboardInterrupt(), lambda: audited(opened, tmp_path / "out", **options))
+    (left,) = tmp_path.glob(".out.tmp-*")
+    second = next(left.glob("model-00002-of-*.safetensors"))
+    content = bytearray(second.read_bytes())
+    content[-1] ^= 1
+    second.write_bytes(content)
+    audited(opened, tmp_path / "out", **options)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_merge_that_fails_leaves_nothing_to_go_on_with(opened, tmp_path, monkeypatch):
+    stopped(monkeypatch, 1, MachineError("broken"), lambda: audited(opened, tmp_path / "out", most_kl=100.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in folder.iterdir()}
