@@ -31,8 +31,8 @@ class Interrupted(Stopped, KeyboardInterrupt):
     """By Ctrl-C: a chat that is answering takes it as an end of the answer, not of itself."""
 
 
-class StoppedAtOnce(Stopped):
-    """It was asked for the second time: what was under way is given up where it stood."""
+class StoppedAtOnce(Interrupted):
+    """By a second Ctrl-C: what was under way is given up where it stood."""
 
 
 class Stop:

@@ -1,9 +1,11 @@
 """What every verb shares: an error of the user's or the machine's ends with its message and exit code, never with a traceback."""
 
+import inspect
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 
 from qlite.errors import MachineError, QliteError, printable
 from qlite.stopping import Stopped, stopping_at_once
@@ -33,6 +35,17 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
     sys.exit(code)
 
 
+def let_call(module: str, function: Callable) -> None:
+    """Let the module of that name be called as ``function``, which stands in it under the module's own name.
+
+    ``qlite.train`` is what ``python -m qlite.train`` runs, and ``from qlite import train`` has to give what trains. Importing a module
+    puts it there under its name, whatever stood there; so it is the module that is made callable, by a class of its own, as the
+    Python reference has it ("Customizing module attribute access").
+    """
+    namespace = {"__call__": staticmethod(function), "__signature__": inspect.signature(function)}
+    sys.modules[module].__class__ = type("CallableModule", (ModuleType,), namespace)
+
+
 def _require_folder() -> None:
     """Raise MachineError if the folder in which this was typed has been deleted: no relative path means anything then."""
     try:
@@ -43,12 +56,10 @@ def _require_folder() -> None:
 
 def _other(error: Exception) -> tuple[str, int]:
     """Return message and exit code of an error that is none of ours."""
-    from qlite.device import is_out_of_memory  # here: it imports torch, which a verb's --help does without
+    from qlite.device import is_out_of_memory, out_of_memory_words  # here: it imports torch, which a verb's --help does without
 
     if is_out_of_memory(error):
-        first = (str(error) or "no more to be had").splitlines()[0]
-        fix = "Lower train.micro_batch (and raise train.accumulation), train.tokens or memory.loss_chunk"
-        return f"out of memory: {first}\n{fix}", MachineError.exit_code
+        return out_of_memory_words(error), MachineError.exit_code
     from qlite.files import keep_report
 
     text = "".join(traceback.format_exception(error))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.data.encode import Encoded
-from qlite.errors import DataError, ExportError
+from qlite.errors import DataError, ExportError, RecipeError
 from qlite.files import write_json, write_text
 from qlite.formats.card import merged_card
 from qlite.formats.merged import SHARD_BYTES, cast, merged_folder, merged_tensors, write_company
@@ -42,6 +42,14 @@ class Merge:
     most_kl: float = 0.1
     """Mean KL, nats a token, beyond which nothing is written."""
     shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self):
+        if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise RecipeError(f"merged weights in {self.dtype}: should be torch.float16, torch.bfloat16 or torch.float32")
+        if self.onto not in (None, "dequantised", "original"):
+            raise RecipeError(f'merged onto "{self.onto}": should be "dequantised" or "original"')
+        if self.rows < 0 or not self.most_kl > 0:
+            raise RecipeError(f"--audit-rows {self.rows}, --most-kl {self.most_kl}: should be 0 or more, and more than 0")
 
 
 @dataclass(frozen=True)
