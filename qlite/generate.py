@@ -7,7 +7,7 @@ python -m qlite.generate runs/mine --prompt "..." --base --temperature 0.7 --top
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -87,7 +87,7 @@ def generate(
     Raises:
         QliteError: there is no such finished run, a prompt is empty or too long, or memory runs out.
     """
-    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    asked = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else []
     if not asked or not all(isinstance(prompt, str) for prompt in asked):
         raise DataError("generate: prompts should be a text, or a list of texts that is not empty")
     with called():

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from qlite.errors import Brief
+
 
 def signals() -> list[int]:
     """Return those that this system has: Windows knows no SIGHUP, and no other a SIGBREAK."""
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
-class Stopped(BaseException):
+class Stopped(Brief):
     """The process was asked to stop by the signal ``number``."""
 
     def __init__(self, number: int):

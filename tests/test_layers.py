@@ -25,6 +25,7 @@ NEIGHBOURS = {
     "training": {"serving", "memory", "reporting"},
     "reporting": {"memory"},
     "units": {"errors"},
+    "stopping": {"errors"},
     "verb": {"device", "files"},
     "files": {"room"},
     "lock": {"files", "room"},

@@ -80,7 +80,7 @@ class Cell:
     """An output of a notebook's cell. It is drawn by whoever reports: what a thread of ours sent would not belong to the cell."""
 
     def __init__(self, run: RunView):
-        self._frame, self._lines = Frame(run), deque(maxlen=MOST_LINES)
+        self._run, self._lines = run, deque(maxlen=MOST_LINES)
         self._lock, self._due, self._handle = threading.Lock(), 0.0, None
 
     def start(self, refresh: bool) -> None:
@@ -112,4 +112,6 @@ class Cell:
             self._due = time.monotonic() + max(LEAST_SECONDS, 200 * (time.thread_time() - began))
 
     def _bundle(self) -> dict[str, str]:
-        return as_bundle(Group(*self._lines, self._frame))
+        is_over = bool(self._run.outcome) and self._run.last is None  # and took no step: there is nothing to draw
+        end = Text(f"{self._run.title}  {self._run.outcome}", "dim") if is_over else Frame(self._run)
+        return as_bundle(Group(*self._lines, end))
