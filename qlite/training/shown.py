@@ -4,6 +4,7 @@ A notebook asks for ``_repr_mimebundle_`` (IPython, "Rich display"); rich draws,
 """
 
 import io
+import re
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
@@ -14,6 +15,10 @@ PAGE = (
     '<pre style="white-space:pre;overflow-x:auto;line-height:normal;'
     "font-family:Menlo,'DejaVu Sans Mono',Consolas,'Courier New',monospace\">{code}</pre>"
 )
+
+# Arrows, marks and braille: few fonts of one width have them all, and those that the browser takes instead are of another.
+FOREIGN = re.compile("[\u2190-\u21ff\u25a0-\u25ff\u2700-\u27bf\u2800-\u28ff]")
+CELL = '<span style="display:inline-block;width:1ch;line-height:1">{}</span>'
 
 
 class Shown:
@@ -44,4 +49,5 @@ def as_bundle(part: RenderableType) -> dict[str, str]:
     size = {"width": WIDTH, "height": HEIGHT}
     console = Console(file=io.StringIO(), record=True, force_terminal=True, force_jupyter=False, markup=False, highlight=False, **size)
     console.print(part, crop=False)
-    return {"text/plain": as_text(part), "text/html": console.export_html(inline_styles=True, code_format=PAGE)}
+    page = console.export_html(inline_styles=True, code_format=PAGE)
+    return {"text/plain": as_text(part), "text/html": FOREIGN.sub(lambda found: CELL.format(found[0]), page)}
