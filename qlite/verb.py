@@ -1,6 +1,5 @@
 """What every verb shares: an error of the user's or the machine's ends with its message and exit code, never with a traceback."""
 
-import inspect
 import os
 import sys
 import traceback
@@ -42,8 +41,14 @@ def let_call(module: str, function: Callable) -> None:
     puts it there under its name, whatever stood there; so it is the module that is made callable, by a class of its own, as the
     Python reference has it ("Customizing module attribute access").
     """
-    namespace = {"__call__": staticmethod(function), "__signature__": inspect.signature(function)}
+    namespace = {"__call__": staticmethod(function), "__signature__": property(lambda _: _signature(function))}
     sys.modules[module].__class__ = type("CallableModule", (ModuleType,), namespace)
+
+
+def _signature(function: Callable) -> object:
+    from inspect import signature  # here: --help does without
+
+    return signature(function)
 
 
 def _require_folder() -> None:
