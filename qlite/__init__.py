@@ -1,10 +1,35 @@
-"""qlite: a quantised, low-memory LoRA trainer for one consumer graphics card."""
+"""qlite: a quantised, low-memory LoRA trainer for one consumer graphics card.
 
+from qlite import Recipe, train, plan, export, generate
+
+The verbs of the command line as functions: what they return shows itself, what is wrong is raised as a QliteError.
+"""
+
+import importlib
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors read; what runs is ``__getattr__``, for torch is imported when it is needed
+    from qlite.errors import QliteError as QliteError
+    from qlite.evaluate import evaluate as evaluate
+    from qlite.export import export as export
+    from qlite.generate import generate as generate
+    from qlite.plan import plan as plan
+    from qlite.preview import preview as preview
+    from qlite.recipe.schema import Recipe as Recipe
+    from qlite.report import report as report
+    from qlite.serving.answer import Sampling as Sampling
+    from qlite.train import train as train
+    from qlite.training.merging import Merge as Merge
 
 __version__ = "0.1.0"
+
+# Each verb is a module that can be called (qlite/verb.py): whoever imports it, and in which order, ``qlite.train`` stays the same thing.
+VERBS = ("train", "plan", "preview", "export", "generate", "evaluate", "report")
+PLACES = {"Recipe": "recipe.schema", "QliteError": "errors", "Sampling": "serving.answer", "Merge": "training.merging"}
+__all__ = [*PLACES, *VERBS]
 
 # All of this must be set before torch and bitsandbytes are imported.
 # OpenMP's threads spin while they wait for each other. By default they spin for so long that on a CPU which something
@@ -17,3 +42,15 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # settings, under either of its names, stand.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def __getattr__(name: str) -> object:
+    if name in VERBS:
+        return importlib.import_module(f"qlite.{name}")
+    if name in PLACES:
+        return getattr(importlib.import_module(f"qlite.{PLACES[name]}"), name)
+    raise AttributeError(f"module 'qlite' has no attribute {name!r}; it has: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

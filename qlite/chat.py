@@ -16,7 +16,7 @@ from io import TextIOWrapper
 
 from qlite.device import seed_all
 from qlite.errors import QliteError
-from qlite.generate import add_answer_options, open_dialogue, speed_of, write_answer
+from qlite.generate import add_answer_options, dialogue_of, speed_of, write_answer
 from qlite.serving.dialogue import Dialogue, Reply
 from qlite.streams import clean, clean_lines
 from qlite.training.run_folder import find_run
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     is_typed = sys.stdin.isatty()
     if is_typed:
         note(f"loading {run.path} ...")
-    dialogue = open_dialogue(run, args)
+    dialogue = dialogue_of(run, args)
     if is_typed:
         with contextlib.suppress(ImportError):  # arrow keys and the lines typed before; Windows has its own
             importlib.import_module("readline")

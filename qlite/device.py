@@ -211,6 +211,26 @@ def mix_seed(*parts: int) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Leave torch's number of threads and its generators as they are found."""
+    threads, cards = torch.get_num_threads(), range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=cards):
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+
+def give_back_all() -> None:
+    """Give back what nothing uses any more: to the driver what torch keeps of every card, to the kernel what glibc keeps."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    give_back_freed(torch.device("cpu"))
+
+
 class RandomState:
     """The state of torch's generators as it was made: the CPU's, and that of ``device`` where it has one."""
 
@@ -264,6 +284,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def out_of_memory_words(error: BaseException) -> str:
+    """Return what happened, and what to lower, for an error of which ``is_out_of_memory`` is true."""
+    first = (str(error) or "no more to be had").splitlines()[0]
+    return f"out of memory: {first}\nLower train.micro_batch (and raise train.accumulation), train.tokens or memory.loss_chunk"
 
 
 def free_cached(device: torch.device) -> None:

@@ -20,7 +20,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-class QliteError(Exception):
+class Brief(BaseException):
+    """What a notebook shows as on a terminal: its message, without the way it took through qlite."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython prints instead of a traceback (``InteractiveShell.showtraceback``)."""
+        return [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
+
+
+class QliteError(Brief, Exception):
     """Base of every error that a verb prints as its message alone; ``exit_code`` is the process's exit status."""
 
     exit_code = 2

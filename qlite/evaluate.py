@@ -11,8 +11,9 @@ one) a loss of 0.149 by 0.0004, and 2 of 8 greedy answers took another turn wher
 
 import argparse
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -20,8 +21,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 
 from qlite import device
+from qlite.calls import called
 from qlite.data.dataset import Data
 from qlite.data.encode import Encoded
 from qlite.data.formats import FORMATS
@@ -33,14 +37,15 @@ from qlite.serving.answer import Sampling, answer_all
 from qlite.serving.likelihood import accuracy, log_likelihoods
 from qlite.serving.metrics import INSTALL, METRICS, Score, missing_library, require
 from qlite.serving.questions import ChoiceQuestion, Placed, Question, ask, ask_choices, encode_rows, read_conversations
-from qlite.training.comparison import Comparison, Side, choose_file, print_comparison, run_name, write_comparison
-from qlite.training.console import open_console
+from qlite.training.comparison import Comparison, Side, choose_file, comparison_words, print_comparison, run_name, write_comparison
 from qlite.training.evaluate import mean_loss, perplexity
+from qlite.training.notebook import console_for
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.report import Observer
 from qlite.training.run_folder import find_run
+from qlite.training.shown import Shown
 from qlite.training.step import Stepper
-from qlite.verb import run_verb
+from qlite.verb import let_call, run_verb
 
 LOSS, ACCURACY = "loss", "accuracy"
 CHOOSABLE = (LOSS, *METRICS, ACCURACY)
@@ -51,41 +56,107 @@ HELD_OUT = "held-out"
 def main(argv: list[str]) -> None:
     """Run the command line."""
     args = _parser().parse_args(argv)
-    if args.rows is not None and args.rows < 1:
-        raise RecipeError(f"--rows {args.rows}: should be 1 or more")
-    asked = read_metrics(args.metrics)
-    run = find_run(args.run)
+    asked = Asked(args.data, args.format, args.metrics, args.rows, args.max_tokens, not args.no_base, args.out)
+    with called():
+        found = _evaluate(args.run, asked, args.device, is_quiet=False)
+    print_comparison(found.comparison)
+    print(f"\nwritten to {found.file}")
+
+
+def evaluate(
+    run: str | os.PathLike[str] | None = None,
+    *,
+    data: str | os.PathLike[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
+    rows: int | None = None,
+    max_tokens: int | None = None,
+    base: bool = True,
+    device: str = "auto",
+    quiet: bool = False,
+) -> "Evaluation":
+    """Return what ``run`` reaches beside its base, and write it, with every answer, into the run's folder.
+
+    run: what ``train`` has returned, or a run folder; by default the newest finished one under runs/.
+    data: rows to measure with, all that data.test of a recipe takes; by default the run's held-out rows. ``rows``: the first so many.
+    metrics: some of loss, exact_match, rouge_l, bleu, chrf, accuracy; by default all that the rows have something for.
+    max_tokens: of an answer, by default the recipe's train.answer_tokens.
+    base: measure the untuned model, too.
+
+    Raises:
+        QliteError: there is no such run or metric, or the rows cannot be used.
+    """
+    named = metrics if metrics is None or isinstance(metrics, str) else ",".join(metrics)
+    asked = Asked(None if data is None else os.fspath(data), None, named, rows, max_tokens, base)
+    with called():
+        return _evaluate(run, asked, device, quiet)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation is asked for; None: what the run or its rows suggest."""
+
+    data: str | None
+    format: str | None
+    metrics: str | None
+    rows: int | None
+    max_tokens: int | None
+    base: bool
+    out: Path | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
+    """What a run has reached, beside its base."""
+
+    comparison: Comparison
+    file: Path
+    """All of it as JSON."""
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The values by model, "base" and "adapter", and metric."""
+        return {name: {metric: score.value for metric, score in side.scores.items()} for name, side in self.comparison.sides.items()}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from comparison_words(self.comparison)
+        yield Text(f"\nwritten to {self.file}")
+
+
+def _evaluate(named: str | os.PathLike[str] | None, asked: Asked, where: str, is_quiet: bool) -> Evaluation:
+    if asked.rows is not None and asked.rows < 1:
+        raise RecipeError(f"--rows {asked.rows}: should be 1 or more")
+    wanted = read_metrics(asked.metrics)
+    run = find_run(named)
     recipe = run.recipe()
-    if args.data is None and not (recipe.data.test or recipe.data.held_out_rows):
+    if asked.data is None and not (recipe.data.test or recipe.data.held_out_rows):
         raise DataError("this run has held out no rows (data.test, data.held_out_rows); name some to measure with: --data FILE")
-    sampling = Sampling(recipe.train.answer_tokens if args.max_tokens is None else args.max_tokens)
-    data = HELD_OUT if args.data is None else _absolute(args.data)
-    file = choose_file(run, data, args.out)
-    with open_console(f"qlite evaluate  {run.path}") as console:
+    sampling = Sampling(recipe.train.answer_tokens if asked.max_tokens is None else asked.max_tokens)
+    data = HELD_OUT if asked.data is None else _absolute(asked.data)
+    file = choose_file(run, data, asked.out)
+    with console_for(f"qlite evaluate  {run.path}", is_quiet) as console:
         # What is wrong with a file shows before minutes of loading.
-        talks = None if args.data is None else read_given(recipe.data, args.data, args.format, args.rows, console)
-        opened = open_run(run, args.device, console.phase, console.note)
+        talks = None if asked.data is None else read_given(recipe.data, asked.data, asked.format, asked.rows, console)
+        opened = open_run(run, where, console.phase, console.note)
         opened.attach()
-        material = held_out(opened, args.rows, console) if talks is None else Material.of(talks, opened)
-        metrics, left_out = applicable(asked, material)
+        material = held_out(opened, asked.rows, console) if talks is None else Material.of(talks, opened)
+        metrics, left_out = applicable(wanted, material)
         require_room(opened, material, metrics, sampling)
         examination = Examination(opened, material, metrics, sampling, console)
-        base = None if args.no_base else examination.of_base()
+        base = examination.of_base() if asked.base else None
         adapter = examination.measure("adapter")
     settings = {
         "run": run_name(run),
         "adapter_sha256": sha256(run.adapter / WEIGHTS),
         "data": data,
-        "first_rows": args.rows,
+        "first_rows": asked.rows,
         "loss_on": recipe.data.loss_on,
         "decoding": f"greedy, at most {sampling.max_tokens} tokens",
         "base": f"{recipe.base.model}, {recipe.base.bits} bit, {str(opened.base.model.dtype)[6:]}",
         "device": device.describe(opened.device),
     }
     comparison = Comparison(material.counts, settings, material.questions, material.choices, adapter, base, left_out)
-    print_comparison(comparison)
     write_comparison(file, comparison)
-    print(f"\nwritten to {file}")
+    return Evaluation(comparison, file)
 
 
 def read_metrics(text: str | None) -> list[str] | None:
@@ -307,6 +378,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     return parser
 
+
+let_call(__name__, evaluate)
 
 if __name__ == "__main__":
     run_verb(main)

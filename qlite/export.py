@@ -9,10 +9,16 @@ python -m qlite.export --gguf-adapter              the adapter alone, for llama.
 """
 
 import argparse
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 
+from qlite.calls import called
 from qlite.errors import ExportError, RecipeError, RunError
 from qlite.files import new_folder, write_tensors, write_text
 from qlite.formats.gguf_lora import write_adapter_gguf
@@ -20,14 +26,16 @@ from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES
 from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
 from qlite.training.auditing import Audit
-from qlite.training.console import open_console
+from qlite.training.console import RunConsole
 from qlite.training.gguf_facts import run_modelfile
 from qlite.training.merging import Merge, write_audited, write_audited_gguf
+from qlite.training.notebook import console_for
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.report import Observer
 from qlite.training.run_folder import RunFolder, find_run
+from qlite.training.shown import Shown
 from qlite.units import GIB, format_bytes
-from qlite.verb import run_verb
+from qlite.verb import let_call, run_verb
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,74 +65,142 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.shard_gib > 0:
         raise RecipeError(f"--shard-gib {args.shard_gib}: should be more than 0")
-    if args.audit_rows < 0 or not (args.most_kl is None or args.most_kl > 0):
-        raise RecipeError(f"--audit-rows {args.audit_rows}, --most-kl {args.most_kl}: should be 0 or more, and more than 0")
-    as_type = gguf_type(args.gguf) if args.gguf else None
-    run = find_run(args.run)
-    out = args.out or run.path / _folder_name(args)
-    if out.exists() and not args.force:
-        raise RunError(f'"{out}" exists already; choose another --out, or replace it with --force')
     how = Merge(DTYPES[args.dtype], args.onto, args.audit_rows, args.most_kl, int(args.shard_gib * GIB))
+    merge = how if args.merge or args.gguf else None
+    adapter = "peft" if args.adapter else "gguf" if args.gguf_adapter else None
+    done = export(args.run, merge=merge, gguf=args.gguf, adapter=adapter, out=args.out, device=args.device, force=args.force)
+    for line in done.lines():
+        print(line)
     if args.merge:
-        merge(run, out, how, args.device)
-        print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
-    elif as_type:
-        merge_to_gguf(run, out, as_type, how, args.device)
-    elif args.gguf_adapter:
-        write_adapter_as_gguf(run, out, args.device)
-    else:
-        copy_adapter_files(run, out)
-        print(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")
+        print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{done.folder}'))\"")
 
 
-def _folder_name(args: argparse.Namespace) -> str:
-    if args.merge:
-        return f"merged-{args.dtype}"
-    return f"gguf-{args.gguf.lower()}" if args.gguf else "gguf-adapter" if args.gguf_adapter else "peft"
+def export(
+    run: str | os.PathLike[str] | None = None,
+    *,
+    merge: Literal["fp16", "bf16", "fp32"] | Merge | None = None,
+    gguf: str | None = None,
+    adapter: Literal["peft", "gguf"] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> "Export":
+    """Write what ``run`` has trained, in one of three forms, and return where it is and how it was checked.
+
+    run: what ``train`` has returned, or a run folder; by default the newest finished one under runs/.
+    merge: a Hugging Face model folder, its weights in that type; a ``Merge`` says more: over which weights, how it is audited.
+    gguf: merged and quantised as one GGUF file, with Ollama's Modelfile: f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0. A ``Merge`` beside it
+        says more, as above.
+    adapter: the adapter alone, as PEFT's two files or as a GGUF file.
+    out: the folder to write, by default inside the run's; ``force`` replaces one that an export wrote.
+    device: where to merge: "auto", "cpu", "cuda", "cuda:1".
+
+    Raises:
+        QliteError: there is no such run or type, the folder exists, the disk does not take it, or what was merged does not answer as the
+            run does; nothing is written then.
+    """
+    with called():
+        if (gguf is not None or merge is not None) == (adapter is not None) or (gguf is not None and isinstance(merge, str)):
+            raise RecipeError('export: give one of merge="fp16", gguf="q8_0" and adapter="peft": it says what to write')
+        how, as_type = _merge(merge), None if gguf is None else gguf_type(gguf)
+        if adapter not in (None, "peft", "gguf"):
+            raise RecipeError(f'adapter = "{adapter}": should be "peft" or "gguf"')
+        own = find_run(run)
+        folder = own.path / _folder_name(how, as_type, adapter) if out is None else Path(out)
+        if folder.exists() and not force:
+            raise RunError(f'"{folder}" exists already; choose another --out, or replace it with --force')
+        console = console_for(f"qlite export  {own.path}", quiet)
+        if as_type:
+            return _merge_to_gguf(own, folder, as_type, how or Merge(), device, console)
+        if how:
+            return _write_merged(own, folder, how, device, console)
+        return _copy_adapter_files(own, folder) if adapter == "peft" else _write_adapter_as_gguf(own, folder, device, console)
 
 
-def merge(run: RunFolder, out: Path, how: Merge, device: str) -> None:
-    """Write ``run``'s model, its adapter merged into the base, into ``out``, and say how it was checked."""
-    with open_console(f"qlite export  {run.path}") as console:
+@dataclass(frozen=True, repr=False)
+class Export(Shown):
+    """What an export has written. It is a path, too: that of its folder."""
+
+    folder: Path
+    what: str
+    """In words."""
+    size_bytes: int
+    """Of its weights."""
+    file: Path | None = None
+    """The GGUF file; None: it is none."""
+    audit: Audit | None = None
+    """How the merged weights answer beside the run; None: nothing was merged."""
+
+    def lines(self) -> list[str]:
+        """Return all of it in words."""
+        return [f"wrote {self.file or self.folder}: {self.what}", *(audit_lines(self.audit) if self.audit else ())]
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.lines():
+            yield Text(line)
+
+
+def _merge(given: str | Merge | None) -> Merge | None:
+    if given is None or isinstance(given, Merge):
+        return given
+    if given not in DTYPES:
+        raise RecipeError(f'merge = "{given}": should be one of {", ".join(DTYPES)}, or a Merge')
+    return Merge(DTYPES[given])
+
+
+def _folder_name(how: Merge | None, as_type: GgufType | None, adapter: str | None) -> str:
+    if as_type:
+        return f"gguf-{as_type.name}"
+    if how:
+        return f"merged-{next(name for name, dtype in DTYPES.items() if dtype == how.dtype)}"
+    return "gguf-adapter" if adapter == "gguf" else "peft"
+
+
+def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: RunConsole) -> Export:
+    """Write ``run``'s model, its adapter merged into the base, into ``out``."""
+    with console:
         audit = write_audited(_opened(run, device, console), out, how, console)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(f"wrote {out}: {format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights")
-    print_audit(audit)
+    what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights"
+    return Export(out, what, size, audit=audit)
 
 
-def print_audit(audit: Audit) -> None:
-    """Say how the merged weights answer beside the run, and what is left of training."""
-    for onto, each in audit.found.items():
-        mark = "written:  " if onto == audit.onto else "          "
-        print(
-            f"{mark}over the {onto} weights  KL {each.kl:.2e} nats a token, likeliest token the same {each.top1:.1%}, "
-            f"loss {each.loss:.4f} (run {each.live_loss:.4f}), greedy answers the same {each.same_answers} of {each.answers}"
-        )
+def audit_lines(audit: Audit) -> list[str]:
+    """Return how the merged weights answer beside the run, and what is left of training."""
+    lines = [
+        f"{'written:  ' if onto == audit.onto else '          '}over the {onto} weights  "
+        f"KL {each.kl:.2e} nats a token, likeliest token the same {each.top1:.1%}, "
+        f"loss {each.loss:.4f} (run {each.live_loss:.4f}), greedy answers the same {each.same_answers} of {each.answers}"
+        for onto, each in audit.found.items()
+    ]
     if audit.left is not None:
-        print(f"what training changed (KL of run and base {audit.base.kl:.2e}): {audit.left:.1%} of it is left")
-    if advice := audit.advice():
-        print(advice)
+        lines.append(f"what training changed (KL of run and base {audit.base.kl:.2e}): {audit.left:.1%} of it is left")
+    return [*lines, *([advice] if (advice := audit.advice()) else ())]
 
 
-def merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, device: str) -> None:
-    """Write ``run``'s model, its adapter merged into the base, into ``out`` as one GGUF file, and say how it was checked."""
+def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, device: str, console: RunConsole) -> Export:
+    """Write ``run``'s model, its adapter merged into the base, into the folder ``out`` as one GGUF file."""
     file = f"{run.path.resolve().name}-{as_type.name}.gguf"
-    with open_console(f"qlite export  {run.path}") as console:
+    with console:
         audit = write_audited_gguf(_opened(run, device, console), out, file, as_type, how, console)
-    print(f"wrote {out / file}: {format_bytes((out / file).stat().st_size)}, merged over the {audit.onto} base weights")
-    print_audit(audit)
+    size = (out / file).stat().st_size
+    return Export(out, f"{format_bytes(size)}, merged over the {audit.onto} base weights", size, out / file, audit)
 
 
-def write_adapter_as_gguf(run: RunFolder, out: Path, device: str) -> None:
+def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunConsole) -> Export:
     """Write ``run``'s adapter into the folder ``out`` as one GGUF file."""
     name = run.path.resolve().name
     file = f"{name}-lora.gguf"
-    with open_console(f"qlite export  {run.path}") as console, new_folder(out) as folder:
+    with console, new_folder(out) as folder:
         opened = _opened(run, device, console)
         size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
-    print(f"wrote {out / file}: {format_bytes(size)}, the adapter alone")
+    return Export(out, f"{format_bytes(size)}, the adapter alone", size, out / file)
 
 
 def _opened(run: RunFolder, device: str, console: Observer) -> OpenRun:
@@ -134,14 +210,17 @@ def _opened(run: RunFolder, device: str, console: Observer) -> OpenRun:
     return opened
 
 
-def copy_adapter_files(run: RunFolder, out: Path) -> None:
+def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
     """Write ``run``'s adapter as PEFT reads it into ``out``. Raises ExportError where PEFT has no such method."""
     if not (run.adapter / CONFIG).is_file():
         raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
     with new_folder(out) as folder:
         write_tensors(folder / WEIGHTS, read_tensors(run.adapter), read_metadata(run.adapter))
         write_text(folder / CONFIG, (run.adapter / CONFIG).read_text(encoding="utf-8"))
+    return Export(out, f"load it with peft.PeftModel.from_pretrained(base, {str(out)!r})", (out / WEIGHTS).stat().st_size)
 
+
+let_call(__name__, export)
 
 if __name__ == "__main__":
     run_verb(main)

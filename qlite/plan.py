@@ -6,35 +6,40 @@ python -m qlite.plan my.toml --vram 8GiB --fit
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from qlite import device
+from qlite.calls import called
 from qlite.errors import MachineError, RecipeError
 from qlite.memory import terms
 from qlite.memory.cards import CARDS, Card, find_card
 from qlite.memory.ledger import Peak
 from qlite.memory.plan import VISIBLE_SHARE, MemoryPlan
 from qlite.model.shapes import BaseShapes, base_shapes
-from qlite.recipe.read import read_recipe
+from qlite.recipe.read import read_recipe, recipe_of
 from qlite.recipe.schema import Recipe
 from qlite.streams import clean
 from qlite.training.automatic import settled
 from qlite.training.budget import fit_words
-from qlite.training.console import open_console
-from qlite.training.fit import fit
+from qlite.training.fit import fit as fit_to
 from qlite.training.forecast import Forecast, worst_workload
 from qlite.training.gauges import COLOURS, LETTERS
 from qlite.training.kept_plans import kept_forecast
+from qlite.training.notebook import console_for
+from qlite.training.report import Observer
+from qlite.training.shown import Shown
 from qlite.training.ways_out import WayOut, ways_out
 from qlite.units import GIB, KIB, MIB, format_bytes, format_step_seconds, parse_bytes
-from qlite.verb import run_verb
+from qlite.verb import let_call, run_verb
 
 USUAL_CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
 """GiB."""
@@ -70,27 +75,44 @@ def main(argv: list[str]) -> None:
     where.add_argument("--gpu", help='the card to plan for, for example "RTX 3060"')
     parser.add_argument("--fit", action="store_true", help="choose micro-batch and memory keys for that much memory: the fastest that fit")
     args = parser.parse_intermixed_args(argv)
-    recipe = read_recipe(args.recipe, args.overrides)
-    target = target_of(args.vram, args.gpu, recipe.memory.budget)
-    if args.fit and target.capacity is None:
-        raise RecipeError('--fit: for how much memory? Give --vram 8GiB or --gpu "RTX 3060"')
-    console, fitted = Console(highlight=False, markup=False), None
-    with open_console(f"qlite plan  {args.recipe.stem}", sys.stderr) as screen:
-        shapes = base_shapes(recipe.base, screen.phase)
-        if args.fit:
-            fitted = fit(recipe, shapes, target.plan, target.card, partial(screen.phase, "try what fits"))
-        chosen = fitted.recipe if fitted else _settled(recipe, shapes, target)
-        found = fitted.found if fitted else kept_forecast(chosen, shapes, worst_workload(chosen))
-        plan = target.plan(found)
-        told = partial(screen.phase, "trace what could be changed")
-        ways = [] if plan.fits else ways_out(chosen, shapes, plan.peak.bytes, worst_workload, told=told)
-    show(chosen, shapes, found, target, console)
-    if fitted:
-        console.print(Text("\n" + "\n".join(fit_words(recipe, fitted))), soft_wrap=True)
-    if ways:
-        show_ways_out(ways, plan, console)
-    if not plan.fits:
-        raise MachineError(f"does not fit: {plan}")
+    found = plan(read_recipe(args.recipe, args.overrides), gpu=args.gpu, vram=args.vram, fit=args.fit)
+    Console(highlight=False, markup=False).print(found, crop=False)
+    if not found.fits:
+        raise MachineError(f"does not fit: {found.memory}")
+
+
+def plan(
+    recipe: Recipe | str | os.PathLike[str], *, gpu: str | None = None, vram: str | None = None, fit: bool = False, quiet: bool = False
+) -> "Plan":
+    """Return what ``recipe``, a Recipe or the path of a TOML file, needs of memory, and whether it fits; nothing is raised if it does not.
+
+    gpu, vram: the card to plan for, "RTX 3060", or its memory, "12GiB"; else memory.budget, the card that is here, or none.
+    fit: choose micro-batch and memory keys for that much memory, the fastest that fit; they are in the plan's ``recipe``.
+    quiet: show no progress.
+
+    Raises:
+        QliteError: recipe or base do not allow it, there is no such card, or nothing fits (``fit``).
+    """
+    with called():
+        recipe = recipe_of(recipe)
+        if gpu is not None and vram is not None:
+            raise RecipeError("--gpu and --vram: both say what to plan for; give one")
+        target = target_of(vram, gpu, recipe.memory.budget)
+        if fit and target.capacity is None:
+            raise RecipeError('--fit: for how much memory? Give --vram 8GiB or --gpu "RTX 3060"')
+        with console_for(f"qlite plan  {recipe.name}", quiet, sys.stderr) as screen:
+            return _plan(recipe, target, fit, screen)
+
+
+def _plan(recipe: Recipe, target: Target, is_fitted: bool, screen: Observer) -> "Plan":
+    shapes = base_shapes(recipe.base, screen.phase)
+    fitted = fit_to(recipe, shapes, target.plan, target.card, partial(screen.phase, "try what fits")) if is_fitted else None
+    chosen = fitted.recipe if fitted else _settled(recipe, shapes, target)
+    found = fitted.found if fitted else kept_forecast(chosen, shapes, worst_workload(chosen))
+    memory = target.plan(found)
+    told = partial(screen.phase, "trace what could be changed")
+    ways = [] if memory.fits else ways_out(chosen, shapes, memory.peak.bytes, worst_workload, told=told)
+    return Plan(chosen, memory, tuple(ways), tuple(fit_words(recipe, fitted)) if fitted else (), found, target, shapes.origin)
 
 
 def _settled(recipe: Recipe, shapes: BaseShapes, target: Target) -> Recipe:
@@ -124,37 +146,88 @@ def target_of(vram: str | None, gpu: str | None, budget: str | None) -> Target:
     return Target("no card", None, None)
 
 
-def show(recipe: Recipe, shapes: BaseShapes, found: Forecast, target: Target, console: Console) -> None:
-    """Print the plan: what is planned, bytes by term and phase, a bar for each phase, the verdict, and how long it may take."""
-    plan, train = target.plan(found), recipe.train
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """What a recipe needs of a card's memory, phase by phase and term by term; sizes are in bytes."""
+
+    recipe: Recipe
+    """As it would run: with what "auto" or ``fit`` has chosen."""
+    memory: MemoryPlan
+    ways_out: tuple[WayOut, ...]
+    """Where it does not fit: each change with the peak that it would leave."""
+    chosen: tuple[str, ...]
+    """What ``fit`` has chosen, and why nothing faster, in words."""
+    forecast: Forecast
+    target: Target
+    origin: str
+    """Where the shapes of the base are from."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card holds it; true where none is named."""
+        return self.memory.fits
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that tensors take."""
+        return self.memory.peak.bytes
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """What they are at that moment: "base weights", "adapter", "saved for backward" ..."""
+        return dict(self.memory.peak.terms)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the card must have: the tensors, CUDA's own and gaps."""
+        return self.memory.needed
+
+    @property
+    def capacity_bytes(self) -> int | None:
+        """What the card has for programs; None: none is named."""
+        return self.memory.capacity
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """The estimated time of an optimizer step, by card: from peak rates, not measured."""
+        return {card.name: self.forecast.work.seconds(card) * self.recipe.train.accumulation for card in self._cards()}
+
+    def _cards(self) -> list[Card]:
+        return [self.target.card] if self.target.card else [CARDS[name] for name in REFERENCE_CARDS]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield what is planned, bytes by term and phase, a bar for each phase, the verdict, and how long it may take."""
+        memory, recipe = self.memory, self.recipe
+        yield from _head(recipe, self.origin)
+        yield _table(memory)
+        for phase, peak in memory.phases.items():
+            yield _bar(phase, peak, memory)
+        yield Text("  ".join(f"{LETTERS[term]} {term}".replace(" ", "\N{NO-BREAK SPACE}") for term in _terms(memory)), "dim")
+        yield Text(f"\npeak       {_peak_words(memory)}")
+        yield Text(f"on a card  {format_bytes(memory.needed)}, with {format_bytes(memory.outside)} for CUDA and gaps (assumed)")
+        if memory.host:
+            yield Text(f"on host    {format_bytes(memory.host)} of offloaded tensors")
+        yield _verdict(memory)
+        if self.target.card and not self.target.card.has_bf16:
+            yield Text(f"but        {self.target.card.name} has no bfloat16: attention's T x T scores come on top")
+        yield Text(_time(self.forecast, recipe, self._cards()), "dim")
+        if self.chosen:  # not wrapped: there is a line to be copied
+            yield Text("\n" + "\n".join(self.chosen), no_wrap=True, overflow="ignore")
+        if self.ways_out:
+            yield Text("\nwhat to change (each alone; --fit chooses a combination):")
+            for way in self.ways_out:
+                yield Text(f"  {'fits' if memory.room_for(way.peak) else '    '}  {way}")
+
+
+def _head(recipe: Recipe, origin: str) -> Iterator[Text]:
+    """Yield what is planned."""
+    train = recipe.train
     kind = f"{recipe.base.bits} bit" + (f" ({recipe.base.quant_type})" if recipe.base.bits == 4 else "")
     line = f"{train.micro_batch} x {train.tokens} tokens{' packed' if train.packing else ''}"
-    console.print(Text(clean(f"{recipe.base.model}, {kind}, {recipe.method.name}")))
+    yield Text(clean(f"{recipe.base.model}, {kind}, {recipe.method.name}"))
     kept = recipe.memory.checkpointing if recipe.memory.checkpointing != "auto" else "auto (no card is named: as block)"
-    console.print(Text(f"{line} a micro-batch, all rows as long as train.tokens: the most there can be; checkpointing {kept}", "dim"))
-    console.print(Text(f"shapes from {shapes.origin}\n", "dim"))
-    console.print(_table(plan))
-    for phase, peak in plan.phases.items():
-        console.print(_bar(phase, peak, plan))
-    console.print(Text("  ".join(f"{LETTERS[term]} {term}".replace(" ", "\N{NO-BREAK SPACE}") for term in _terms(plan)), "dim"))
-    console.print()
-    console.print(Text(f"peak       {_peak_words(plan)}"))
-    console.print(Text(f"on a card  {format_bytes(plan.needed)}, with {format_bytes(plan.outside)} for CUDA and gaps (assumed)"))
-    if plan.host:
-        console.print(Text(f"on host    {format_bytes(plan.host)} of offloaded tensors"))
-    console.print(_verdict(plan))
-    if target.card and not target.card.has_bf16:
-        console.print(Text(f"but        {target.card.name} has no bfloat16: attention's T x T scores come on top"))
-    cards = [target.card] if target.card else [CARDS[name] for name in REFERENCE_CARDS]
-    console.print(Text(_time(found, recipe, cards), "dim"))
-
-
-def show_ways_out(ways: list[WayOut], plan: MemoryPlan, console: Console) -> None:
-    """Print each change with its peak, and whether it is enough alone."""
-    console.print(Text("\nwhat to change (each alone; --fit chooses a combination):"))
-    for way in ways:
-        enough = plan.room_for(way.peak)
-        console.print(Text(f"  {'fits' if enough else '    '}  {way}"))
+    yield Text(f"{line} a micro-batch, all rows as long as train.tokens: the most there can be; checkpointing {kept}", "dim")
+    yield Text(f"shapes from {origin}\n", "dim")
 
 
 def _terms(plan: MemoryPlan) -> list[str]:
@@ -219,6 +292,8 @@ def _time(found: Forecast, recipe: Recipe, cards: list[Card]) -> str:
     counted = f"{found.work.flops / 1e12:,.1f} TFLOP and {format_bytes(found.work.bytes)} moved a micro-batch"
     return "\n".join([f"time       estimated from peak rates, not measured ({counted}):", *(f"           {line}" for line in told)])
 
+
+let_call(__name__, plan)
 
 if __name__ == "__main__":
     run_verb(main)

@@ -5,23 +5,27 @@ python -m qlite.preview my.toml train.tokens=1024 --row 12
 """
 
 import argparse
-from dataclasses import replace
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from qlite.calls import called
 from qlite.data.check import described, share
 from qlite.data.dataset import DataSet, Part
 from qlite.data.figures import Spread, histogram, spans, useful_share
 from qlite.errors import RecipeError
-from qlite.recipe.read import read_recipe
+from qlite.recipe.read import read_recipe, recipe_of
 from qlite.recipe.schema import Recipe
 from qlite.streams import clean
-from qlite.training.console import open_console
-from qlite.verb import run_verb
+from qlite.training.notebook import console_for
+from qlite.training.shown import Shown
+from qlite.verb import let_call, run_verb
 
 BINS, BAR = 12, 40
 SHOWN_CHARACTERS = 4000
@@ -37,26 +41,47 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="table.key=value, put over the recipe")
     parser.add_argument("--row", type=int, default=1, help="training row to show, counted from 1")
     args = parser.parse_intermixed_args(argv)
-    recipe = read_recipe(args.recipe, args.overrides).with_absolute_paths()
-    with open_console(f"qlite preview  {args.recipe.stem}") as console:
-        tokenizer = recipe.base.tokenizer(console.phase)
-        data = recipe.data.load(tokenizer, recipe.train.tokens, lambda _: None, console.phase)
-    if not 1 <= args.row <= len(data.train):
-        raise RecipeError(f"--row {args.row}: there are {len(data.train)} training rows")
-    show(recipe, data, args.row - 1, Console(highlight=False, markup=False))
-    data.require_sound()
+    found = preview(read_recipe(args.recipe, args.overrides), row=args.row)
+    Console(highlight=False, markup=False).print(found)
+    found.data.require_sound()
 
 
-def show(recipe: Recipe, data: DataSet, row: int, console: Console) -> None:
-    """Print all there is to see."""
-    for part in data.parts:
-        for line in described(part):
-            console.print(Text(clean(line, 500)))
-    console.print(_counts(data))
-    for part in data.parts:
-        _show_lengths(part, recipe, console)
-    console.print(_batches(recipe, data))
-    _show_row(data, row, console)
+def preview(recipe: Recipe | str | os.PathLike[str], *, row: int = 1, quiet: bool = False) -> "Preview":
+    """Return what the data of ``recipe``, a Recipe or the path of a TOML file, looks like; ``row``, from 1, is shown as it is trained.
+
+    Whether ``train`` would refuse it is for the preview's ``data.require_sound()`` to say.
+
+    Raises:
+        QliteError: recipe, data or tokenizer cannot be read.
+    """
+    with called():
+        recipe = recipe_of(recipe).with_absolute_paths()
+        with console_for(f"qlite preview  {recipe.name}", quiet) as console:
+            tokenizer = recipe.base.tokenizer(console.phase)
+            data = recipe.data.load(tokenizer, recipe.train.tokens, lambda _: None, console.phase)
+        if not 1 <= row <= len(data.train):
+            raise RecipeError(f"--row {row}: there are {len(data.train)} training rows")
+        return Preview(recipe, data, row)
+
+
+@dataclass(frozen=True, repr=False)
+class Preview(Shown):
+    """The rows of a recipe: how many, how long, what is left out, and what is trained of one of them."""
+
+    recipe: Recipe
+    data: DataSet
+    row: int
+    """From 1."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in self.data.parts:
+            for line in described(part):
+                yield Text(clean(line, 500))
+        yield _counts(self.data)
+        for part in self.data.parts:
+            yield from _lengths(part, self.recipe)
+        yield _batches(self.recipe, self.data)
+        yield from _row(self.data, self.row - 1, has_colour=console.color_system is not None)
 
 
 def _counts(data: DataSet) -> Table:
@@ -71,10 +96,10 @@ def _counts(data: DataSet) -> Table:
     return table
 
 
-def _show_lengths(part: Part, recipe: Recipe, console: Console) -> None:
+def _lengths(part: Part, recipe: Recipe) -> Iterator[Text]:
     lengths, limit = part.rows.store.length, recipe.train.tokens
     spread, trained = Spread.of(lengths), Spread.of(part.rows.trained_counts)
-    console.print(
+    yield Text(
         f"\n{part.key}: tokens a row {spread.low} to {spread.high}, half at most {spread.median}, 99 % at most {spread.most}; "
         f"trained tokens {trained.low} to {trained.high}, half at most {trained.median}"
     )
@@ -83,11 +108,11 @@ def _show_lengths(part: Part, recipe: Recipe, console: Console) -> None:
     for low, high, count in bins:
         bar = "█" * -(-count * BAR // largest)
         over = "  longer than train.tokens" if low > limit else ""
-        console.print(Text.assemble((f"{low:>7,} - {high:>7,} ", "dim"), (bar, "red" if over else "cyan"), f" {count:,}", (over, "red")))
+        yield Text.assemble((f"{low:>7,} - {high:>7,} ", "dim"), (bar, "red" if over else "cyan"), f" {count:,}", (over, "red"))
     long = part.cut.long
     fate = {"drop": "left out", "cut_start": "cut at their start", "cut_end": "cut at their end"}[recipe.data.long_rows]
     told = f"{share(len(long), part.read)} are longer than train.tokens = {limit} and are {fate}: {part.cut.lost_tokens:,} tokens"
-    console.print(told if len(long) else f"nothing is longer than train.tokens = {limit}")
+    yield Text(told if len(long) else f"nothing is longer than train.tokens = {limit}")
 
 
 def _batches(recipe: Recipe, data: DataSet) -> Table:
@@ -105,10 +130,9 @@ def _batches(recipe: Recipe, data: DataSet) -> Table:
     return table
 
 
-def _show_row(data: DataSet, row: int, console: Console) -> None:
-    """Print a row as the model sees it, its trained tokens green, and in brackets where there is no colour."""
-    encoder, has_colour = data.encoder, console.color_system is not None
-    text = Text()
+def _row(data: DataSet, row: int, has_colour: bool) -> Iterator[Text]:
+    """Yield a row as the model sees it, its trained tokens green, and in brackets where there is no colour."""
+    encoder, text = data.encoder, Text()
     for ids, trained in spans(data.train, row):
         piece = "\n".join(clean(line, SHOWN_CHARACTERS) for line in encoder.tokenizer.decode(ids).split("\n"))
         if trained and not has_colour:
@@ -118,11 +142,13 @@ def _show_row(data: DataSet, row: int, console: Console) -> None:
         text = Text.assemble(text[:SHOWN_CHARACTERS], ("…", "dim"))
     count = int(np.count_nonzero(data.train[row].trained))
     how = "green" if has_colour else "in brackets"
-    console.print(f"\nrow {row + 1} ({data.train.where(row)}): {count} of {len(data.train[row])} tokens are trained, {how}")
-    console.print(text, soft_wrap=False)
+    yield Text(f"\nrow {row + 1} ({data.train.where(row)}): {count} of {len(data.train[row])} tokens are trained, {how}")
+    yield text
     ends = ", ".join(encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids))
-    console.print(Text(f"\nan answer ends at: {ends}"))
+    yield Text(f"\nan answer ends at: {ends}")
 
+
+let_call(__name__, preview)
 
 if __name__ == "__main__":
     run_verb(main)

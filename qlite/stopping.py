@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from qlite.errors import Brief
+
 
 def signals() -> list[int]:
     """Return those that this system has: Windows knows no SIGHUP, and no other a SIGBREAK."""
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
-class Stopped(BaseException):
+class Stopped(Brief):
     """The process was asked to stop by the signal ``number``."""
 
     def __init__(self, number: int):
@@ -31,8 +33,8 @@ class Interrupted(Stopped, KeyboardInterrupt):
     """By Ctrl-C: a chat that is answering takes it as an end of the answer, not of itself."""
 
 
-class StoppedAtOnce(Stopped):
-    """It was asked for the second time: what was under way is given up where it stood."""
+class StoppedAtOnce(Interrupted):
+    """By a second Ctrl-C: what was under way is given up where it stood."""
 
 
 class Stop:

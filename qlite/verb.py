@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from qlite.errors import MachineError, QliteError, printable
 from qlite.stopping import Stopped, stopping_at_once
@@ -37,6 +38,23 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
     sys.exit(code)
 
 
+def let_call(module: str, function: Callable) -> None:
+    """Let the module of that name be called as ``function``, which stands in it under the module's own name.
+
+    ``qlite.train`` is what ``python -m qlite.train`` runs, and ``from qlite import train`` has to give what trains. Importing a module
+    puts it there under its name, whatever stood there; so it is the module that is made callable, by a class of its own, as the
+    Python reference has it ("Customizing module attribute access").
+    """
+    namespace = {"__call__": staticmethod(function), "__signature__": property(lambda _: _signature(function))}
+    sys.modules[module].__class__ = type("CallableModule", (ModuleType,), namespace)
+
+
+def _signature(function: Callable) -> object:
+    from inspect import signature  # here: --help does without
+
+    return signature(function)
+
+
 def _require_folder() -> None:
     """Raise MachineError if the folder in which this was typed has been deleted: no relative path means anything then."""
     try:
@@ -47,12 +65,10 @@ def _require_folder() -> None:
 
 def _other(error: Exception) -> tuple[str, int]:
     """Return message and exit code of an error that is none of ours."""
-    from qlite.device import is_out_of_memory  # here: it imports torch, which a verb's --help does without
+    from qlite.device import is_out_of_memory, out_of_memory_words  # here: it imports torch, which a verb's --help does without
 
     if is_out_of_memory(error):
-        first = (str(error) or "no more to be had").splitlines()[0]
-        fix = "Lower train.micro_batch (and raise train.accumulation), train.tokens or memory.loss_chunk"
-        return f"out of memory: {first}\n{fix}", MachineError.exit_code
+        return out_of_memory_words(error), MachineError.exit_code
     text = "".join(traceback.format_exception(error))
     what = f"{type(error).__name__}: {error}".splitlines()[0]
     try:

@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYER = {
     **dict.fromkeys(("errors", "units", "hashes", "table", "cpu_products", "streams", "stopping"), -1),
-    **dict.fromkeys(("files", "room", "lock", "given", "device", "offload", "verb", "compiling"), 0),
+    **dict.fromkeys(("files", "room", "lock", "given", "device", "offload", "verb", "compiling", "calls"), 0),
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats"), 1),
     "recipe": 2,
     **dict.fromkeys(("serving", "training", "memory", "reporting"), 3),
@@ -25,10 +25,12 @@ NEIGHBOURS = {
     "training": {"serving", "memory", "reporting"},
     "reporting": {"memory"},
     "units": {"errors"},
+    "stopping": {"errors"},
     "verb": {"device", "files"},
     "files": {"room"},
     "lock": {"files", "room"},
     "compiling": {"device", "files"},
+    "calls": {"compiling", "device"},
 }
 # Who may touch a foreign surface. Everything else goes through them.
 OWNERS = {
@@ -46,10 +48,17 @@ OWNERS = {
         "training/gauges.py",
         "training/summary.py",
         "training/comparison.py",
+        "training/notebook.py",
+        "training/result.py",
+        "training/shown.py",
         "recipe/keys.py",
+        "evaluate.py",
+        "export.py",
+        "generate.py",
         "plan.py",
         "preview.py",
     },
+    "IPython": {"training/notebook.py"},
     "tomli_w": {"recipe/write.py"},
     "sacrebleu": {"serving/metrics.py"},
     "rouge_score": {"serving/metrics.py"},

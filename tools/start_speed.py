@@ -47,14 +47,16 @@ def start(recipe: Path, overrides: list[str]) -> None:
 
     import psutil
 
+    from qlite.recipe.read import read_recipe
     from qlite.training import run
+    from qlite.training.console import open_console
 
     def step(*_: object, **__: object) -> None:
         print(time.time() - psutil.Process().create_time(), flush=True)
         sys.exit(0)
 
     run.Stepper.step = step
-    run.begin(recipe, overrides, fresh=True)
+    run.begin(read_recipe(recipe, overrides), fresh=True, console=open_console(recipe.stem))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import math
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import ValidationError
 
@@ -15,6 +17,7 @@ from qlite.given import read_given
 from qlite.methods import METHODS
 from qlite.recipe.keys import closest, describe, one_of, table_adapter, table_in_list, table_keys, table_schema, toml_key, toml_value
 from qlite.recipe.schema import TABLES, Recipe, is_utf8, table_class
+from qlite.recipe.write import plain
 from qlite.units import KIB
 
 SHOWN_CHARACTERS = 80
@@ -74,15 +77,43 @@ TOML_HINTS = {
 NONE_IS_A_WORD = ("memory.checkpointing",)
 
 
-def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
-    """Return the recipe in ``path`` with ``overrides`` ("train.steps=20") put over it.
+def read_recipe(path: Path, overrides: list[str] = (), changes: Mapping[str, object] = MappingProxyType({})) -> Recipe:
+    """Return the recipe in ``path`` with ``overrides`` ("train.steps=20") and ``changes`` ({"train.steps": 20}) put over it.
 
     Raises:
         RecipeError: with every problem: key, value seen, fix.
     """
     tables = _parse(path)
     problems = [problem for text in overrides if (problem := _override(tables, text))]
+    problems += _change(tables, changes)
     return build_recipe(tables, str(path), problems, default_dir=f"runs/{path.stem}")
+
+
+def recipe_of_tables(tables: Mapping[str, object], changes: Mapping[str, object]) -> Recipe:
+    """Return the recipe that Python's ``tables`` say: dicts, or the objects themselves; ``changes`` as in ``read_recipe``.
+
+    Raises:
+        RecipeError: with every problem: key, value seen, fix.
+    """
+    if not isinstance(tables, Mapping):
+        raise RecipeError(f'{_shown(plain(tables))}: should be a dict of tables: {{"base": {{"model": ...}}, "train": {{"steps": 20}}}}')
+    own = {str(table): plain(values) for table, values in tables.items()}
+    problems = _change(own, changes)
+    return build_recipe(own, "recipe", problems)
+
+
+def recipe_of(given: Recipe | str | os.PathLike[str]) -> Recipe:
+    """Return the recipe that a caller from Python has given: one as it is, or the path of a TOML file, which is read.
+
+    Raises:
+        RecipeError: it is neither, or with every problem of the file.
+    """
+    if isinstance(given, Recipe):
+        return recipe_of_tables({table: getattr(given, table) for table in TABLES}, {})  # its parts may have been put together by hand
+    if isinstance(given, str | os.PathLike):
+        return read_recipe(Path(given))
+    told = "; a dict of tables is made one by Recipe.from_tables" if isinstance(given, Mapping) else ""
+    raise RecipeError(f"a recipe is a Recipe, or the path of a TOML file, and not of the type {type(given).__name__}{told}")
 
 
 def build_recipe(tables: dict, path: str, problems: list[str] = (), default_dir: str = "") -> Recipe:
@@ -240,7 +271,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
-# The file and the command line
+# The file, the command line and Python
 
 
 def _parse(path: Path) -> dict:
@@ -310,6 +341,23 @@ def _override(tables: dict, text: str) -> str | None:
             return f"{text}: {'.'.join(outer)} is no table, so it has no key {last}"
     tables[last] = "none" if key.strip() in NONE_IS_A_WORD and value.strip() == "none" else _override_value(value.strip())
     return None
+
+
+def _change(tables: dict, changes: Mapping[str, object]) -> list[str]:
+    """Put ``changes`` by full name into ``tables``; return what is wrong with them."""
+    problems = []
+    for name, value in changes.items():
+        table, dot, key = str(name).partition(".")
+        if not dot:
+            found = _tables_with(table)
+            problems.append(f'{shown(table)}: a change is named with its table, for example "{found[0] if found else "train"}.{table}"')
+        elif not isinstance(tables.setdefault(table, {}), dict):
+            problems.append(f"{shown(str(name))}: {table} is no table, so it has no key {key}")
+        elif value is None:
+            tables[table].pop(key, None)
+        else:
+            tables[table][key] = plain(value)
+    return problems
 
 
 def _key_path(key: str) -> list[str]:

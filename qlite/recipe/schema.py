@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -136,6 +136,38 @@ class Recipe:
     memory: Memory
     parallel: Parallel
     output: Output
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], changes: Mapping[str, object] | None = None) -> "Recipe":
+        """Return the recipe in the TOML file ``path``, with ``changes`` by full key name over it: {"train.steps": 20}.
+
+        Paths in it are relative to the working directory, as on the command line; the run goes to runs/ and the file's name.
+
+        Raises:
+            RecipeError: with every problem: key, value seen, fix.
+        """
+        from qlite.recipe.read import read_recipe  # here: what reads recipes is built on this file
+
+        return read_recipe(Path(path), changes=changes or {})
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, object], changes: Mapping[str, object] | None = None) -> "Recipe":
+        """Return the recipe of nested ``tables`` as TOML would give them, {"base": {"model": ...}, "train": {"steps": 20}}.
+
+        A table may be the object that it makes, too: {"train": Train(steps=20)}. A value None is as if the key were not there.
+        ``changes`` are those of ``from_file``. To be trained it needs output.dir: there is no file to name the run after.
+
+        Raises:
+            RecipeError: with every problem: key, value seen, fix.
+        """
+        from qlite.recipe.read import recipe_of_tables
+
+        return recipe_of_tables(tables, changes or {})
+
+    @property
+    def name(self) -> str:
+        """What a run of it is called: the last part of output.dir."""
+        return Path(self.output.dir).name or "recipe"
 
     def problems(self) -> list[str]:
         """Return what no single key shows: contradictions between keys, each with the keys' full names and the fix."""

@@ -1,29 +1,35 @@
 """Write a recipe as TOML, and say in which keys two recipes differ."""
 
 import dataclasses
+import os
+from collections.abc import Mapping
 
 import tomli_w
 
+from qlite.methods import Method
 from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import TABLES, Recipe
+from qlite.table import Table
 
 
 def recipe_tables(recipe: Recipe) -> dict[str, dict]:
     """Return the recipe as TOML's tables, every key written out; keys that are None are left out, as TOML has no null."""
-    tables = {}
-    for table in TABLES:
-        part = getattr(recipe, table)
-        values = {"name": part.name} if table == "method" else {}
-        values |= {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        tables[table] = {key: _toml(value) for key, value in values.items() if value is not None}
-    return tables
+    return {table: plain(getattr(recipe, table)) for table in TABLES}
 
 
-def _toml(value: object) -> object:
-    """Return a key's value as TOML takes it."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: _toml(v) for field in dataclasses.fields(value) if (v := getattr(value, field.name)) is not None}
-    return [_toml(part) for part in value] if isinstance(value, tuple) else value
+def plain(value: object) -> object:
+    """Return what TOML has for a value of Python's: tables for dicts and for a recipe's objects, lists for tuples, text for paths.
+
+    What is None is left out, as TOML has no null.
+    """
+    if isinstance(value, Table):
+        named = {"name": value.name} if isinstance(value, Method) else {}
+        return named | plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def recipe_toml(recipe: Recipe) -> str:

@@ -65,7 +65,7 @@ class Dialogue:
             DataError: the message alone is longer than the model's context, or the chat template refuses the conversation.
             MachineError: the device's memory does not suffice.
         """
-        ids, left_out = self._fit(user)
+        ids, left_out = self.fit(user)
         started = time.perf_counter()
         budget = min(self.sampling.max_tokens, (self.limit or sys.maxsize) - len(ids))
         stream = TextStream(self.encoder, write)
@@ -111,10 +111,13 @@ class Dialogue:
             messages.append({"role": "assistant", "content": exchange.answer})
         return [*messages, {"role": "user", "content": user}]
 
-    def _fit(self, user: str) -> tuple[list[int], int]:
-        """Return the ids to send, and how many of the oldest exchanges stay out so that an answer still has room.
+    def fit(self, user: str) -> tuple[list[int], int]:
+        """Return the ids to send for ``user``, and how many of the oldest exchanges stay out so that an answer still has room.
 
         Room means ``max_tokens``, but never more than half the context: a small model must remember something.
+
+        Raises:
+            DataError: as in ``ask``.
         """
         if self.encoder.template is None and self.system:
             raise DataError("this run was trained on raw text, in which nobody is told anything: leave the system message out")

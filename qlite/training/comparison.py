@@ -140,6 +140,12 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 def print_comparison(comparison: Comparison) -> None:
     """Print the figures as a table, what there is to know about them, and some answers to be read."""
     console = Console(highlight=False, markup=False)
+    for part in comparison_words(comparison):
+        console.print(part, crop=False)
+
+
+def comparison_words(comparison: Comparison) -> Iterator[Table | Text]:
+    """Yield what ``print_comparison`` prints."""
     table = Table("metric", *comparison.sides, *(["difference"] if comparison.base else []), box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"  # on a narrow terminal a figure goes on in the next line; cut, it would be another figure
@@ -148,16 +154,17 @@ def print_comparison(comparison: Comparison) -> None:
         cells = [shown(name, side.scores[name].value) for side in comparison.sides.values()]
         difference = comparison.difference(name)
         table.add_row(name, *cells, *([] if difference is None else [shown(name, difference, signed=True)]))
-    console.print(table)
+    yield table
     for line in _lines(comparison):
-        console.print(Text(line))
+        yield Text(line)
     for metric, why in comparison.left_out.items():
-        console.print(Text(f"{metric}: left out; {why}"), soft_wrap=True)  # not wrapped: it ends with a line to be copied
+        # Not wrapped: it ends with a line to be copied.
+        yield Text(f"{metric}: left out; {why}", no_wrap=True, overflow="ignore")
     for index, question in enumerate(comparison.questions[:SAMPLES] if comparison.adapter.answers else []):
-        console.print(Text(f"\n> {clean(last_said(question.messages))}"))
-        console.print(Text(f"  expected  {clean(question.references[0])}"))
+        yield Text(f"\n> {clean(last_said(question.messages))}")
+        yield Text(f"  expected  {clean(question.references[0])}")
         for name, side in comparison.sides.items():
-            console.print(Text(f"  {name:<9} {clean(side.answers[index])}"))
+            yield Text(f"  {name:<9} {clean(side.answers[index])}")
 
 
 def shown(metric: str, value: float, signed: bool = False) -> str:

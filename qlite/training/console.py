@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -18,8 +18,16 @@ from qlite.streams import ForgivingStream, clean
 from qlite.training.gauges import tensor_line
 from qlite.training.panel import Screen
 from qlite.training.progress import Phase, RunView, format_perplexity, short_seconds
-from qlite.training.report import AnswerReport, EvalReport, SampleReport, StepReport
+from qlite.training.report import AnswerReport, EvalReport, Observer, SampleReport, StepReport
 from qlite.units import format_bytes, format_seconds
+
+
+class RunConsole(Observer, Protocol):
+    """Where a run is shown, to be used as ``with console as observer``."""
+
+    def __enter__(self) -> "RunConsole": ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
 
 def open_console(title: str, stream: TextIO | None = None) -> "LiveConsole | PlainConsole":
@@ -160,6 +168,8 @@ def _can_show_live_screen(stream: TextIO) -> bool:
     except (AttributeError, ValueError):  # no stream at all, or a closed one
         return False
     encoding = getattr(stream, "encoding", None) or ""
+    # A notebook's "!command" gets a terminal that no cursor moves on; the variable is what jupyter_client gives every kernel, and Colab's.
+    is_terminal = is_terminal and "JPY_PARENT_PID" not in os.environ
     return is_terminal and os.environ.get("TERM") not in ("dumb", "unknown") and encoding.lower().startswith("utf")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlite.errors import ExportError
+from qlite.errors import ExportError, RecipeError
 from qlite.files import new_folder, write_json, write_text
 from qlite.formats.card import merged_card
 from qlite.formats.gguf_merged import StoredAs, write_merged_gguf
@@ -44,6 +44,14 @@ class Merge:
     most_kl: float | None = None
     """Mean KL, nats a token, beyond which nothing is written; None: 0.1, of less than 8 bits 1."""
     shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self):
+        if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise RecipeError(f"merged weights in {self.dtype}: should be torch.float16, torch.bfloat16 or torch.float32")
+        if self.onto not in (None, "dequantised", "original"):
+            raise RecipeError(f'merged onto "{self.onto}": should be "dequantised" or "original"')
+        if self.rows < 0 or not (self.most_kl is None or self.most_kl > 0):
+            raise RecipeError(f"--audit-rows {self.rows}, --most-kl {self.most_kl}: should be 0 or more, and more than 0")
 
     def limit(self, bits: float) -> float:
         """Return ``most_kl`` for what is stored in ``bits`` a value."""

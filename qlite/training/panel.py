@@ -32,7 +32,7 @@ class Screen(Live):
         self._run, self._shown, self._due = run, None, 0.0
         self._handlers: list[tuple[logging.StreamHandler, TextIO]] = []
         super().__init__(
-            _Frame(run),
+            Frame(run),
             console=console,
             refresh_per_second=4,
             # A stderr sent to a file stays there.
@@ -78,7 +78,7 @@ def _log_handlers() -> list[logging.StreamHandler]:
     return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
 
 
-class _Frame:
+class Frame:
     """The panel as a rich renderable, laid out for the terminal's size at each drawing."""
 
     def __init__(self, run: RunView):

@@ -9,17 +9,17 @@ from qlite import device
 from qlite.data.batches import TokenBatches
 from qlite.data.dataset import DataSet
 from qlite.data.figures import overview
+from qlite.errors import RecipeError
 from qlite.files import sweep
 from qlite.lock import held
 from qlite.methods.base import trainable_count
 from qlite.model.lowering import lower_memory
 from qlite.model.packing import check_packing
 from qlite.optim.build import FlatOptimizer
-from qlite.recipe.read import read_recipe
 from qlite.recipe.schema import Recipe
 from qlite.training import disk
 from qlite.training.budget import as_begun, within_budget
-from qlite.training.console import open_console
+from qlite.training.console import RunConsole
 from qlite.training.evaluate import require_answers
 from qlite.training.limits import Limits
 from qlite.training.meter import Meter
@@ -30,20 +30,21 @@ from qlite.training.run_folder import RunFolder
 from qlite.training.run_report import leave_report
 from qlite.training.step import Stepper
 from qlite.training.steps import answer, take_steps
-from qlite.training.summary import print_summary, summarise
+from qlite.training.summary import summarise
 from qlite.units import format_count
 
 
-def begin(path: Path, overrides: list[str], fresh: bool) -> None:
-    """Train the recipe in the file ``path``, with ``overrides`` over it, and show it on the terminal; go on with a run that is there.
+def begin(recipe: Recipe, fresh: bool, console: RunConsole) -> RunFolder:
+    """Train ``recipe`` and show it on ``console``; go on with a run that is there. Return the finished run.
 
     Raises:
         QliteError: the recipe, the data, the model's files or the machine do not allow it.
     """
-    recipe = read_recipe(path, overrides).with_absolute_paths()
+    if not recipe.output.dir:
+        raise RecipeError('output.dir: is not given, and there is no recipe file to name the run after; give output.dir = "runs/mine"')
+    recipe = recipe.with_absolute_paths()
     run = RunFolder(Path(recipe.output.dir))
-    title = f"qlite  {path.stem}  {Path(recipe.base.model).name}"
-    with held(run.path), open_console(title) as console:
+    with held(run.path), console:
         recipe = within_budget(as_begun(recipe, run, fresh), run, fresh, console)
         if not fresh:
             run.check(recipe)
@@ -54,7 +55,12 @@ def begin(path: Path, overrides: list[str], fresh: bool) -> None:
                 leave_report(run, console.note)
         else:
             train(recipe, run, console, fresh)
-    print_summary(run)
+    return run
+
+
+def title_of(recipe: Recipe) -> str:
+    """Return what a run of ``recipe`` is headed with."""
+    return f"qlite  {recipe.name}  {Path(recipe.base.model).name}"
 
 
 @dataclass(frozen=True)

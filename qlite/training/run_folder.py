@@ -11,6 +11,7 @@ runs/quickstart/
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -344,7 +345,7 @@ def _bytes(peak: dict | None) -> int:
     return peak["bytes"] if peak else -1
 
 
-def find_run(path: str | None, runs: Path = Path("runs")) -> RunFolder:
+def find_run(path: str | os.PathLike[str] | None, runs: Path = Path("runs")) -> RunFolder:
     """Return the run folder ``path``; without a path, the newest finished run under ``runs``.
 
     Raises:
@@ -358,7 +359,7 @@ def find_run(path: str | None, runs: Path = Path("runs")) -> RunFolder:
     run = RunFolder(Path(path))
     run.recipe()
     if not run.is_finished:
-        raise RunError(f'"{path}" is not finished; the command that began it goes on with it')
+        raise RunError(f'"{run.path}" is not finished; the command that began it goes on with it')
     return run
 
 

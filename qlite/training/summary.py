@@ -1,6 +1,8 @@
 """What a finished run says of itself: result.json, and the closing words on the terminal."""
 
 import shlex
+from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 
 from rich.console import Console
@@ -49,6 +51,18 @@ def summarise(records: list[dict], memory: MemoryUse, compared: dict, system: st
 def print_summary(run: RunFolder) -> None:
     """Print the finished run's figures and what to type next."""
     result, console = run.result, Console(highlight=False, markup=False)
+    for part in closing_words(result, run.path, run.report.is_file()):
+        console.print(part)
+    prompt = clean(_samples(result)[0][0]).replace('"', "'") if _samples(result) else "..."
+    path = shlex.quote(str(run.path))
+    # Not wrapped: these lines are there to be copied.
+    console.print(f"\nNext:  python -m qlite.export --merge {path}", soft_wrap=True)
+    console.print(f'       python -m qlite.generate {path} --prompt "{prompt}"', soft_wrap=True)
+    console.print(f"       python -m qlite.chat {path}", soft_wrap=True)
+
+
+def closing_words(result: dict, path: Path, has_report: bool) -> Iterator[Table | Text]:
+    """Yield the figures of the run in ``path`` as a table, and some of its answers."""
     table = Table.grid(padding=(0, 2))
     seconds, speed = format_seconds(result["train_seconds"]), f"{result['tokens_per_second']:.0f} tokens/s"
     table.add_row("trained", f"{result['steps']} steps, {result['tokens']:,} tokens in {seconds}, {speed}")
@@ -61,19 +75,16 @@ def print_summary(run: RunFolder) -> None:
         counts = [f"{record['exact']}/{record['rows']}" for record in result["answers"]]
         table.add_row("exact match", f"{counts[0]} before training, {counts[-1]} after")
     table.add_row("peak memory", _peak_memory(result))
-    table.add_row("written to", Text(str(run.path)))
-    if run.report.is_file():
-        table.add_row("to look at", Text(str(run.report)))
-    console.print(table)
-    samples = result["answers"][-1]["samples"] if result["answers"] else []
-    for prompt, _, answer in samples:
-        console.print(Text(f"\n> {clean(prompt)}\n  {clean(answer)}"))
-    prompt = clean(samples[0][0]).replace('"', "'") if samples else "..."
-    path = shlex.quote(str(run.path))
-    # Not wrapped: these lines are there to be copied.
-    console.print(f"\nNext:  python -m qlite.export --merge {path}", soft_wrap=True)
-    console.print(f'       python -m qlite.generate {path} --prompt "{prompt}"', soft_wrap=True)
-    console.print(f"       python -m qlite.chat {path}", soft_wrap=True)
+    table.add_row("written to", Text(str(path)))
+    if has_report:
+        table.add_row("to look at", Text(str(path / "report.html")))
+    yield table
+    for prompt, _, answer in _samples(result):
+        yield Text(f"\n> {clean(prompt)}\n  {clean(answer)}")
+
+
+def _samples(result: dict) -> list[tuple[str, str, str]]:
+    return result["answers"][-1]["samples"] if result["answers"] else []
 
 
 def _peak_memory(result: dict) -> str:

@@ -93,8 +93,8 @@ def test_the_second_command_ends_at_once_and_names_the_first(tmp_path, tell):
     while first.poll() is None and not metrics.exists():
         time.sleep(0.05)
     timed = (
-        "import sys, time\nfrom qlite.training.run import begin\nfrom qlite.verb import run_verb\nfrom pathlib import Path\n"
-        "start = time.perf_counter()\ntry:\n    run_verb(lambda _: begin(Path(sys.argv[1]), [], False))\n"
+        "import sys, time\nfrom qlite.train import main\nfrom qlite.training.run import begin\nfrom qlite.verb import run_verb\n"
+        "start = time.perf_counter()\ntry:\n    run_verb(main)\n"
         "finally:\n    print('seconds', time.perf_counter() - start)\n"
     )
     second = subprocess.run([sys.executable, "-c", timed, str(recipe)], cwd=ROOT, env=variables, text=True, capture_output=True)
