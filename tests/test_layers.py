@@ -37,7 +37,7 @@ OWNERS = {
     "psutil": {"device.py", "files.py"},
     "filelock": {"lock.py"},
     "jinja2": {"data/sandbox.py", "data/template.py", "data/encode.py"},
-    "huggingface_hub": {"model/source.py", "model/gguf_architecture.py"},
+    "huggingface_hub": {"model/source.py", "model/gguf_architecture.py", "training/pushing.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/tables.py"},
     "rich": {

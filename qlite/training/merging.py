@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 from qlite.data.encode import Encoded
 from qlite.errors import DataError, ExportError
 from qlite.files import write_json, write_text
-from qlite.formats.card import merged_card
+from qlite.formats.card import MERGED
 from qlite.formats.merged import SHARD_BYTES, cast, merged_folder, merged_tensors, write_company
 from qlite.model.checkpoint import open_checkpoint
 from qlite.model.load import dense_shapes, empty_model, own_names
 from qlite.model.originals import Originals
 from qlite.model.source import ModelFiles
 from qlite.quant.linear import Storage
-from qlite.recipe.write import recipe_toml
 from qlite.serving.answer import Sampling, answer_ids
 from qlite.serving.merge_audit import Agreement, agreement
+from qlite.training.cards import run_card
 from qlite.training.open_run import OpenRun
 from qlite.training.report import Observer
 
@@ -194,12 +194,5 @@ def _may_be_tied(model: nn.Module) -> set[str]:
 
 
 def _card(opened: OpenRun, merge: Merge, audit: Audit) -> str:
-    recipe = opened.recipe
-    facts = {
-        "base": recipe.base.model,
-        "method": f"{recipe.method.name}, rank {recipe.method.rank}" if hasattr(recipe.method, "rank") else recipe.method.name,
-        "trained over": f"{recipe.base.bits}-bit weights",
-        "merged over": f"the {audit.onto} weights",
-        "weights": str(merge.dtype)[6:],
-    }
-    return merged_card(opened.run.path.resolve().name, recipe.base.model, facts, audit.lines(), recipe_toml(recipe))
+    facts = {"merged over": f"the {audit.onto} weights", "weights": str(merge.dtype)[6:]}
+    return run_card(opened.run, MERGED, facts, {"How the merge was checked": audit.lines()})
