@@ -6,9 +6,11 @@ python -m qlite.export --merge --onto original     over the base's own weights; 
 python -m qlite.export --adapter runs/mine
 python -m qlite.export --gguf q8_0                 merged, for llama.cpp and Ollama: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0
 python -m qlite.export --gguf-adapter              the adapter alone, for llama.cpp's --lora
+python -m qlite.export --merge --push ann/orders --dry-run      what would be sent to the Hugging Face hub; without --dry-run, send it
 """
 
 import argparse
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +21,22 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from qlite.calls import called
-from qlite.errors import ExportError, RecipeError, RunError
-from qlite.files import new_folder, write_tensors, write_text
+from qlite.errors import ExportError, RecipeError, RunError, printable
+from qlite.files import MANIFEST, new_folder, write_json, write_tensors, write_text
+from qlite.formats.card import ADAPTER, GGUF_ADAPTER
 from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES
 from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
+from qlite.recipe.share import local_name
 from qlite.training.auditing import Audit
+from qlite.training.cards import run_card
 from qlite.training.console import RunConsole
 from qlite.training.gguf_facts import run_modelfile
 from qlite.training.merging import Merge, write_audited, write_audited_gguf
 from qlite.training.notebook import console_for
 from qlite.training.open_run import OpenRun, open_run
+from qlite.training.pushing import pack, require_repository, send
 from qlite.training.report import Observer
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.training.shown import Shown
@@ -62,17 +68,56 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shard-gib", type=float, default=SHARD_BYTES / GIB, help="largest weight file")
     parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="send the folder to this repository of the Hugging Face hub; one that exists as it is"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository can be read by anybody, not by you alone")
+    parser.add_argument("--dry-run", action="store_true", help="with --push: say what would be sent, and send nothing")
     args = parser.parse_args(argv)
+    require_push(args.push, args.public, args.dry_run)
     if not args.shard_gib > 0:
         raise RecipeError(f"--shard-gib {args.shard_gib}: should be more than 0")
     how = Merge(DTYPES[args.dtype], args.onto, args.audit_rows, args.most_kl, int(args.shard_gib * GIB))
     merge = how if args.merge or args.gguf else None
     adapter = "peft" if args.adapter else "gguf" if args.gguf_adapter else None
-    done = export(args.run, merge=merge, gguf=args.gguf, adapter=adapter, out=args.out, device=args.device, force=args.force)
-    for line in done.lines():
-        print(line)
-    if args.merge:
-        print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{done.folder}'))\"")
+    run = find_run(args.run)
+    out = args.out or run.path / _folder_name(merge, gguf_type(args.gguf) if args.gguf else None, adapter)
+    if args.push and out.exists() and not args.force:
+        require_newer(out, run)
+    else:
+        done = export(run.path, merge=merge, gguf=args.gguf, adapter=adapter, out=out, device=args.device, force=args.force)
+        for line in done.lines():
+            print(line)
+    if args.push:
+        push(run, out, args.push, args.public, args.dry_run)
+    elif args.merge:
+        print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
+
+
+def require_push(repository: str | None, is_public: bool, is_dry: bool) -> None:
+    """Raise RecipeError if what is said of sending does not go together."""
+    if repository is not None:
+        require_repository(repository)
+    elif is_public or is_dry:
+        raise RecipeError(f"--{'public' if is_public else 'dry-run'}: says how something is sent; add --push ORG/NAME")
+
+
+def require_newer(out: Path, run: RunFolder) -> None:
+    """Raise RunError if the export in ``out`` was written before ``run`` was finished, so from another training."""
+    manifest = out / MANIFEST
+    if manifest.is_file() and manifest.stat().st_mtime < (run.path / "result.json").stat().st_mtime:
+        raise RunError(f'"{out}" is older than the end of the run in "{run.path}"; write it anew with --force')
+
+
+def push(run: RunFolder, out: Path, repository: str, is_public: bool, is_dry: bool) -> None:
+    """Send the export in ``out`` to ``repository``, or say what would be sent."""
+    parcel = pack(out, run.recipe(), repository, is_public)
+    for line in parcel.lines():
+        print(printable(line))
+    if is_dry:
+        print("Nothing was sent (--dry-run).")
+    else:
+        print(f"sent: {send(parcel)}")
 
 
 def export(
@@ -200,6 +245,7 @@ def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunC
         size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
+        write_text(folder / "README.md", run_card(run, GGUF_ADAPTER, {"weights": "F32"}, {}))
     return Export(out, f"{format_bytes(size)}, the adapter alone", size, out / file)
 
 
@@ -216,7 +262,10 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
         raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
     with new_folder(out) as folder:
         write_tensors(folder / WEIGHTS, read_tensors(run.adapter), read_metadata(run.adapter))
-        write_text(folder / CONFIG, (run.adapter / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((run.adapter / CONFIG).read_text(encoding="utf-8"))
+        # PEFT's own reader of it asks for the base by name; where it lies on this machine is nobody else's.
+        write_json(folder / CONFIG, {**config, "base_model_name_or_path": local_name(config["base_model_name_or_path"])})
+        write_text(folder / "README.md", run_card(run, ADAPTER, {}, {}))
     return Export(out, f"load it with peft.PeftModel.from_pretrained(base, {str(out)!r})", (out / WEIGHTS).stat().st_size)
 
 

@@ -159,11 +159,17 @@ def remove_folder(folder: Path) -> bool:
     """
     if not _is_ours(folder):
         return False
-    gone = folder.with_name(f".{folder.name}.old-{_me()}")
-    with explained(folder):
-        _rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    remove_tree(folder)
     return True
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete ``folder`` with all that other programs have put into it for us, if it is there; it loses its name first."""
+    if folder.is_dir() and not folder.is_symlink():
+        gone = folder.with_name(f".{folder.name}.old-{_me()}")
+        with explained(folder):
+            _rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYER = {
     **dict.fromkeys(("errors", "units", "hashes", "table", "cpu_products", "streams", "stopping"), -1),
     **dict.fromkeys(("files", "room", "lock", "given", "device", "offload", "verb", "compiling", "calls"), 0),
-    **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats"), 1),
+    **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats", "loggers"), 1),
     "recipe": 2,
     **dict.fromkeys(("serving", "training", "memory", "reporting"), 3),
     **dict.fromkeys(("train", "export", "generate", "evaluate", "preview", "plan", "report"), 4),
@@ -39,7 +39,7 @@ OWNERS = {
     "psutil": {"device.py", "files.py"},
     "filelock": {"lock.py"},
     "jinja2": {"data/sandbox.py", "data/template.py", "data/encode.py"},
-    "huggingface_hub": {"model/source.py", "model/gguf_architecture.py"},
+    "huggingface_hub": {"model/source.py", "model/gguf_architecture.py", "training/pushing.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/tables.py"},
     "rich": {
@@ -63,6 +63,9 @@ OWNERS = {
     "sacrebleu": {"serving/metrics.py"},
     "rouge_score": {"serving/metrics.py"},
     "peft": set(),
+    "torch.utils.tensorboard": {"loggers/tensorboard.py"},
+    "wandb": {"loggers/wandb.py"},
+    "mlflow": {"loggers/mlflow.py"},
 }
 
 

@@ -121,6 +121,9 @@ class Output(Table):
     """What is done where a disk takes no checkpoint: "stop" with exit code 3, or "continue" and try again at the next."""
     adapter: Literal["last", "best"] = "last"
     """The adapter that the run ends with: that of the last step, or that of the lowest held-out loss."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Tools that get the run's figures, texts and recipe, beside the files that a run always writes; each is an extra of qlite's:
+    pip install 'qlite[tensorboard]'."""
 
 
 @dataclass(frozen=True, kw_only=True)

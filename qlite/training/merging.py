@@ -10,7 +10,7 @@ from torch import nn
 
 from qlite.errors import ExportError, RecipeError
 from qlite.files import new_folder, write_json, write_text
-from qlite.formats.card import merged_card
+from qlite.formats.card import GGUF, MERGED, Kind
 from qlite.formats.gguf_merged import StoredAs, write_merged_gguf
 from qlite.formats.gguf_types import GgufType
 from qlite.formats.merged import SHARD_BYTES, cast, write_company, write_weights
@@ -21,8 +21,8 @@ from qlite.model.checkpoint import open_checkpoint
 from qlite.model.load import dense_shapes, empty_model, own_names
 from qlite.model.source import ModelFiles
 from qlite.quant.linear import Storage
-from qlite.recipe.write import recipe_toml
 from qlite.training.auditing import FILE, Audit, Auditor, Onto
+from qlite.training.cards import run_card
 from qlite.training.gguf_facts import run_modelfile, run_saying
 from qlite.training.open_run import OpenRun
 from qlite.training.provenance import versions
@@ -82,7 +82,7 @@ def write_audited(opened: OpenRun, out: Path, merge: Merge, console: Observer) -
         _require_described(checkpoint, opened)
         audit = auditor.read_back(audit, checkpoint)
         write_json(folder / FILE, {"dtype": str(merge.dtype)[6:], **audit.as_record()})
-        write_text(folder / "README.md", _card(opened, str(merge.dtype)[6:], audit))
+        write_text(folder / "README.md", _card(opened, MERGED, str(merge.dtype)[6:], audit))
     return audit
 
 
@@ -101,7 +101,7 @@ def write_audited_gguf(opened: OpenRun, out: Path, file: str, as_type: GgufType,
         write_merged_gguf(folder / file, base, run_saying(opened, opened.run.path.resolve().name), as_type, console.phase, originals)
         audit = auditor.read_back(audit, open_checkpoint(ModelFiles(folder, file, file)))
         write_json(folder / FILE, {"type": as_type.name, **audit.as_record()})
-        write_text(folder / "README.md", _card(opened, f"GGUF, {as_type.name}", audit))
+        write_text(folder / "README.md", _card(opened, GGUF, as_type.name, audit))
         if (text := run_modelfile(opened, file, is_adapter=False)) is not None:
             write_text(folder / "Modelfile", text)
     return audit
@@ -132,13 +132,6 @@ def _may_be_tied(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if module is head and model.config.tie_word_embeddings}
 
 
-def _card(opened: OpenRun, weights: str, audit: Audit) -> str:
-    recipe = opened.recipe
-    facts = {
-        "base": recipe.base.model,
-        "method": f"{recipe.method.name}, rank {recipe.method.rank}" if hasattr(recipe.method, "rank") else recipe.method.name,
-        "trained over": f"{recipe.base.bits}-bit weights",
-        "merged over": f"the {audit.onto} weights",
-        "weights": weights,
-    }
-    return merged_card(opened.run.path.resolve().name, recipe.base.model, facts, audit.lines(), recipe_toml(recipe))
+def _card(opened: OpenRun, kind: Kind, weights: str, audit: Audit) -> str:
+    facts = {"merged over": f"the {audit.onto} weights", "weights": weights}
+    return run_card(opened.run, kind, facts, {"How the merge was checked": audit.lines()})

@@ -12,6 +12,7 @@ from qlite.data.figures import overview
 from qlite.errors import RecipeError
 from qlite.files import sweep
 from qlite.lock import held
+from qlite.loggers import require_loggers
 from qlite.methods.base import trainable_count
 from qlite.model.lowering import lower_memory
 from qlite.model.packing import check_packing
@@ -22,6 +23,7 @@ from qlite.training.budget import as_begun, within_budget
 from qlite.training.console import RunConsole
 from qlite.training.evaluate import require_answers
 from qlite.training.limits import Limits
+from qlite.training.logging import Loggers
 from qlite.training.meter import Meter
 from qlite.training.planning import Planner
 from qlite.training.provenance import provenance
@@ -101,7 +103,8 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     differences = run.changes(recipe)
     changed = run.begin(recipe, parts.identity, parts.data.encoder.template, parts.machine)
     run.write_overview({"trained_parameters": trainable_count(parts.model), "parts": overview(parts.data)})
-    observer = Broadcast(console, run, SpillWatch(console, run))
+    loggers = Loggers(recipe, run, Broadcast(console, run).note)
+    observer = Broadcast(console, run, SpillWatch(console, run), loggers)
     state = run.resume(parts.model, parts.optimizer, observer.note)
     run.rotate(recipe.output.keep)  # a kill may have come between a save and this
     for note in parts.notes:
@@ -119,19 +122,21 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     else:
         answer(recipe, parts, observer, 0)
 
-    state = take_steps(recipe, parts, run, observer, state)
-    if recipe.output.adapter == "best" and state.best_step:
-        run.load_best(state, parts.model)
-        observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
-    run.write_adapter(recipe, parts.model, parts.provenance)
-    answer(recipe, parts, observer, state.step)
-    compared = run.write_memory(parts.meter.compared())
-    run.finish(summarise(run.records.read(), parts.meter.read(), compared, parts.data.system, state))
-    leave_report(run, console.note)  # not to the records: the run is finished, whatever a full disk says now
+    with loggers.going_on_after(state.step):
+        state = take_steps(recipe, parts, run, observer, state)
+        if recipe.output.adapter == "best" and state.best_step:
+            run.load_best(state, parts.model)
+            observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
+        run.write_adapter(recipe, parts.model, parts.provenance)
+        answer(recipe, parts, observer, state.step)
+        compared = run.write_memory(parts.meter.compared())
+        run.finish(summarise(run.records.read(), parts.meter.read(), compared, parts.data.system, state))
+        leave_report(run, console.note)  # not to the records: the run is finished, whatever a full disk says now
 
 
 def prepare(recipe: Recipe, console: Observer) -> Parts:
     """Read, check and build all that ``recipe`` names. Nothing is written but caches."""
+    require_loggers(recipe.output.loggers)
     where = device.pick_device(recipe.parallel.device)
     threads = device.set_threads(recipe.parallel.threads)
     device.keep_freed_memory()

@@ -8,6 +8,7 @@ runs/quickstart/
   memory.json     plan against measured, by phase and term      overview.json   rows, lengths, trained parameters
   report.html     all of it to be looked at
   best/step-00000015/  the adapter of the lowest held-out loss so far
+  logs/           what TensorBoard, W&B and MLflow keep of it here, if output.loggers names them
 """
 
 import json
@@ -29,6 +30,7 @@ from qlite.files import (
     remove_empty,
     remove_file,
     remove_folder,
+    remove_tree,
     set_aside,
     sweep,
     write_json,
@@ -63,6 +65,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.adapter, self.records, self.report = path / "adapter", Records(path), path / "report.html"
+        self.logs = path / "logs"
 
     @property
     def is_begun(self) -> bool:
@@ -150,6 +153,7 @@ class RunFolder:
                 remove_file(path)
             if is_ours(self.report):
                 remove_file(self.report)
+            remove_tree(self.logs)
             for folder in (self.path / "checkpoints", self.path / "best"):
                 remove_empty(folder)
             for name in ("recipe.toml", "run.json"):

@@ -27,7 +27,7 @@ ALL_KEYS = [
     "memory.plan", "memory.budget",
     "memory.checkpointing", "memory.loss_chunk", "memory.saved_inputs", "memory.mlp_chunk", "memory.embedding", "memory.base",
     "parallel.device", "parallel.threads",
-    "output.dir", "output.save_every", "output.keep", "output.on_full_disk", "output.adapter",
+    "output.dir", "output.save_every", "output.keep", "output.on_full_disk", "output.adapter", "output.loggers",
 ]
 # fmt: on
 
@@ -42,7 +42,7 @@ def printed(monkeypatch, columns: int) -> str:
 
 def test_these_are_all_the_keys():
     assert [key.name for key in all_keys()] == ALL_KEYS
-    assert len(ALL_KEYS) == 86
+    assert len(ALL_KEYS) == 87
 
 
 @pytest.mark.parametrize("key", list(all_keys()), ids=lambda key: key.name)

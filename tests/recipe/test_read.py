@@ -53,7 +53,7 @@ MALFORMED = [
     ("optimizer", "learning_rate = 1e-3", "optimizer.learning_rate = 0.001: no such key; here it is called optimizer.lr"),
     ("train", "warmup_steps = 5", "train.warmup_steps = 5: no such key; it stands in [schedule]"),
     ("train", "num_epochs = 5", "train.num_epochs = 5: no such key; here it is called train.epochs"),
-    ("output", "zzz = true", "output.zzz = true: no such key; [output] has: dir, save_every, keep, on_full_disk, adapter"),
+    ("output", "zzz = true", "output.zzz = true: no such key; [output] has: dir, save_every, keep, on_full_disk, adapter, loggers"),
     ("data", '"" = 1', 'data."" = 1: no such key; [data] has: train, test, held_out_rows, split, revision, format, columns'),
     # Wrong types
     ("train", 'micro_batch = "4"', 'train.micro_batch = "4": should be a whole number, 1 or more; remove the quotes: 4'),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qlite.data.dataset import Data
 from qlite.errors import DataError, ExportError, MachineError
 from qlite.formats import merged
-from qlite.formats.card import merged_card
+from qlite.formats.card import MERGED, model_card
 from qlite.hashes import sha256
 from qlite.methods.base import adapted_linears
 from qlite.serving import merge_audit
@@ -207,7 +207,7 @@ def test_raw_text_and_runs_without_held_out_rows_are_compared_too(tmp_path):
 
 
 def test_a_card_makes_no_markup_of_strange_names():
-    card = merged_card("a<script>|b", "x\n# y", {"base": "[click](http://x)\x1b[2J"}, ["fine"], 'prompt = "```\n# no"')
+    card = model_card(MERGED, "a<script>|b", "x\n# y", {"base": "[click](http://x)\x1b[2J"}, {"A": ["fine"]}, 'prompt = "```\n# no"')
     assert "<script>" not in card
     assert "\x1b" not in card
     assert r"\[click\](http://x)" in card
