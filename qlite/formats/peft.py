@@ -55,6 +55,10 @@ def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
     same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
     targets = sorted(leaves) if len(same_leaf) == len(layers) else list(layers)
     ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != method.rank}
+    return {**_config(method, targets, base_name), "rank_pattern": ranks}
+
+
+def _config(method: LoRA, targets: list[str], base_name: str) -> dict:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,13 +67,30 @@ def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
         "lora_alpha": method.alpha,
         "lora_dropout": method.dropout,
         "target_modules": targets,
-        "rank_pattern": ranks,
+        "rank_pattern": {},
         "use_rslora": method.rslora,
         "use_dora": method.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | None) -> None:
+    """Write ``updates``, what an adapter does to each linear by its dotted name, as PEFT's two files in float32.
+
+    PEFT scales every linear by lora_alpha over its own rank, so what is left of each one's scaling goes into its B.
+    """
+    ranks = {layer: update.rank for layer, update in updates.items()}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    tensors = {}
+    for layer, update in updates.items():
+        assert update.lengths is None, "rows' lengths would need DoRA's file"
+        tensors[f"{PREFIX}{layer}{LORA_A}"] = update.A.float()
+        tensors[f"{PREFIX}{layer}{LORA_B}"] = update.B.float() * (update.scaling * update.rank / usual)
+    write_tensors(folder / WEIGHTS, tensors)
+    config = _config(LoRA(rank=usual, alpha=float(usual)), list(ranks), base_name or "")
+    write_json(folder / CONFIG, {**config, "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != usual}})
 
 
 def load_adapter(folder: Path, model: nn.Module) -> None:

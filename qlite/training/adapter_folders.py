@@ -30,6 +30,10 @@ class Given:
         """Return what it does to each linear. Raises AdapterError."""
         return read_foreign_adapter(self.folder).updates(self.folder)
 
+    def base_name(self) -> str | None:
+        """Return the base as its config names it. Raises AdapterError."""
+        return read_foreign_adapter(self.folder).base_name
+
 
 def parse_adapters(texts: list[str]) -> tuple[list[Given], list[str]]:
     """Return the adapters that ``texts`` name, and what is wrong with the others."""
@@ -72,7 +76,7 @@ def read_updates(given: Given, problems: list[str]) -> dict[str, LowRank]:
     try:
         return given.updates()
     except AdapterError as error:
-        problems.append(f"{given.name}: {error}")
+        problems.append(str(error))
         return {}
 
 
