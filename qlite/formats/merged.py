@@ -41,7 +41,7 @@ class Dense:
     parts: Callable[[], Iterable[Tensor]]
     """Gives it some rows at a time, or whole."""
     dtype: torch.dtype | None = None
-    """Its own, where it is no floating-point one and so stays what it is."""
+    """Its own, where it stays what it is: whole numbers do."""
 
     def whole(self) -> Tensor:
         """Return it in one piece."""
@@ -93,27 +93,43 @@ def merged_folder(
     """
     tensors = list(merged_tensors(model, originals))
     in_files = file_names(model, (tensor.name for tensor in tensors))
-    shards = _shards(tensors, shard_bytes // dtype.itemsize)
-    total = sum(_size(tensor) for tensor in tensors) * dtype.itemsize
-    require_space(folder, total, f"{format_bytes(total)} of {str(dtype)[6:]} weights")
-    done, places = 0, {}
+    require_space(folder, (total := total_bytes(tensors, dtype)), f"{format_bytes(total)} of {str(dtype)[6:]} weights")
     with new_folder(folder) as path:
-        for number, shard in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            table = {in_files[tensor.name]: (tensor.dtype or dtype, tensor.shape) for tensor in shard}
-            write_tensor_file(path / file, table, _told((part for tensor in shard for part in cast(tensor, dtype)), done, total, progress))
-            done += sum(_size(tensor) for tensor in shard) * dtype.itemsize
-            places |= dict.fromkeys(table, file)
-        if len(shards) > 1:
-            write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_shards(path, tensors, in_files, dtype, partial(progress, "merge"), shard_bytes)
         _write_config(path, model, dtype, {tensor.name for tensor in tensors})
         yield path
 
 
-def _told(pieces: Iterator[Tensor], done: int, total: int, progress: Progress) -> Iterator[Tensor]:
+def write_shards(
+    path: Path,
+    tensors: list[Dense],
+    in_files: dict[str, str],
+    dtype: torch.dtype,
+    told: Callable[[int, int], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``tensors`` into the folder ``path``, each under its name ``in_files``; ``told`` hears how many bytes of how many are done."""
+    shards, total = _shards(tensors, shard_bytes // dtype.itemsize), total_bytes(tensors, dtype)
+    done, places = 0, {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        table = {in_files[tensor.name]: (tensor.dtype or dtype, tensor.shape) for tensor in shard}
+        write_tensor_file(path / file, table, _telling((part for tensor in shard for part in cast(tensor, dtype)), done, total, told))
+        done += total_bytes(shard, dtype)
+        places |= dict.fromkeys(table, file)
+    if len(shards) > 1:
+        write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def total_bytes(tensors: list[Dense], dtype: torch.dtype) -> int:
+    """Return the bytes of ``tensors`` in a file whose floating-point tensors are ``dtype``."""
+    return sum(_size(tensor) * (tensor.dtype or dtype).itemsize for tensor in tensors)
+
+
+def _telling(pieces: Iterator[Tensor], done: int, total: int, told: Callable[[int, int], None]) -> Iterator[Tensor]:
     for piece in pieces:
         done += piece.nbytes
-        progress("merge", done, total)
+        told(done, total)
         yield piece
 
 
@@ -193,7 +209,7 @@ def cast(tensor: Dense, dtype: torch.dtype) -> Iterator[Tensor]:
         for part in tensor.parts():
             rows = max(1, PIECE // max(1, part[:1].numel())) if part.dim() else 1
             for piece in part.split(rows) if part.dim() else (part,):
-                yield _rounded(tensor.name, piece, dtype).cpu() if piece.is_floating_point() else piece.cpu()
+                yield _rounded(tensor.name, piece, tensor.dtype or dtype).cpu() if piece.is_floating_point() else piece.cpu()
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
