@@ -5,9 +5,9 @@ python -m qlite.swap runs/a/merged-fp16 --remove runs/a --out base-again
 python -m qlite.swap runs/a/merged-fp16 --add runs/b --out both
 
 The base is not needed; an adapter is a finished run or a folder in PEFT's format. Whether the one is in the weights and the other is not
-is looked up in the weights themselves. What the first merge has rounded away does not come back, and each swap rounds once more: of many
-swaps in a row nothing is left in 16 bit (export --merge --dtype fp32 stays exact to 1e-5). Where the base is at hand, python -m qlite.export
---merge runs/b is exact; to try adapters out, python -m qlite.chat --adapter swaps them beside the base.
+is looked up in the weights themselves. What the first merge has rounded away does not come back, and each swap rounds once more: many in
+a row leave nothing of it in 16 bit (in weights of export --merge --dtype fp32 they do no harm). Where the base is at hand,
+python -m qlite.export --merge runs/b is exact; to try adapters out, python -m qlite.chat --adapter swaps them beside the base.
 """
 
 import argparse
