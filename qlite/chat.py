@@ -2,6 +2,7 @@
 
 python -m qlite.chat
 python -m qlite.chat runs/mine --system "Be brief." --temperature 0.7 --top-p 0.9
+python -m qlite.chat --adapter a=runs/a --adapter b=runs/b       /adapter b swaps in place
 
 A line that ends in a backslash goes on in the next. Ctrl-C stops an answer, and leaves at the prompt; Ctrl-D leaves.
 """
@@ -17,8 +18,10 @@ from io import TextIOWrapper
 from qlite.device import seed_all
 from qlite.errors import QliteError
 from qlite.generate import add_answer_options, dialogue_of, speed_of, write_answer
+from qlite.serving.answer import Sampling
 from qlite.serving.dialogue import Dialogue, Reply
 from qlite.streams import clean, clean_lines
+from qlite.training.open_bank import open_bank
 from qlite.training.run_folder import find_run
 from qlite.verb import run_verb
 
@@ -28,14 +31,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m qlite.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_answer_options(parser, max_tokens=512)
     args = parser.parse_args(argv)
-    run = find_run(args.run)
+    run = None if args.adapter else find_run(args.run)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):  # a byte or a character that the terminal's encoding lacks ends no talk
             stream.reconfigure(errors="replace")
     is_typed = sys.stdin.isatty()
     if is_typed:
-        note(f"loading {run.path} ...")
-    dialogue = dialogue_of(run, args)
+        note(f"loading {run.path if run else ' '.join(args.adapter)} ...")
+    dialogue = dialogue_of(run, args) if run else open_talk_of_many(args)
     if is_typed:
         with contextlib.suppress(ImportError):  # arrow keys and the lines typed before; Windows has its own
             importlib.import_module("readline")
@@ -47,6 +50,20 @@ def main(argv: list[str]) -> None:
     chat(dialogue, is_typed)
 
 
+def open_talk_of_many(args: argparse.Namespace) -> Dialogue:
+    """Load the adapters that ``args`` name over one base, and return a conversation, as yet empty, with the first.
+
+    Raises: as ``open_dialogue``, and AdapterError if they do not belong together.
+    """
+    sampling = Sampling(args.max_tokens, args.temperature, args.top_p)
+    found = open_bank(args.run, args.adapter, args.device, lambda *_: None)
+    for line in found.notes:
+        note(line)
+    opened, voices = found.opened, found.voices
+    system = voices.systems[voices.bank.names[0]] if args.system is None else args.system
+    return Dialogue(opened.base.model, opened.encoder, sampling, system, voices)
+
+
 def chat(dialogue: Dialogue, is_typed: bool) -> None:
     """Answer message after message of standard input, until it ends or says /quit.
 
@@ -55,7 +72,7 @@ def chat(dialogue: Dialogue, is_typed: bool) -> None:
         KeyboardInterrupt: Ctrl-C was pressed while the next message was waited for.
     """
     while True:
-        text = read_message(is_typed, "base> " if dialogue.is_base else "> ")
+        text = read_message(is_typed, f"{who_answers(dialogue)}> ")
         if text is None or text.strip() == "/quit":
             return
         try:
@@ -69,6 +86,11 @@ def chat(dialogue: Dialogue, is_typed: bool) -> None:
             note(str(error))
         except KeyboardInterrupt:  # in the moment before the first token or after the last one
             note("[stopped]")
+
+
+def who_answers(dialogue: Dialogue) -> str:
+    """Return the name of who answers, as far as there is a choice: the base model, or one of several adapters."""
+    return "base" if dialogue.is_base else clean(dialogue.adapter or "", 40)
 
 
 def read_message(is_typed: bool, prompt: str) -> str | None:
@@ -107,7 +129,7 @@ def remarks(reply: Reply, dialogue: Dialogue) -> list[str]:
         lines.append(f"[forgotten, to stay within the model's {dialogue.limit} tokens of context: {oldest}]")
     of_limit = f" of {dialogue.limit}" if dialogue.limit else ""
     by_base = ", base model" if dialogue.is_base else ""
-    return [*lines, f"[{speed_of(reply)}, context {reply.context}{of_limit}{by_base}]"]
+    return [*lines, f"[{speed_of(reply.tokens, reply.seconds)}, context {reply.context}{of_limit}{by_base}]"]
 
 
 def _why_cut(reply: Reply, dialogue: Dialogue) -> str:
@@ -129,7 +151,7 @@ def obey(dialogue: Dialogue, text: str) -> str:
     name, rest = [*text.split(maxsplit=1), ""][:2]
     if name not in COMMANDS:
         return f'"{clean(name, 40)}": no such command; /help lists them. To say a line that begins with "/", put a space before it'
-    if rest and name != "/system":
+    if rest and name not in ("/system", "/adapter"):
         return f"{name} takes nothing after it"
     return COMMANDS[name][0](dialogue, rest.strip())
 
@@ -154,6 +176,17 @@ def _undo(dialogue: Dialogue, _: str) -> str:
     return f'taken back: "{clean(exchange.user, 60)}" and its answer' if exchange else "nothing has been said yet"
 
 
+def _adapter(dialogue: Dialogue, name: str) -> str:
+    if dialogue.voices is None:
+        return "only one adapter was given; to have a choice, begin with --adapter NAME=FOLDER for each"
+    names = ", ".join(clean(each, 40) for each in dialogue.voices.bank.names)
+    if not name:
+        return f"{who_answers(dialogue)} answers, of: {names}"
+    has_other_system = dialogue.swap(name)
+    told = f"{clean(name, 40)} answers"
+    return f"{told}, under the system message that it was trained with: {dialogue.system or 'none'}" if has_other_system else told
+
+
 def _help(_: Dialogue, __: str) -> str:
     lines = {**{name: text for name, (_, text) in COMMANDS.items()}, "/quit": "leave; so does Ctrl-D"}
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
@@ -161,6 +194,7 @@ def _help(_: Dialogue, __: str) -> str:
 
 COMMANDS: dict[str, tuple[Callable[[Dialogue, str], str], str]] = {
     "/base": (_base, "switch the adapter off, to hear the base model, or on again"),
+    "/adapter": (_adapter, "NAME: let another of the adapters answer, in the same conversation (no NAME: list them)"),
     "/undo": (_undo, "take back the last message and its answer"),
     "/reset": (_reset, "forget the conversation"),
     "/system": (_system, "TEXT: set the system message (no TEXT: none) and forget the conversation"),

@@ -194,7 +194,7 @@ def test_undo_takes_back_the_last_exchange(piped, trained, asked):
 def test_help_names_every_command(piped):
     out, err = piped("/help")
     assert out == ""
-    assert [line.split()[0] for line in err.splitlines()] == ["/base", "/undo", "/reset", "/system", "/help", "/quit"]
+    assert [line.split()[0] for line in err.splitlines()] == ["/base", "/adapter", "/undo", "/reset", "/system", "/help", "/quit"]
 
 
 def test_a_mistyped_command_is_not_sent_to_the_model(piped, asked):

@@ -41,7 +41,7 @@ class Dense:
     parts: Callable[[], Iterable[Tensor]]
     """Gives it some rows at a time, or whole."""
     dtype: torch.dtype | None = None
-    """Its own, where it is no floating-point one and so stays what it is."""
+    """Its own, where it stays what it is: whole numbers do."""
 
     def whole(self) -> Tensor:
         """Return it in one piece."""
@@ -92,29 +92,47 @@ def write_weights(
     """
     tensors = list(merged_tensors(model, originals))
     in_files = file_names(model, (tensor.name for tensor in tensors))
-    shards = _shards(tensors, shard_bytes // dtype.itemsize)
-    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE]
-    sizes = {file: sum(_size(tensor) for tensor in shard) * dtype.itemsize for file, shard in zip(files, shards, strict=True)}
-    total, done = sum(sizes.values()), sum(size for file, size in sizes.items() if made.has(file))
-    require_space(made.path.parent, total - done, f"{format_bytes(total)} of {str(dtype)[6:]} weights")
-    done, places = 0, {}
-    for file, shard in zip(files, shards, strict=True):
-        table = {in_files[tensor.name]: (tensor.dtype or dtype, tensor.shape) for tensor in shard}
-        if not made.has(file):
-            pieces = (part for tensor in shard for part in cast(tensor, dtype))
-            write_tensor_file(made.path / file, table, _told(pieces, done, total, progress))
-            made.keep(file)
-        done += sizes[file]
-        places |= dict.fromkeys(table, file)
-    if len(shards) > 1:
-        write_json(made.path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    require_space(made.path.parent, (total := total_bytes(tensors, dtype)), f"{format_bytes(total)} of {str(dtype)[6:]} weights")
+    write_shards(made, tensors, in_files, dtype, partial(progress, "merge"), shard_bytes)
     _write_config(made.path, model, dtype, {tensor.name for tensor in tensors})
 
 
-def _told(pieces: Iterator[Tensor], done: int, total: int, progress: Progress) -> Iterator[Tensor]:
+def write_shards(
+    made: Unfinished,
+    tensors: list[Dense],
+    in_files: dict[str, str],
+    dtype: torch.dtype,
+    told: Callable[[int, int], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``tensors`` into ``made``, each under its name ``in_files``, but for the files that are finished there.
+
+    ``told`` hears how many bytes of how many are done.
+    """
+    shards, total = _shards(tensors, shard_bytes // dtype.itemsize), total_bytes(tensors, dtype)
+    done, places = 0, {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        table = {in_files[tensor.name]: (tensor.dtype or dtype, tensor.shape) for tensor in shard}
+        if not made.has(file):
+            pieces = (part for tensor in shard for part in cast(tensor, dtype))
+            write_tensor_file(made.path / file, table, _telling(pieces, done, total, told))
+            made.keep(file)
+        done += total_bytes(shard, dtype)
+        places |= dict.fromkeys(table, file)
+    if len(shards) > 1:
+        write_json(made.path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def total_bytes(tensors: list[Dense], dtype: torch.dtype) -> int:
+    """Return the bytes of ``tensors`` in a file whose floating-point tensors are ``dtype``."""
+    return sum(_size(tensor) * (tensor.dtype or dtype).itemsize for tensor in tensors)
+
+
+def _telling(pieces: Iterator[Tensor], done: int, total: int, told: Callable[[int, int], None]) -> Iterator[Tensor]:
     for piece in pieces:
         done += piece.nbytes
-        progress("merge", done, total)
+        told(done, total)
         yield piece
 
 
@@ -199,7 +217,7 @@ def cast(tensor: Dense, dtype: torch.dtype) -> Iterator[Tensor]:
         for part in tensor.parts():
             rows = max(1, PIECE // max(1, part[:1].numel())) if part.dim() else 1
             for piece in part.split(rows) if part.dim() else (part,):
-                yield _rounded(tensor.name, piece, dtype).cpu() if piece.is_floating_point() else piece.cpu()
+                yield _rounded(tensor.name, piece, tensor.dtype or dtype).cpu() if piece.is_floating_point() else piece.cpu()
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

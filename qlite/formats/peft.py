@@ -14,9 +14,10 @@ from qlite.files import write_json, write_tensors
 from qlite.given import MOST_JSON_BYTES, parse_json, read_given, require_sound_table
 from qlite.methods.base import Method, adapted_linears, trainable_tensors
 from qlite.methods.lora import LoRA
+from qlite.methods.low_rank import LowRank
 from qlite.quant.linear import is_linear
 
-PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX, LORA_A, LORA_B, LENGTHS = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # PEFT 0.21's options that are read here, follow from the tensors, only guide training, or only say where the adapter is from.
@@ -54,6 +55,10 @@ def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
     same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
     targets = sorted(leaves) if len(same_leaf) == len(layers) else list(layers)
     ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != method.rank}
+    return {**_config(method, targets, base_name), "rank_pattern": ranks}
+
+
+def _config(method: LoRA, targets: list[str], base_name: str) -> dict:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -62,13 +67,30 @@ def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
         "lora_alpha": method.alpha,
         "lora_dropout": method.dropout,
         "target_modules": targets,
-        "rank_pattern": ranks,
+        "rank_pattern": {},
         "use_rslora": method.rslora,
         "use_dora": method.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | None) -> None:
+    """Write ``updates``, what an adapter does to each linear by its dotted name, as PEFT's two files in float32.
+
+    PEFT scales every linear by lora_alpha over its own rank, so what is left of each one's scaling goes into its B.
+    """
+    ranks = {layer: update.rank for layer, update in updates.items()}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    tensors = {}
+    for layer, update in updates.items():
+        assert update.lengths is None, "rows' lengths would need DoRA's file"
+        tensors[f"{PREFIX}{layer}{LORA_A}"] = update.A.float()
+        tensors[f"{PREFIX}{layer}{LORA_B}"] = update.B.float() * (update.scaling * update.rank / usual)
+    write_tensors(folder / WEIGHTS, tensors)
+    config = _config(LoRA(rank=usual, alpha=float(usual)), list(ranks), base_name or "")
+    write_json(folder / CONFIG, {**config, "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != usual}})
 
 
 def load_adapter(folder: Path, model: nn.Module) -> None:
@@ -96,16 +118,24 @@ def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path, kee
         for name, p in own.items()
         if name in tensors and tensors[name].shape != p.shape
     ]
-    problems += [f"{shown(name, SHOWN_NAME)} has values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
+    problems += _not_finite(tensors)
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise AdapterError(f"{origin}: the adapter does not fit this base: {'; '.join(sorted(problems)[:5])}{more}")
+        raise AdapterError(f"{origin}: the adapter does not fit this base: {_first(problems)}")
     with torch.no_grad():
         for name, p in own.items():
             if keep_dtype:
                 p.data = tensors[name].to(p.device)
             else:
                 p.copy_(tensors[name])
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    return [f"{shown(name, SHOWN_NAME)} has values that are not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def _first(problems: list[str]) -> str:
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return f"{'; '.join(sorted(problems)[:5])}{more}"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -140,6 +170,8 @@ class ForeignAdapter:
 
     method: LoRA
     tensors: dict[str, Tensor]
+    base_name: str | None = None
+    """The base as adapter_config.json names it."""
 
     def put_on(self, model: nn.Module, origin: Path) -> None:
         """Attach the adapter to ``model`` with its tensors as they are; ``origin`` is only named in messages.
@@ -158,8 +190,37 @@ class ForeignAdapter:
         except RecipeError as error:
             raise AdapterError(f"{origin}: the adapter does not fit this base: {error}") from error
         copy_adapter(self.tensors, model, origin, keep_dtype=True)
+        self._require_change(origin)
+
+    def _require_change(self, origin: Path) -> None:
         if not self.method.dora and not any(tensor.any() for name, tensor in self.tensors.items() if name.endswith(LORA_B)):
             raise AdapterError(f"{origin}: every *{LORA_B} is zero, so the adapter changes nothing of its base; was it ever trained?")
+
+    def updates(self, origin: Path) -> dict[str, LowRank]:
+        """Return what the adapter does to each linear, by the linear's dotted name; ``origin`` is only named in messages.
+
+        Raises:
+            AdapterError: its tensors do not fit each other, are not finite, or change nothing; the first few in one message.
+        """
+        found, problems, used = {}, [], set()
+        for layer, A in _lora_A(self.tensors).items():
+            names = [f"{PREFIX}{layer}{leaf}" for leaf in (LORA_A, LORA_B, *([LENGTHS] if self.method.dora else []))]
+            B, lengths = self.tensors.get(names[1]), self.tensors.get(names[-1]) if self.method.dora else None
+            missing = [name for name in names if name not in self.tensors]
+            problems += [f"lacks {shown(name, SHOWN_NAME)}" for name in missing]
+            used |= set(names)
+            if not missing and (B.dim() != 2 or B.shape[1] != len(A) or (lengths is not None and lengths.shape != B.shape[:1])):
+                shapes = ", ".join(str(list(self.tensors[name].shape)) for name in names)
+                problems.append(f"the tensors of {shown(layer, SHOWN_NAME)} do not fit each other: {shapes}")
+            found[layer] = (A, B, self.method.scaling_of(len(A)), lengths)
+        problems += [f"has {shown(name, SHOWN_NAME)}, which nothing here takes" for name in self.tensors.keys() - used]
+        problems += [
+            f"{shown(name, SHOWN_NAME)} has values that are not finite" for name, t in self.tensors.items() if not t.isfinite().all()
+        ]
+        if problems:
+            raise AdapterError(f"{origin}: {_first(problems)}")
+        self._require_change(origin)
+        return {layer: LowRank(*parts) for layer, parts in found.items()}
 
     @property
     def layers(self) -> list[str]:
@@ -191,7 +252,8 @@ def read_foreign_adapter(folder: Path) -> ForeignAdapter:
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
     )
-    return ForeignAdapter(method, tensors)
+    base_name = config.get("base_model_name_or_path")
+    return ForeignAdapter(method, tensors, base_name if isinstance(base_name, str) else None)
 
 
 def _lora_A(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -180,8 +180,11 @@ class LoRA(Method):
             raise RecipeError(
                 f"method.rank: {rank} is more than {name} can have ({smaller}); lower it, or set it apart in method.rank_per_target"
             )
-        scaling = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-        return (DoRALinear if self.dora else LoRALinear)(base, rank, scaling, self.dropout)
+        return (DoRALinear if self.dora else LoRALinear)(base, rank, self.scaling_of(rank), self.dropout)
+
+    def scaling_of(self, rank: int) -> float:
+        """Return what B A is multiplied by in a linear of ``rank``."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def rank_of(self, name: str) -> int:
         """Return the rank of the linear with dotted name ``name``."""

@@ -41,12 +41,21 @@ def answer_batch(model: PreTrainedModel, encoder: Encoder, prompts: list[list[in
 
 
 def answer_ids(
-    model: PreTrainedModel, encoder: Encoder, prompts: list[list[int]], sampling: Sampling, told: Callable[[int], None] = lambda _: None
+    model: PreTrainedModel,
+    encoder: Encoder,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    told: Callable[[int], None] = lambda _: None,
+    chosen: Callable[[list[int]], None] = lambda _: None,
 ) -> list[list[int]]:
-    """Return the ids of the model's answers to ``prompts``, each with the token that ends it, as ``answer_all`` makes them."""
+    """Return the ids of the model's answers to ``prompts``, each with the token that ends it, as ``answer_all`` makes them.
 
-    def answer(chosen: list[list[int]]) -> list[list[int]]:
-        rows = _new_ids(model, encoder, chosen, sampling)
+    ``chosen`` hears, before each batch, the places in ``prompts`` of its rows.
+    """
+
+    def answer(places: list[int]) -> list[list[int]]:
+        chosen(places)
+        rows = _new_ids(model, encoder, [prompts[place] for place in places], sampling)
         return [row[: len(_until_stop(row, encoder.stop_ids)) + 1] for row in rows]
 
     return _in_batches(answer, model, prompts, sampling.max_tokens, told)
@@ -83,11 +92,15 @@ def answer_all(
     Raises:
         OutOfMemory: a single prompt does not fit.
     """
-    return _in_batches(lambda chosen: answer_batch(model, encoder, chosen, sampling), model, prompts, sampling.max_tokens, told, note)
+
+    def answer(places: list[int]) -> list[str]:
+        return answer_batch(model, encoder, [prompts[place] for place in places], sampling)
+
+    return _in_batches(answer, model, prompts, sampling.max_tokens, told, note)
 
 
 def _in_batches(
-    answer: Callable[[list[list[int]]], list[Answer]],
+    answer: Callable[[list[int]], list[Answer]],
     model: PreTrainedModel,
     prompts: list[list[int]],
     max_tokens: int,
@@ -100,7 +113,7 @@ def _in_batches(
     while len(answers) < len(prompts):
         chosen = _first_that_fit(order[len(answers) :], lengths, max_tokens, at_once)
         with device.Attempt() as attempt:
-            answers |= dict(zip(chosen, answer([prompts[i] for i in chosen]), strict=True))
+            answers |= dict(zip(chosen, answer(chosen), strict=True))
         if attempt.ran_out:
             device.free_cached(model.device)
             at_once = _half(len(chosen), lengths[chosen[-1]], max_tokens)

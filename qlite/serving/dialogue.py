@@ -15,6 +15,7 @@ from qlite.device import is_out_of_memory
 from qlite.errors import DataError, MachineError
 from qlite.methods.base import adapters_off
 from qlite.serving.answer import Sampling, TextStream, generate_ids
+from qlite.serving.bank import AdapterBank
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,24 @@ class Reply:
     """Ctrl-C ended it."""
 
 
-class Dialogue:
-    """The exchanges with one model so far, under one system message; the adapter can be switched off and on between them."""
+@dataclass(frozen=True)
+class Voices:
+    """The adapters of a bank, the first of which answers first, and the system message that each was trained under."""
 
-    def __init__(self, model: PreTrainedModel, encoder: Encoder, sampling: Sampling, system: str | None):
-        self.model, self.encoder, self.sampling, self.system = model, encoder, sampling, system
+    bank: AdapterBank
+    systems: dict[str, str | None]
+
+
+class Dialogue:
+    """The exchanges with one model so far, under one system message; the adapter can be switched off, on, and to another between them."""
+
+    def __init__(self, model: PreTrainedModel, encoder: Encoder, sampling: Sampling, system: str | None, voices: Voices | None = None):
+        self.model, self.encoder, self.sampling, self.system, self.voices = model, encoder, sampling, system, voices
+        self.adapter: str | None = None
+        """The adapter of ``voices`` that answers."""
+        if voices is not None:
+            self.adapter = voices.bank.names[0]
+            voices.bank.use(self.adapter)
         self.exchanges: list[Exchange] = []
         self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         """The longest context in tokens that the model was made for; None where its config does not say."""
@@ -102,6 +116,24 @@ class Dialogue:
             self._off.enter_context(adapters_off(self.model))
         self.is_base = not self.is_base
         return self.is_base
+
+    def swap(self, name: str) -> bool:
+        """Let the adapter ``name`` answer from now on; return whether the system message has changed with it.
+
+        It does where it is the one that the adapter before was trained under.
+
+        Raises:
+            AdapterError: there is none of this name.
+        """
+        self.voices.bank.use(name)
+        self._read.forget()
+        if self.is_base:
+            self.toggle_base()
+        systems, before = self.voices.systems, self.system
+        if before == systems[self.adapter]:
+            self.system = systems[name]
+        self.adapter = name
+        return self.system != before
 
     def messages(self, user: str, left_out: int = 0) -> Messages:
         """Return the conversation that asks for the answer to ``user``, without the ``left_out`` oldest exchanges."""

@@ -82,6 +82,11 @@ class RunFolder:
         return self._read("result.json")
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What tells the data, the tokenizer and the base that the run was begun with from others, as hashes by key."""
+        return self._read("data.json")
+
+    @property
     def template(self) -> str | None:
         """The chat template that the run is trained with, as Jinja; None if it has none."""
         path = self.path / "template.jinja"
@@ -127,7 +132,7 @@ class RunFolder:
 
     def check_identity(self, identity: dict[str, str]) -> None:
         """Raise RunError if the run was begun with rows, a template or a base other than those of ``identity``."""
-        then = self._read("data.json") if self.is_begun else identity
+        then = self.identity if self.is_begun else identity
         changed = [key for key in {**then, **identity} if then.get(key) != identity.get(key)]
         if changed:
             told = "; ".join(f"{key}: {then.get(key)} -> {identity.get(key)}" for key in changed)

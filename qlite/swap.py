@@ -1,0 +1,111 @@
+"""Swap the adapter in merged weights: take one out of a merged folder, put another in, or do only one of the two.
+
+python -m qlite.swap runs/a/merged-fp16 --remove runs/a --add runs/b --out merged-b
+python -m qlite.swap runs/a/merged-fp16 --remove runs/a --out base-again
+python -m qlite.swap runs/a/merged-fp16 --add runs/b --out both
+
+The base is not needed; an adapter is a finished run or a folder in PEFT's format. Whether the one is in the weights and the other is not
+is looked up in the weights themselves. What the first merge has rounded away does not come back, and each swap rounds once more: many in
+a row leave nothing of it in 16 bit (in weights of export --merge --dtype fp32 they do no harm). Where the base is at hand,
+python -m qlite.export --merge runs/b is exact; to try adapters out, python -m qlite.chat --adapter swaps them beside the base.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from qlite.errors import AdapterError, QliteError, RecipeError, RunError
+from qlite.formats.swapped import MergedFolder, Presence, Updates, presence
+from qlite.model.checkpoint import SafetensorsCheckpoint
+from qlite.model.source import ModelFiles
+from qlite.serving.bank import misfits
+from qlite.training.adapter_folders import Given, other_base, read_updates, run_at
+from qlite.training.console import open_console
+from qlite.verb import run_verb
+
+
+def main(argv: list[str]) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m qlite.swap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("merged", type=Path, help="folder of merged weights, as export --merge writes them")
+    parser.add_argument("--remove", metavar="FOLDER", help="the adapter to take out")
+    parser.add_argument("--add", metavar="FOLDER", help="the adapter to put in")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    args = parser.parse_args(argv)
+    if args.remove is None and args.add is None:
+        raise RecipeError("nothing to do: name an adapter to --remove, one to --add, or both")
+    if args.out.exists() and not args.force:
+        raise RunError(f'"{args.out}" exists already; choose another --out, or replace it with --force')
+    merged, old, new, given = read_all(args.merged, args.remove, args.add)
+    before = require_presence(merged, old, new)
+    tokenizer = merged.checkpoint.tokenizer()
+    added = given.get("--add")
+    if added is not None and added.run and added.run.template is not None:
+        tokenizer.chat_template = added.run.template  # what the adapter was trained with
+    shares, swaps = {option: each.share for option, each in before.items()}, merged.swaps() + 1
+    record = {"from": str(args.merged), "removed": args.remove, "added": args.add, "shares_before": shares, "swaps": swaps}
+    with open_console(f"qlite swap  {args.merged}") as console:
+        merged.write_swapped(args.out, old, new, tokenizer, record, partial(console.phase, "swap"))
+    for option, each in before.items():
+        told = f"{each.share:.3f} of it was in the weights (up to {each.noise:.3f} of that by chance)"
+        print(f"{option[2:]}: {given[option].path}; {told}")
+    print(f"wrote {args.out}: {len(old.keys() | new.keys())} linears changed; swaps since the merge: {swaps}, each rounds once more")
+    if added is not None and added.run:
+        print(f"without the rounding of the merge before:  python -m qlite.export --merge {added.path}")
+
+
+def read_all(folder: Path, remove: str | None, add: str | None) -> tuple[MergedFolder, Updates, Updates, dict[str, Given]]:
+    """Return the merged folder, what is to be taken out and put in, and both adapters by their option.
+
+    Raises:
+        QliteError: for all that is wrong with them at once.
+    """
+    problems: list[str] = []
+    given, updates = {}, {"--remove": {}, "--add": {}}
+    for option, text in (("--remove", remove), ("--add", add)):
+        if text is not None:
+            try:
+                given[option] = Given(option, Path(text), run_at(Path(text)))
+                updates[option] = read_updates(given[option], problems)
+            except QliteError as error:
+                problems.append(f"{option}: {error}")
+    merged = None
+    try:
+        if not folder.is_dir():
+            raise RunError(f'there is no folder "{folder}"')
+        merged = MergedFolder(SafetensorsCheckpoint(ModelFiles(folder, None, str(folder))))
+    except QliteError as error:
+        problems.append(str(error))
+    for option, each in given.items():
+        if any(update.lengths is not None for update in updates[option].values()):
+            problems.append(f"{option}: {each.path} is DoRA: merged, its rows have lost their own lengths; merge over the base instead")
+        problems += [f"{option}: {problem}" for problem in (misfits(updates[option], merged.shapes()) if merged else [])]
+    removed = given.get("--remove")
+    if "--add" in given:
+        problems += other_base(given["--add"], removed.run if removed else None)
+    if problems:
+        raise AdapterError("\n".join(problems))
+    return merged, updates["--remove"], updates["--add"], given
+
+
+def require_presence(merged: MergedFolder, old: Updates, new: Updates) -> dict[str, Presence]:
+    """Return how much of what is taken out, and of what is put in, is in the weights, by option.
+
+    Raises:
+        AdapterError: what is to be taken out is not in them, or what is to be put in is already; as good as surely.
+    """
+    found: dict[str, Presence] = {}
+    if old:
+        found["--remove"] = presence(merged.read, old, {})
+        if found["--remove"].is_out:
+            raise AdapterError(f"--remove: the weights hold {found['--remove'].share:.3f} of that adapter: it was not merged into them")
+    if new:
+        found["--add"] = presence(merged.read, new, old)
+        if found["--add"].is_in:
+            raise AdapterError(f"--add: the weights hold {found['--add'].share:.3f} of that adapter already; --remove it, or leave it in")
+    return found
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,75 @@
+"""Open several adapters over one base: runs of qlite's and PEFT's folders, once all of them are known to belong to it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from qlite.errors import AdapterError, QliteError
+from qlite.model.lowering import lower_memory
+from qlite.model.shapes import base_shapes
+from qlite.model.wheel import Progress
+from qlite.serving.bank import BASE, AdapterBank, linear_shapes, misfits
+from qlite.serving.dialogue import Voices
+from qlite.training.adapter_folders import Given, other_base, other_template, parse_adapters, read_updates
+from qlite.training.open_run import OpenRun, open_run
+from qlite.training.run_folder import RunFolder, find_run
+
+
+@dataclass(frozen=True)
+class OpenBank:
+    """The run whose base it is, with all adapters beside it."""
+
+    opened: OpenRun
+    voices: Voices
+    notes: list[str]
+    """What is as the user may not expect it, and no mistake."""
+
+
+def open_bank(run: str | None, texts: list[str], device: str, progress: Progress) -> OpenBank:
+    """Load the base of ``run``, or else of the first adapter that is a run, with the adapters ``texts``, each NAME=FOLDER, beside it.
+
+    Raises:
+        QliteError: they cannot be read or do not belong together; all that is wrong is said at once, and no weight is loaded before.
+    """
+    given, problems = parse_adapters(texts)
+    first = _base_run(run, given, problems)
+    updates = {each.name: read_updates(each, problems) for each in given}
+    problems += [problem for each in given for problem in (*other_base(each, first), *other_template(each, first))]
+    if first is not None and any(updates.values()):
+        base = first.recipe().base
+        shapes = linear_shapes(base.empty(base_shapes(base, progress).config, torch.device("cpu")))
+        problems += [f"{each.name}: {problem}" for each in given for problem in misfits(updates[each.name], shapes)]
+    if problems:
+        raise AdapterError("\n".join(problems))
+    opened = open_run(first, device, progress)
+    bank = AdapterBank(opened.base.model, opened.device)
+    for each in given:
+        bank.add(each.name, updates.pop(each.name))
+    # In tiles the rows of a batch are cut apart, and no tile knows whose they are.
+    lower_memory(bank.model, replace(opened.recipe.memory, mlp_chunk=0), opened.device)
+    bank.model.requires_grad_(False).eval()
+    systems = {each.name: (each.run or first).result["system"] for each in given}
+    return OpenBank(opened, Voices(bank, {BASE: first.result["system"], **systems}), _notes(given, opened))
+
+
+def _base_run(run: str | None, given: list[Given], problems: list[str]) -> RunFolder | None:
+    """Return the run whose base is meant; where that cannot be said, None, and ``problems`` has one more."""
+    try:
+        if run is not None:
+            return find_run(run)
+    except QliteError as error:
+        problems.append(str(error))
+        return None
+    found = next((each.run for each in given if each.run), None)
+    if found is None and given:
+        problems.append("none of the adapters is a run of qlite's, so the base is not known; name a run over it before them")
+    return found
+
+
+def _notes(given: list[Given], opened: OpenRun) -> list[str]:
+    bits = opened.recipe.base.bits
+    return [
+        f"{each.name}: was trained over {each.run.recipe().base.bits}-bit weights, and answers over {bits}-bit ones"
+        for each in given
+        if each.run and each.run.recipe().base.bits != bits
+    ]
