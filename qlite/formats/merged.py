@@ -16,7 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlite.errors import ExportError, NotMergeable
 from qlite.files import new_folder, write_json, write_tensor_file
-from qlite.methods.base import AdaptedLinear, trainable_tensors
+from qlite.methods.base import AdaptedLinear, StandIn, stand_ins, trainable_tensors
+from qlite.methods.whole import Whole
 from qlite.model.load import file_names
 from qlite.model.originals import Originals
 from qlite.model.wheel import Progress
@@ -123,14 +124,14 @@ def merged_tensors(model: PreTrainedModel, originals: Originals | None = None) -
     ``originals``: where what is frozen is taken from, and what is adapted is merged over; without them, from ``model`` itself.
 
     Raises:
-        NotMergeable: something is trained that is no weight of the base and no part of an adapted linear.
+        NotMergeable: something is trained that is no weight of the base and no part of what stands in its place.
     """
-    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+    adapted = tuple(f"{name}." for name, _ in stand_ins(model))
     _refuse_the_rest(model, adapted)
     seen: set[int] = set()
     inner: set[nn.Module] = set()
     for prefix, module in model.named_modules():
-        if module in inner or (f"{prefix}.".startswith(adapted) and not isinstance(module, AdaptedLinear)):
+        if module in inner or (f"{prefix}.".startswith(adapted) and not isinstance(module, StandIn)):
             continue
         if isinstance(module, QuantEmbedding):
             inner |= set(module.modules())
@@ -158,7 +159,8 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
         return
 
     def own_value(name: str, tensor: Tensor) -> Iterable[Tensor]:
-        return [tensor] if tensor.requires_grad else frozen(name, lambda: [tensor])  # what was trained has no other original
+        is_trained = tensor.requires_grad or isinstance(module, Whole)
+        return [tensor] if is_trained else frozen(name, lambda: [tensor])  # what was trained has no other original
 
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, tensor in own:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from qlite.errors import AdapterError, RecipeError, shown
 from qlite.files import write_json, write_tensors
 from qlite.given import MOST_JSON_BYTES, parse_json, read_given, require_sound_table
-from qlite.methods.base import Method, adapted_linears, trainable_tensors
+from qlite.methods.base import Method, adapted_linears, stand_ins, trainable_tensors
 from qlite.methods.lora import LoRA
+from qlite.methods.whole import Whole
 from qlite.quant.linear import is_linear
 
 PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -54,6 +55,9 @@ def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
     same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
     targets = sorted(leaves) if len(same_leaf) == len(layers) else list(layers)
     ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != method.rank}
+    alphas = {name: method.alpha_of(name) for name in layers if method.alpha_of(name) != method.alpha}
+    # Whole names: PEFT takes whatever ends with one of them, and "norm" alone would be every norm of every block.
+    whole = [name for name, module in stand_ins(model) if isinstance(module, Whole)]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,6 +67,8 @@ def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
         "lora_dropout": method.dropout,
         "target_modules": targets,
         "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "modules_to_save": whole or None,
         "use_rslora": method.rslora,
         "use_dora": method.dora,
         "bias": "none",

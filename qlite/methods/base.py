@@ -21,7 +21,13 @@ from qlite.table import Table
 Targets = str | tuple[str, ...]
 
 
-class AdaptedLinear(nn.Module):
+class StandIn:
+    """What a method has put in the place of a frozen module, which it keeps as ``base``: with that back in its place it is as if never there."""
+
+    base: nn.Module
+
+
+class AdaptedLinear(StandIn, nn.Module):
     """A frozen linear and the trainable tensors that one method adds to it.
 
     ``base`` may be stored in 4, 8 or 16 bit; a subclass only ever calls it.
@@ -72,6 +78,11 @@ def trainable_count(model: nn.Module) -> int:
     return sum(p.numel() for p in trainable_tensors(model).values())
 
 
+def stand_ins(model: nn.Module) -> Iterator[tuple[str, StandIn]]:
+    """Yield (dotted name, module) for all that stands in the place of a frozen module, in model order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, StandIn))
+
+
 def adapted_linears(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """Yield (dotted name, module) for every adapted linear, in model order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
@@ -79,11 +90,11 @@ def adapted_linears(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` answer as its base does, bit for bit, until the context is left: each adapted linear's base stands in its place.
+    """Let ``model`` answer as its base does, bit for bit, until the context is left: what is adapted has its base in its place.
 
     Nothing is copied or loaded. Inside another ``adapters_off`` nothing is left to switch, and the outer one switches back.
     """
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module) for name, module in adapted_linears(model)]
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module) for name, module in stand_ins(model)]
     try:
         for owner, leaf, module in places:
             setattr(owner, leaf, module.base)
@@ -130,7 +141,7 @@ def select_linears(model: nn.Module, targets: Targets) -> list[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether a linear's dotted ``name``, or its last part, is ``pattern`` (with * and ? and [..])."""
+    """Return whether a layer's dotted ``name``, or its last part, is ``pattern`` (with * and ? and [..])."""
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
 
 

@@ -1,5 +1,7 @@
 """A frozen embedding whose table is packed: only the rows that are asked for are ever dense."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -50,3 +52,17 @@ class QuantEmbedding(nn.Module):
 def matrix_of(module: nn.Module) -> Packed | None:
     """Return the packed matrix of a linear or an embedding, or None if it has none."""
     return module.table if isinstance(module, QuantEmbedding) else module if isinstance(module, Packed) else None
+
+
+@torch.no_grad()
+def dense_embedding(embedding: QuantEmbedding) -> nn.Embedding:
+    """Return a dense copy of ``embedding``, of its family's own class, in the dtype that it computes in, on its device."""
+    count, size, mark = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
+    if embedding.family is None:
+        dense = nn.Embedding(count, size, mark, device="meta")
+    else:
+        dense = copy.deepcopy(embedding.family)
+        del dense.weight
+        dense.padding_idx = mark
+    dense.weight = nn.Parameter(embedding.table.dense(embedding.table.compute_dtype))
+    return dense

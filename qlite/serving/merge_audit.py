@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from qlite.data.encode import Encoded
 from qlite.methods.base import AdaptedLinear
+from qlite.methods.whole import Whole
 from qlite.model.head import hidden_states, logits_head
 from qlite.quant.embedding import QuantEmbedding
 from qlite.quant.linear import QuantLinear
@@ -151,6 +152,9 @@ def _standing_in(model: nn.Module, weights: Weights, measured: dict[str, tuple[f
             if isinstance(module, AdaptedLinear):
                 inner |= set(module.modules())
                 module.forward = partial(_adapted, module, name, weights, measured)
+            elif isinstance(module, Whole):
+                inner |= set(module.modules())
+                continue
             elif isinstance(module, QuantEmbedding):
                 inner |= set(module.modules())
                 module.table.rows = partial(_rows, module, name, weights)

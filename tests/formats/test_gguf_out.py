@@ -145,6 +145,13 @@ def test_transformers_reads_the_file_as_the_adapted_model(name, tmp_path):
         torch.testing.assert_close(logits(again), logits(base.model), rtol=1e-5, atol=1e-4)
 
 
+def test_a_head_that_was_trained_whole_is_the_files_output(tmp_path):
+    base = loaded(folder_of(tmp_path, "llama"), LoRA(rank=4, modules_to_save=("lm_head",)))
+    base.model.lm_head.weight.data.add_(0.5)
+    (head,) = (tensor for tensor in gguf.GGUFReader(written(tmp_path, base)).tensors if tensor.name == "output.weight")
+    assert torch.equal(torch.tensor(head.data), base.model.lm_head.weight)
+
+
 def test_llamas_q_and_k_stand_in_llama_cpps_order_and_vectors_are_float32(tmp_path):
     base = loaded(folder_of(tmp_path, "llama"))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written(tmp_path, base, "f16")).tensors}

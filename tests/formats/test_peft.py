@@ -22,6 +22,7 @@ NAMES = ("llama", "qwen2", "gpt_neox")
 # One more name in each family for a layer of its attention and one of its feed-forward net.
 ATTENTION = {"llama": "q_proj", "qwen2": "v_proj", "gpt_neox": "query_key_value"}
 FEED_FORWARD = {"llama": "down_proj", "qwen2": "up_proj", "gpt_neox": "dense_h_to_4h"}
+EMBEDDING = {"llama": "embed_tokens", "qwen2": "embed_tokens", "gpt_neox": "embed_in"}
 LINEARS = {"llama": 7, "qwen2": 7, "gpt_neox": 4}
 
 
@@ -36,10 +37,12 @@ def method_of(kind: str, name: str) -> LoRA:
         "attention": replace(plain, targets="attention"),
         "some_layers": replace(plain, targets=(f"*.1.*.{attention}", feed_forward)),
         "head": replace(plain, targets=("lm_head", attention)),
+        "alpha_per_target": replace(plain, alpha_per_target={attention: 3.0, f"*.1.*{feed_forward}": 0.5}),
+        "whole_layers": replace(plain, modules_to_save=("lm_head", EMBEDDING[name], "*.0.*norm")),
     }[kind]
 
 
-KINDS = ("plain", "rank_per_target", "rslora", "dora", "attention", "some_layers", "head")
+KINDS = ("plain", "rank_per_target", "rslora", "dora", "attention", "some_layers", "head", "alpha_per_target", "whole_layers")
 
 
 @pytest.fixture(scope="module")
