@@ -22,7 +22,7 @@ Targets = str | tuple[str, ...]
 
 
 class StandIn:
-    """What a method has put in the place of a frozen module, which it keeps as ``base``: with that back in its place it is as if never there."""
+    """What a method has put in the place of a frozen module, which it keeps as ``base``: put back, that makes the model its own again."""
 
     base: nn.Module
 

@@ -168,8 +168,8 @@ class LoRA(Method):
     dora: bool = False
     """Train each row's length apart from its direction (DoRA, arXiv:2402.09353, section 4.1)."""
     modules_to_save: tuple[str, ...] = ()
-    """Layers that are trained whole, as a dense copy of 16 bit in the place of the frozen one: names or patterns, ["lm_head"]. Where the model
-    has one tensor for embedding and head, the one that is named gets its own."""
+    """Layers that are trained whole, each a dense copy in the place of the frozen one: names or patterns, ["lm_head", "embed_tokens"].
+    Where the model has one tensor for embedding and head, each that is named gets its own."""
 
     def attach(self, model: nn.Module) -> None:
         chosen = select_linears(model, self.targets)

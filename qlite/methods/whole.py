@@ -34,7 +34,7 @@ def select_whole(model: nn.Module, patterns: tuple[str, ...], adapted: set[str])
     chosen = [name for name in layers if any(matches(name, pattern) for pattern in patterns)]
     problems = [_unmatched(pattern, layers) for pattern in patterns if not any(matches(name, pattern) for name in layers)]
     problems += [
-        f'method.modules_to_save: "{name}" is one of method.targets, too, and a layer is trained whole or by an adapter; leave it out of one'
+        f'method.modules_to_save: "{name}" is one of method.targets, too, and a layer is trained whole or adapted; leave it out of one'
         for name in chosen
         if name in adapted
     ]
