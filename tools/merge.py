@@ -14,8 +14,9 @@ import torch
 
 from qlite.errors import ExportError
 from qlite.export import DTYPES
+from qlite.formats.foreign import read_foreign_adapter
+from qlite.formats.foreign_fit import put_foreign_adapter
 from qlite.formats.merged import write_merged
-from qlite.formats.peft import read_foreign_adapter
 from qlite.model.load import Base
 from qlite.training.console import open_console
 from qlite.verb import run_verb
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
         # float32: bfloat16 would round a float16 or float32 base before it is merged.
         base = Base(model=args.base, revision=args.revision, sha256=args.sha256, bits=args.bits, dtype="float32")
         loaded = base.load(torch.device("cpu"), console.phase)
-        foreign.put_on(loaded.model, args.adapter)
+        put_foreign_adapter(foreign, loaded.model, args.adapter)
         write_merged(args.out, loaded.model, loaded.tokenizer, loaded.generation_config, DTYPES[args.dtype], console.phase)
     print(f"wrote {args.out}")
 

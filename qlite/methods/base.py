@@ -94,15 +94,24 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     Nothing is copied or loaded. Inside another ``adapters_off`` nothing is left to switch, and the outer one switches back.
     """
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module) for name, module in stand_ins(model)]
+    found = list(stand_ins(model))
+    inner = {each for _, module in found for each in module.modules() if each is not module}
+    places = [
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module) for name, module in found if module not in inner
+    ]
     try:
         for owner, leaf, module in places:
-            setattr(owner, leaf, module.base)
+            setattr(owner, leaf, _frozen(module))
         yield
     finally:
         for owner, leaf, module in places:
             # model.train() and model.eval() did not reach what was taken out; the base heard them.
-            setattr(owner, leaf, module.train(module.base.training))
+            setattr(owner, leaf, module.train(_frozen(module).training))
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    """Return the base of a stand-in, or of what that stands on."""
+    return _frozen(module.base) if isinstance(module, StandIn) else module
 
 
 def adapt_linears(model: nn.Module, targets: Targets, wrap: Callable[[str, nn.Module], AdaptedLinear]) -> None:

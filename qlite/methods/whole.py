@@ -4,7 +4,6 @@ What stands in the model is a layer of the family's own class, whose weights are
 So the model, and whoever reads it, finds the kind of layer that was there, and its tensors have the names that PEFT's files give them.
 """
 
-import copy
 from difflib import get_close_matches
 from functools import cache
 
@@ -12,8 +11,9 @@ from torch import nn
 
 from qlite.errors import RecipeError, shown
 from qlite.methods.base import StandIn, matches
-from qlite.quant.embedding import QuantEmbedding, dense_embedding
-from qlite.quant.linear import QuantLinear, dense_linear
+from qlite.quant.dense import dense_copy
+from qlite.quant.embedding import QuantEmbedding
+from qlite.quant.linear import QuantLinear
 
 
 class Whole(StandIn):
@@ -52,12 +52,7 @@ def train_whole(model: nn.Module, names: list[str]) -> None:
 
 def whole_copy(base: nn.Module) -> nn.Module:
     """Return a trainable copy of the layer ``base``, dense in the dtype that it computes in; it starts as ``base`` does."""
-    if isinstance(base, QuantLinear):
-        layer = dense_linear(base)
-    elif isinstance(base, QuantEmbedding):
-        layer = dense_embedding(base)
-    else:
-        layer = copy.deepcopy(base)
+    layer = dense_copy(base)
     layer.__class__ = _trained_kind(type(layer))
     layer.requires_grad_(True)
     layer.base = base

@@ -21,15 +21,9 @@ class QuantEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
         self.table: Packed = storage.make_table(self.num_embeddings, self.embedding_dim, dtype, embedding.weight.device)
-        self.family: nn.Embedding | None = None
-        if type(embedding).forward is not nn.Embedding.forward:
-            self.family = embedding
-            # A row's place is not its token's, so the mark of one token would be wrong; it only ever stops a gradient.
-            embedding.padding_idx = None
-            # Nothing of its own is kept; a buffer, because a model's first parameter says where the model is.
-            empty = embedding.weight.new_empty(0, self.embedding_dim, dtype=dtype)
-            del embedding.weight
-            embedding.register_buffer("weight", empty, persistent=False)
+        self.family = embedding_shell(embedding)
+        if self.family is not None:
+            self.family.weight = self.family.weight.to(dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -49,20 +43,27 @@ class QuantEmbedding(nn.Module):
         return functional_call(self.family, {"weight": rows}, (places,))
 
 
+def embedding_shell(embedding: nn.Module) -> nn.Embedding | None:
+    """Return ``embedding`` without its table, to run its family's own code on given rows; None where that only looks them up."""
+    if isinstance(embedding, QuantEmbedding):
+        return embedding.family
+    if type(embedding).forward is nn.Embedding.forward:
+        return None
+    shell = copy.copy(embedding)
+    # A row's place is not its token's, so the mark of one token would be wrong; it only ever stops a gradient.
+    shell.padding_idx = None
+    # Nothing of its own is kept; a buffer, because a model's first parameter says where the model is.
+    shell._parameters, shell._buffers = {}, dict(embedding._buffers)
+    shell._non_persistent_buffers_set = set(embedding._non_persistent_buffers_set)
+    shell.register_buffer("weight", embedding.weight.detach().new_empty(0, embedding.embedding_dim), persistent=False)
+    return shell
+
+
+def is_embedding(module: nn.Module | None) -> bool:
+    """Return whether ``module`` is a token embedding of any storage."""
+    return isinstance(module, nn.Embedding | QuantEmbedding)
+
+
 def matrix_of(module: nn.Module) -> Packed | None:
     """Return the packed matrix of a linear or an embedding, or None if it has none."""
     return module.table if isinstance(module, QuantEmbedding) else module if isinstance(module, Packed) else None
-
-
-@torch.no_grad()
-def dense_embedding(embedding: QuantEmbedding) -> nn.Embedding:
-    """Return a dense copy of ``embedding``, of its family's own class, in the dtype that it computes in, on its device."""
-    count, size, mark = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
-    if embedding.family is None:
-        dense = nn.Embedding(count, size, mark, device="meta")
-    else:
-        dense = copy.deepcopy(embedding.family)
-        del dense.weight
-        dense.padding_idx = mark
-    dense.weight = nn.Parameter(embedding.table.dense(embedding.table.compute_dtype))
-    return dense

@@ -381,13 +381,3 @@ def store_weight(linear: nn.Module, weight: Tensor) -> None:
 def dense_weight(linear: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weight as a new dense tensor [out, in]."""
     return linear.dense(dtype) if isinstance(linear, QuantLinear) else linear.weight.detach().to(dtype, copy=True)
-
-
-@torch.no_grad()
-def dense_linear(linear: QuantLinear) -> nn.Linear:
-    """Return a dense copy of ``linear`` in the dtype that it computes in, on its device."""
-    dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.compute_dtype, device="meta")
-    dense.weight = nn.Parameter(dense_weight(linear, linear.compute_dtype))
-    if linear.bias is not None:
-        dense.bias = nn.Parameter(linear.bias.clone())
-    return dense

@@ -146,9 +146,10 @@ def _standing_in(model: nn.Module, weights: Weights, measured: dict[str, tuple[f
     """Let ``weights`` multiply wherever ``model`` has an adapter or packed weights; ``measured`` takes what that changes, by linear."""
     inner, changed = set(), []
     try:
-        for name, module in model.named_modules():
+        for place, module in model.named_modules():
             if module in inner:
                 continue
+            name = place.removesuffix(".base")  # of an embedding that has some trained rows
             if isinstance(module, AdaptedLinear):
                 inner |= set(module.modules())
                 module.forward = partial(_adapted, module, name, weights, measured)
