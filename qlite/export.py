@@ -18,7 +18,7 @@ from qlite.files import new_folder, write_tensors, write_text
 from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_merged import write_merged_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
-from qlite.formats.merged import SHARD_BYTES
+from qlite.formats.merged import SHARD_BYTES, write_company
 from qlite.formats.peft import CONFIG, WEIGHTS, read_tensors
 from qlite.model.wheel import Progress
 from qlite.training.console import open_console
@@ -125,12 +125,22 @@ def _opened(run: RunFolder, device: str, progress: Progress) -> OpenRun:
 
 
 def copy_adapter_files(run: RunFolder, out: Path) -> None:
-    """Write ``run``'s adapter as PEFT reads it into ``out``. Raises ExportError where PEFT has no such method."""
+    """Write ``run``'s adapter as PEFT reads it into ``out``, with the tokenizer where that has tokens of the run's own.
+
+    Raises:
+        ExportError: PEFT has no such method.
+    """
     if not (run.adapter / CONFIG).is_file():
         raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
+    recipe = run.recipe()
     with new_folder(out) as folder:
         write_tensors(folder / WEIGHTS, read_tensors(run.adapter))
         write_text(folder / CONFIG, (run.adapter / CONFIG).read_text(encoding="utf-8"))
+        if recipe.method.new_tokens:
+            tokenizer = recipe.base.tokenizer(lambda *_: None)
+            recipe.method.resolved(tokenizer)
+            tokenizer.chat_template = run.template or tokenizer.chat_template
+            write_company(folder, tokenizer, None)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     recipe = read_recipe(args.recipe, args.overrides).with_absolute_paths()
     with open_console(f"qlite preview  {args.recipe.stem}") as console:
         tokenizer = recipe.base.tokenizer(console.phase)
+        recipe.method.resolved(tokenizer)
         data = recipe.data.load(tokenizer, recipe.train.tokens, lambda _: None, console.phase)
     if not 1 <= args.row <= len(data.train):
         raise RecipeError(f"--row {args.row}: there are {len(data.train)} training rows")

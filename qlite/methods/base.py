@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import NotMergeable, RecipeError, shown
 from qlite.quant.linear import is_linear
@@ -51,6 +52,13 @@ class Method(Table):
     """One way to adapt a frozen model. A subclass must write ``attach``; the other hooks have defaults."""
 
     name: ClassVar[str]
+
+    def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "Method":
+        """Return the method with the ids of the tokens that it names; tokens that it makes are added to ``tokenizer``.
+
+        Without a tokenizer the ids are any: for a plan, which only their number matters to.
+        """
+        return self
 
     def attach(self, model: nn.Module) -> None:
         """Put the trainable tensors into ``model``, whose own parameters are frozen already."""

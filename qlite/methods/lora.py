@@ -5,16 +5,18 @@ readable by PEFT as it is.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import RecipeError
 from qlite.methods.base import AdaptedLinear, Method, Targets, adapt_linears, matches, select_linears
 from qlite.methods.lora_product import Adapted, lora_products
+from qlite.methods.token_rows import rows_to_train, token_ids, train_rows
 from qlite.methods.whole import select_whole, train_whole
 from qlite.quant.linear import compute_dtype, dense_weight
 
@@ -170,6 +172,17 @@ class LoRA(Method):
     modules_to_save: tuple[str, ...] = ()
     """Layers that are trained whole, each a dense copy in the place of the frozen one: names or patterns, ["lm_head", "embed_tokens"].
     Where the model has one tensor for embedding and head, each that is named gets its own."""
+    trained_tokens: tuple[str | Annotated[int, Field(ge=0)], ...] = ()
+    """Tokens of the tokenizer, or their ids, whose own rows of embedding and head are trained, all other rows staying as they are:
+    ["<|reserved_special_token_0|>"]."""
+    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that become tokens, ["<tool>"]: each gets a row of the embedding that no token has yet, which is trained as those of
+    trained_tokens are."""
+
+    def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "LoRA":
+        if not (self.trained_tokens or self.new_tokens):
+            return self
+        return replace(self, trained_tokens=token_ids(tokenizer, self.trained_tokens, self.new_tokens), new_tokens=())
 
     def attach(self, model: nn.Module) -> None:
         chosen = select_linears(model, self.targets)
@@ -178,9 +191,11 @@ class LoRA(Method):
         if unused:
             raise RecipeError([f'method.{key}: "{p}" matches none of the {len(chosen)} target layers; remove it' for key, p in unused])
         whole = select_whole(model, self.modules_to_save, set(chosen))
+        rows = rows_to_train(model, self.trained_tokens, {*chosen, *whole}) if self.trained_tokens else {}
         adapt_linears(model, self.targets, self._adapt)
         join_siblings(model)
         train_whole(model, whole)
+        train_rows(model, rows)
 
     def _adapt(self, name: str, base: nn.Module) -> LoRALinear:
         rank = self.rank_of(name)
