@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlite.errors import AdapterError, shown
 from qlite.formats.foreign import ForeignAdapter, Pair
@@ -13,6 +13,8 @@ from qlite.formats.peft import CONFIG, LORA_B, PREFIX, SHOWN_NAME
 from qlite.methods.lora import DoRALinear, LoRALinear, join_siblings
 from qlite.methods.token_rows import head_tied_to, train_rows
 from qlite.methods.whole import Whole, train_whole
+from qlite.model.folder import folder_tokenizer
+from qlite.model.source import ModelFiles
 from qlite.offload import put
 from qlite.quant.dense import dense_matrix, matrix_shape
 from qlite.quant.embedding import is_embedding, matrix_of
@@ -45,6 +47,24 @@ def put_foreign_adapter(foreign: ForeignAdapter, model: PreTrainedModel, origin:
     if not changes:
         others = ", every saved tensor is the base's" if foreign.whole or foreign.rows else ""
         raise AdapterError(f"{origin}: every *{LORA_B} is zero{others}, so the adapter changes nothing of its base; was it ever trained?")
+
+
+def adapter_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that lies in the adapter's ``folder``, as trainers leave it there, or None where there is none.
+
+    Raises:
+        ModelError: it cannot be read.
+        AdapterError: it has more tokens than ``model``, with the adapter on, has rows.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    tokenizer, rows = folder_tokenizer(ModelFiles(folder, None, str(folder))), model.get_input_embeddings().num_embeddings
+    if (most := max(tokenizer.get_vocab().values())) >= rows:
+        raise AdapterError(
+            f"{folder}: its tokenizer has a token of id {most}, and the embedding with the adapter on it {rows} rows: the adapter lacks "
+            "the new ones; take the tokenizer's files away to merge it with the base's"
+        )
+    return tokenizer
 
 
 # Does it fit?

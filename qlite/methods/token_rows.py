@@ -45,7 +45,7 @@ class RowsEmbedding(StandIn, nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids [...] to rows [..., D], as the family's own embedding gives them."""
         own = self.ids.to(ids.device)  # made beside the table, which may lie on the host
-        places = torch.searchsorted(own, ids).clamp_(max=len(own) - 1)
+        places = torch.searchsorted(own, ids.contiguous()).clamp_(max=len(own) - 1)
         rows = self.token_adapter.trainable_tokens_delta
         trained = functional_call(self.shell, {"weight": rows}, (places,)) if self.shell else nn.functional.embedding(places, rows)
         return torch.where((own[places] == ids).unsqueeze(-1), trained, self.base(ids))

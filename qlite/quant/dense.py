@@ -14,7 +14,14 @@ def dense_copy(layer: nn.Module) -> nn.Module:
     """Return a copy of ``layer``, of its family's own class and dense in the dtype that it computes in, on its device."""
     if isinstance(layer, QuantLinear):
         return _dense_linear(layer)
-    return _dense_embedding(layer) if isinstance(layer, QuantEmbedding) else copy.deepcopy(layer)
+    return _dense_embedding(layer) if isinstance(layer, QuantEmbedding) else _duplicate(layer)
+
+
+def _duplicate(layer: nn.Module) -> nn.Module:
+    # deepcopy would ask each tensor for the address of its bytes, and those of a traced model have none.
+    tensors: dict[int, Tensor] = {id(tensor): tensor.clone() for tensor in layer.buffers()}
+    tensors |= {id(tensor): nn.Parameter(tensor.clone()) for tensor in layer.parameters()}
+    return copy.deepcopy(layer, tensors)
 
 
 def _dense_linear(linear: QuantLinear) -> nn.Linear:
@@ -30,7 +37,7 @@ def _dense_embedding(embedding: QuantEmbedding) -> nn.Embedding:
     if embedding.family is None:
         dense = nn.Embedding(count, size, mark, device="meta")
     else:
-        dense = copy.deepcopy(embedding.family)
+        dense = _duplicate(embedding.family)
         del dense.weight
         dense.padding_idx = mark
     dense.weight = nn.Parameter(embedding.table.dense(embedding.table.compute_dtype))

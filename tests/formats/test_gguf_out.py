@@ -152,6 +152,19 @@ def test_a_head_that_was_trained_whole_is_the_files_output(tmp_path):
     assert torch.equal(torch.tensor(head.data), base.model.lm_head.weight)
 
 
+def test_a_new_token_and_its_row_are_in_the_file(tmp_path):
+    base = loaded(folder_of(tmp_path, "llama"), None)
+    method = LoRA(rank=4, new_tokens=("<tool>",)).resolved(base.tokenizer)
+    method.attach(base.model)
+    base.model.model.embed_tokens.token_adapter.trainable_tokens_delta.data.fill_(0.5)
+    path, (token,) = written(tmp_path, base), method.trained_tokens
+    metadata = metadata_of(path)
+    assert metadata["tokenizer.ggml.tokens"][token] == "<tool>"
+    assert metadata["tokenizer.ggml.token_type"][token] == gguf.TokenType.USER_DEFINED
+    (table,) = (tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    assert (table.data == 0.5).all(axis=1).nonzero()[0].tolist() == [token]
+
+
 def test_llamas_q_and_k_stand_in_llama_cpps_order_and_vectors_are_float32(tmp_path):
     base = loaded(folder_of(tmp_path, "llama"))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written(tmp_path, base, "f16")).tensors}
