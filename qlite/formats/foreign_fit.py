@@ -74,7 +74,8 @@ def _misfits(foreign: ForeignAdapter, model: PreTrainedModel) -> Iterator[str]:
     modules = dict(model.named_modules())
     for layer, pair in foreign.linears.items():
         if is_linear(module := modules.get(layer)):
-            yield from _pair_misfits(layer, pair, matrix_shape(module), module.bias is not None)
+            shape = (_rows_after(foreign, layer, module), matrix_shape(module)[1])
+            yield from _pair_misfits(layer, pair, shape, module.bias is not None)
         else:
             yield f"it has no linear layer {shown(layer, SHOWN_NAME)}"
     for layer, pair in foreign.embeddings.items():

@@ -191,6 +191,7 @@ class LoRA(Method):
         if unused:
             raise RecipeError([f'method.{key}: "{p}" matches none of the {len(chosen)} target layers; remove it' for key, p in unused])
         whole = select_whole(model, self.modules_to_save, set(chosen))
+        assert not any(isinstance(token, str) for token in (*self.trained_tokens, *self.new_tokens)), "resolved() was not called"
         rows = rows_to_train(model, self.trained_tokens, {*chosen, *whole}) if self.trained_tokens else {}
         adapt_linears(model, self.targets, self._adapt)
         join_siblings(model)

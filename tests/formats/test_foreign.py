@@ -48,6 +48,7 @@ def options_of(kind: str, name: str) -> dict:
         "a grown vocabulary": {},
         "a grown vocabulary, tokens": {"trainable_token_indices": [9, VOCAB + 3]},
         "a grown vocabulary, adapted": {"target_modules": [embedding, attention]},
+        "a grown vocabulary, both adapted": {"target_modules": [embedding, attention, "lm_head"]},
     }[kind]
 
 
@@ -63,6 +64,7 @@ KINDS = (
     *("all biases", "adapted layers' biases", "biases of B", "tokens", "tokens of both", "other tokens of each"),
     *("an adapted embedding", "an adapted embedding, tied", "an adapted embedding and head, rslora", "an adapted embedding, dora"),
     *("a grown vocabulary", "a grown vocabulary, tokens", "a grown vocabulary, adapted"),
+    "a grown vocabulary, both adapted",
 )
 # Trained biases need some, and of an adapted embedding that grew PEFT saves the head only where it is the same.
 CASES = [
@@ -74,8 +76,9 @@ CASES = [
 UNTYING = {
     *("whole head and norms", "whole embedding", "other tokens of each", "an adapted embedding", "an adapted embedding, tied"),
     *("an adapted embedding and head, rslora", "an adapted embedding, dora", "a grown vocabulary, adapted"),
+    "a grown vocabulary, both adapted",
 }
-COMPUTED = ("dora", "biases of B", "adapted embedding", "vocabulary, adapted")
+COMPUTED = ("dora", "biases of B", "adapted embedding", "vocabulary, adapted", "both adapted")
 
 
 @pytest.fixture(scope="module")
