@@ -26,7 +26,7 @@ from qlite.files import MANIFEST, new_folder, write_json, write_tensors, write_t
 from qlite.formats.card import ADAPTER, GGUF_ADAPTER
 from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
-from qlite.formats.merged import SHARD_BYTES
+from qlite.formats.merged import SHARD_BYTES, write_company
 from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
 from qlite.recipe.share import local_name
 from qlite.training.auditing import Audit
@@ -257,15 +257,25 @@ def _opened(run: RunFolder, device: str, console: Observer) -> OpenRun:
 
 
 def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
-    """Write ``run``'s adapter as PEFT reads it into ``out``. Raises ExportError where PEFT has no such method."""
+    """Write ``run``'s adapter as PEFT reads it into ``out``, with the tokenizer where that has tokens of the run's own.
+
+    Raises:
+        ExportError: PEFT has no such method.
+    """
     if not (run.adapter / CONFIG).is_file():
         raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
+    recipe = run.recipe()
     with new_folder(out) as folder:
         write_tensors(folder / WEIGHTS, read_tensors(run.adapter), read_metadata(run.adapter))
         config = json.loads((run.adapter / CONFIG).read_text(encoding="utf-8"))
         # PEFT's own reader of it asks for the base by name; where it lies on this machine is nobody else's.
         write_json(folder / CONFIG, {**config, "base_model_name_or_path": local_name(config["base_model_name_or_path"])})
         write_text(folder / "README.md", run_card(run, ADAPTER, {}, {}))
+        if recipe.method.new_tokens:
+            tokenizer = recipe.base.tokenizer(lambda *_: None)
+            recipe.method.resolved(tokenizer)
+            tokenizer.chat_template = run.template or tokenizer.chat_template
+            write_company(folder, tokenizer, None)
     return Export(out, f"load it with peft.PeftModel.from_pretrained(base, {str(out)!r})", (out / WEIGHTS).stat().st_size)
 
 

@@ -58,6 +58,7 @@ def preview(recipe: Recipe | str | os.PathLike[str], *, row: int = 1, quiet: boo
         recipe = recipe_of(recipe).with_absolute_paths()
         with console_for(f"qlite preview  {recipe.name}", quiet) as console:
             tokenizer = recipe.base.tokenizer(console.phase)
+            recipe.method.resolved(tokenizer)
             data = recipe.data.load(tokenizer, recipe.train.tokens, lambda _: None, console.phase)
         if not 1 <= row <= len(data.train):
             raise RecipeError(f"--row {row}: there are {len(data.train)} training rows")

@@ -1,9 +1,13 @@
 """Adapters of random values for the tests, as an adapter's folder would hold them."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 from torch import nn
 
-from qlite.formats.peft import ForeignAdapter, adapter_tensors
+from qlite.formats.foreign import ForeignAdapter, read_foreign_adapter
+from qlite.formats.peft import write_adapter
 from qlite.methods.base import trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.methods.low_rank import LowRank
@@ -24,7 +28,9 @@ def put_on(model: nn.Module, method: LoRA, seed: int) -> ForeignAdapter:
     """Attach ``method`` to ``model`` with random values, and return them."""
     method.attach(model)
     randomise(model, seed)
-    return ForeignAdapter(method, {name: p.detach().clone() for name, p in adapter_tensors(model).items()})
+    with TemporaryDirectory() as folder:
+        write_adapter(Path(folder), model, method, "base")
+        return read_foreign_adapter(Path(folder))
 
 
 def random_update(rank: int, out: int = 24, columns: int = 40, seed: int = 0, scaling: float = 1.5) -> LowRank:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from qlite import combine
 from qlite.errors import AdapterError, RecipeError, RunError
-from qlite.formats.peft import CONFIG, read_foreign_adapter, write_adapter
+from qlite.formats.foreign import read_foreign_adapter
+from qlite.formats.peft import CONFIG, write_adapter
 from qlite.methods.lora import LoRA
 from tests.adapters import put_on
 from tests.families import FAMILIES, VOCAB, saved_folder

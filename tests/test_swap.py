@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from qlite import swap
 from qlite.errors import AdapterError, RecipeError, RunError
+from qlite.formats.foreign import read_foreign_adapter
 from qlite.formats.merged import write_merged
-from qlite.formats.peft import read_foreign_adapter, write_adapter
+from qlite.formats.peft import write_adapter
 from qlite.formats.swapped import MergedFolder, presence, swapped
 from qlite.methods.lora import LoRA
 from qlite.model.checkpoint import SafetensorsCheckpoint

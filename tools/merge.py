@@ -4,7 +4,8 @@
     python tools/merge.py ADAPTER_FOLDER --base ./model.gguf --bits 4 --dtype bf16 --out merged
 
 The same functions as ``python -m qlite.export --merge``, for adapters that qlite did not train. ``--bits 4`` merges over
-the weights that a 4-bit run trained against; 16 (the default) over the original ones.
+the weights that a 4-bit run trained against; 16 (the default) over the original ones. The tokenizer that is written is the
+adapter's, where its folder has one: with new tokens the base's would not do.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import torch
 
 from qlite.errors import ExportError
 from qlite.export import DTYPES
+from qlite.formats.foreign import read_foreign_adapter
+from qlite.formats.foreign_fit import adapter_tokenizer, put_foreign_adapter
 from qlite.formats.merged import write_merged
-from qlite.formats.peft import read_foreign_adapter
 from qlite.model.load import Base
 from qlite.training.console import open_console
 from qlite.training.provenance import other_base, other_company
@@ -45,8 +47,9 @@ def main(argv: list[str]) -> None:
             console.note(f"the adapter was trained over another base: {other}")
         for other in other_company(args.adapter, loaded):
             console.note(other)
-        foreign.put_on(loaded.model, args.adapter)
-        write_merged(args.out, loaded.model, loaded.tokenizer, loaded.generation_config, DTYPES[args.dtype], console.phase)
+        put_foreign_adapter(foreign, loaded.model, args.adapter)
+        tokenizer = adapter_tokenizer(args.adapter, loaded.model) or loaded.tokenizer
+        write_merged(args.out, loaded.model, tokenizer, loaded.generation_config, DTYPES[args.dtype], console.phase)
     print(f"wrote {args.out}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from qlite.errors import ExportError
 from qlite.formats.gguf_file import GgufTensor, Value, padded, write_gguf
 from qlite.formats.gguf_merged import general_fields, written_base
-from qlite.methods.base import AdaptedLinear, adapted_linears
+from qlite.methods.base import AdaptedLinear, adapted_linears, stand_ins
 from qlite.methods.lora import LoRALinear
 from qlite.model.load import LoadedBase
 from qlite.model.wheel import Progress
@@ -33,6 +33,8 @@ def write_adapter_gguf(path: Path, base: LoadedBase, alpha: float, name: str, pr
     """
     written = written_base(base)
     tensors = []
+    if others := [name for name, module in stand_ins(base.model) if not isinstance(module, AdaptedLinear)]:
+        raise ExportError(f"{others[0]} is trained itself, and llama.cpp's adapters only add to linears; use --gguf f16, which merges it")
     for layer, module in adapted_linears(base.model):
         _require_plain(layer, module)
         place = written.names.get(f"{layer}.weight")

@@ -72,7 +72,7 @@ class StoredAs:
 
     def __call__(self, dense: Dense) -> Iterator[Tensor]:
         """Yield the values of a matrix as they will be read out of the file, some rows at a time."""
-        name = self._names[dense.name]
+        name = self._names.get(dense.name, "output.weight")  # of a head that is the embedding's tensor
         return (part for rows in dense.parts() for part in round_trip(rows, name, self._type.kind_of(name, dense.shape)))
 
 

@@ -16,12 +16,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qlite.errors import ExportError, NotMergeable
 from qlite.files import write_json, write_tensor_file
 from qlite.formats.unfinished import Unfinished, unfinished_folder
-from qlite.methods.base import AdaptedLinear, trainable_tensors
+from qlite.methods.base import AdaptedLinear, StandIn, stand_ins, trainable_tensors
+from qlite.methods.token_rows import RowsEmbedding, RowsLinear
+from qlite.methods.whole import Whole
 from qlite.model.load import file_names
 from qlite.model.originals import Originals
 from qlite.model.wheel import Progress
+from qlite.quant.dense import dense_matrix, matrix_shape
 from qlite.quant.embedding import QuantEmbedding, matrix_of
-from qlite.quant.linear import Packed, QuantLinear, dense_weight
+from qlite.quant.linear import Packed, QuantLinear
 from qlite.room import require_space
 from qlite.units import GIB, format_bytes
 
@@ -142,22 +145,22 @@ def merged_tensors(model: PreTrainedModel, originals: Originals | None = None) -
     ``originals``: where what is frozen is taken from, and what is adapted is merged over; without them, from ``model`` itself.
 
     Raises:
-        NotMergeable: something is trained that is no weight of the base and no part of an adapted linear.
+        NotMergeable: something is trained that is no weight of the base and no part of what stands in its place.
     """
-    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+    adapted = tuple(f"{name}." for name, _ in stand_ins(model))
     _refuse_the_rest(model, adapted)
     seen: set[int] = set()
     inner: set[nn.Module] = set()
     for prefix, module in model.named_modules():
-        if module in inner or (f"{prefix}.".startswith(adapted) and not isinstance(module, AdaptedLinear)):
+        if module in inner:
             continue
-        if isinstance(module, QuantEmbedding):
+        if isinstance(module, StandIn | QuantEmbedding):
             inner |= set(module.modules())
         yield from _tensors_of(prefix, module, seen, originals)
 
 
 def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Originals | None) -> Iterator[Dense]:
-    linear = module.base if isinstance(module, AdaptedLinear) else module
+    linear = module.base if isinstance(module, AdaptedLinear | RowsEmbedding) else module
     dot = f"{prefix}." if prefix else ""
     weight = f"{dot}weight"
 
@@ -165,19 +168,21 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
         """Return what the original is, or else what the model has."""
         return otherwise() if originals is None or name not in originals else originals.parts(name)
 
-    if isinstance(module, AdaptedLinear):
-        shape = (linear.out_features, linear.in_features)
-        yield Dense(weight, shape, lambda: [_merged(module, frozen(weight, lambda: [dense_weight(linear)]))])
+    if isinstance(module, RowsLinear) and module.is_tied:
+        pass  # the embedding's tensor is the head's
+    elif isinstance(module, AdaptedLinear | RowsEmbedding):
+        yield Dense(weight, matrix_shape(linear), lambda: [_merged(module, frozen(weight, lambda: [dense_matrix(linear)]))])
     elif (matrix := matrix_of(module)) is not None and id(matrix.weight) not in seen:
         seen.add(id(matrix.weight))
         yield Dense(weight, (matrix.out_features, matrix.in_features), lambda: frozen(weight, lambda: _by_rows(matrix)))
-    if isinstance(module, AdaptedLinear | QuantLinear | QuantEmbedding):
+    if isinstance(module, AdaptedLinear | RowsEmbedding | QuantLinear | QuantEmbedding):
         if getattr(linear, "bias", None) is not None:
             yield Dense(f"{dot}bias", tuple(linear.bias.shape), lambda: frozen(f"{dot}bias", lambda: [linear.bias]))
         return
 
     def own_value(name: str, tensor: Tensor) -> Iterable[Tensor]:
-        return [tensor] if tensor.requires_grad else frozen(name, lambda: [tensor])  # what was trained has no other original
+        is_trained = tensor.requires_grad or isinstance(module, Whole)
+        return [tensor] if is_trained else frozen(name, lambda: [tensor])  # what was trained has no other original
 
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, tensor in own:
@@ -186,7 +191,7 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
             yield Dense(dot + name, tuple(tensor.shape), partial(own_value, dot + name, tensor), _whole(tensor))
 
 
-def _merged(module: AdaptedLinear, parts: Iterable[Tensor]) -> Tensor:
+def _merged(module: AdaptedLinear | RowsEmbedding, parts: Iterable[Tensor]) -> Tensor:
     return module.merged_weight(_joined(part.to(module.base.weight.device, torch.float32) for part in parts))
 
 

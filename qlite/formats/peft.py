@@ -1,7 +1,5 @@
 """Adapters as PEFT's two files: adapter_config.json and adapter_model.safetensors. Written and read without PEFT."""
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,30 +7,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlite.errors import AdapterError, RecipeError, shown
+from qlite.errors import AdapterError, shown
 from qlite.files import write_json, write_tensors
-from qlite.given import MOST_JSON_BYTES, parse_json, read_given, require_sound_table
-from qlite.methods.base import Method, adapted_linears, trainable_tensors
-from qlite.methods.lora import LoRA
+from qlite.given import require_sound_table
+from qlite.methods.base import Method, adapted_linears, stand_ins, trainable_tensors
+from qlite.methods.lora import LoRA, LoRALinear
 from qlite.methods.low_rank import LowRank
-from qlite.quant.linear import is_linear
+from qlite.methods.token_rows import RowsEmbedding, RowsLinear
+from qlite.methods.whole import Whole
 
 PREFIX, LORA_A, LORA_B, LENGTHS = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# PEFT 0.21's options that are read here, follow from the tensors, only guide training, or only say where the adapter is from.
-READ_OR_WITHOUT_EFFECT = {
-    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "init_lora_weights"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config"),
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
-}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHOWN_NAME = 200
 """Characters of a tensor's name in a message."""
-# The other named starts (pissa, olora, corda, loftq, lora_ga, mica) take something from the base's weights or out of training.
-STARTS_THAT_LEAVE_THE_BASE = {"gaussian", "eva", "orthogonal"}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -49,13 +38,18 @@ def write_adapter(folder: Path, model: nn.Module, method: Method, base_name: str
 
 def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
     """Return the content of PEFT's adapter_config.json for ``model``'s LoRA layers."""
-    layers = dict(adapted_linears(model))
+    layers = {name: layer for name, layer in adapted_linears(model) if isinstance(layer, LoRALinear)}
     leaves = {name.rpartition(".")[2] for name in layers}
     # Leaf names where they say exactly which layers are meant; else every layer by its whole name.
     same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
     targets = sorted(leaves) if len(same_leaf) == len(layers) else list(layers)
     ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != method.rank}
-    return {**_config(method, targets, base_name), "rank_pattern": ranks}
+    alphas = {name: method.alpha_of(name) for name in layers if method.alpha_of(name) != method.alpha}
+    # Whole names: PEFT takes whatever ends with one of them, and "norm" alone would be every norm of every block.
+    whole = [name for name, module in stand_ins(model) if isinstance(module, Whole)]
+    rows = {name: module.ids.tolist() for name, module in stand_ins(model) if _has_own_rows(module)}
+    config = _config(method, targets, base_name) | {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return config | {"modules_to_save": whole or None, "trainable_token_indices": rows or None}
 
 
 def _config(method: LoRA, targets: list[str], base_name: str) -> dict:
@@ -91,6 +85,11 @@ def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | No
     write_tensors(folder / WEIGHTS, tensors)
     config = _config(LoRA(rank=usual, alpha=float(usual)), list(ranks), base_name or "")
     write_json(folder / CONFIG, {**config, "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != usual}})
+
+
+def _has_own_rows(module: nn.Module) -> bool:
+    """Return whether ``module`` trains rows that are not the embedding's."""
+    return isinstance(module, RowsEmbedding) or (isinstance(module, RowsLinear) and not module.is_tied)
 
 
 def load_adapter(folder: Path, model: nn.Module) -> None:
@@ -162,142 +161,3 @@ def read_metadata(folder: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError):
         return {}
-
-
-@dataclass(frozen=True)
-class ForeignAdapter:
-    """A LoRA adapter that another program wrote: the method to attach and the tensors to copy in."""
-
-    method: LoRA
-    tensors: dict[str, Tensor]
-    base_name: str | None = None
-    """The base as adapter_config.json names it."""
-
-    def put_on(self, model: nn.Module, origin: Path) -> None:
-        """Attach the adapter to ``model`` with its tensors as they are; ``origin`` is only named in messages.
-
-        Raises:
-            AdapterError: it does not fit ``model``.
-        """
-        layers = {name for name, module in model.named_modules() if is_linear(module)}
-        unknown = [name for name in self.layers if name not in layers]
-        if unknown:
-            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            name = shown(unknown[0], SHOWN_NAME)
-            raise AdapterError(f"{origin}: the adapter does not fit this base: it has no linear layer {name}{more}")
-        try:
-            self.method.attach(model)
-        except RecipeError as error:
-            raise AdapterError(f"{origin}: the adapter does not fit this base: {error}") from error
-        copy_adapter(self.tensors, model, origin, keep_dtype=True)
-        self._require_change(origin)
-
-    def _require_change(self, origin: Path) -> None:
-        if not self.method.dora and not any(tensor.any() for name, tensor in self.tensors.items() if name.endswith(LORA_B)):
-            raise AdapterError(f"{origin}: every *{LORA_B} is zero, so the adapter changes nothing of its base; was it ever trained?")
-
-    def updates(self, origin: Path) -> dict[str, LowRank]:
-        """Return what the adapter does to each linear, by the linear's dotted name; ``origin`` is only named in messages.
-
-        Raises:
-            AdapterError: its tensors do not fit each other, are not finite, or change nothing; the first few in one message.
-        """
-        found, problems, used = {}, [], set()
-        for layer, A in _lora_A(self.tensors).items():
-            names = [f"{PREFIX}{layer}{leaf}" for leaf in (LORA_A, LORA_B, *([LENGTHS] if self.method.dora else []))]
-            B, lengths = self.tensors.get(names[1]), self.tensors.get(names[-1]) if self.method.dora else None
-            missing = [name for name in names if name not in self.tensors]
-            problems += [f"lacks {shown(name, SHOWN_NAME)}" for name in missing]
-            used |= set(names)
-            if not missing and (B.dim() != 2 or B.shape[1] != len(A) or (lengths is not None and lengths.shape != B.shape[:1])):
-                shapes = ", ".join(str(list(self.tensors[name].shape)) for name in names)
-                problems.append(f"the tensors of {shown(layer, SHOWN_NAME)} do not fit each other: {shapes}")
-            found[layer] = (A, B, self.method.scaling_of(len(A)), lengths)
-        problems += [f"has {shown(name, SHOWN_NAME)}, which nothing here takes" for name in self.tensors.keys() - used]
-        problems += [
-            f"{shown(name, SHOWN_NAME)} has values that are not finite" for name, t in self.tensors.items() if not t.isfinite().all()
-        ]
-        if problems:
-            raise AdapterError(f"{origin}: {_first(problems)}")
-        self._require_change(origin)
-        return {layer: LowRank(*parts) for layer, parts in found.items()}
-
-    @property
-    def layers(self) -> list[str]:
-        """The dotted names of the adapted linears."""
-        return list(_lora_A(self.tensors))
-
-
-def read_foreign_adapter(folder: Path) -> ForeignAdapter:
-    """Return the PEFT adapter in ``folder`` as a method and tensors of ours.
-
-    Raises:
-        AdapterError: its type or one of its options is not supported, or its files do not fit each other.
-    """
-    config, tensors = _read_config(folder / CONFIG), read_tensors(folder)
-    _refuse_unsupported(config, folder / CONFIG)
-    ranks = {name: t.shape[0] if t.dim() == 2 else 0 for name, t in _lora_A(tensors).items()}
-    if not ranks:
-        raise AdapterError(f"{folder / WEIGHTS}: holds no tensor called *.lora_A.weight; is it a LoRA adapter?")
-    said = {config["r"], *(config.get("rank_pattern") or {}).values()}
-    for name, rank in ranks.items():
-        if rank not in said:
-            told = f"{shown(name, SHOWN_NAME)} has rank {rank}, and {CONFIG} says r = {config['r']} and no such rank_pattern"
-            raise AdapterError(f"{folder / WEIGHTS}: {told}; the two files are not of one adapter")
-    method = LoRA(
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        targets=tuple(_literal(name) for name in ranks),
-        rank_per_target={_literal(name): rank for name, rank in ranks.items() if rank != config["r"]},
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-    )
-    base_name = config.get("base_model_name_or_path")
-    return ForeignAdapter(method, tensors, base_name if isinstance(base_name, str) else None)
-
-
-def _lora_A(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return each adapted layer's A by the layer's dotted name."""
-    return {name[len(PREFIX) : -len(LORA_A)]: t for name, t in tensors.items() if name.startswith(PREFIX) and name.endswith(LORA_A)}
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        config = parse_json(read_given(path, MOST_JSON_BYTES), says_once=True)
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read ({error.strerror}); a PEFT adapter has this file") from error
-    except ValueError as error:
-        raise AdapterError(f"{path}: not JSON ({error})") from error
-    rank, alpha = (config.get("r"), config.get("lora_alpha")) if isinstance(config, dict) else (None, None)
-    if type(rank) is not int or type(alpha) not in (int, float):
-        raise AdapterError(f'{path}: "r" and "lora_alpha" must be numbers')
-    if rank < 1 or not 0 < alpha <= sys.float_info.max:
-        raise AdapterError(
-            f'{path}: "r" must be 1 or more and "lora_alpha" more than 0 and finite; these are {shown(str(rank)[:20])} and {alpha}'
-        )
-    ranks = config.get("rank_pattern") or {}
-    if not isinstance(ranks, dict) or not all(type(each) is int for each in ranks.values()):
-        raise AdapterError(f"{path}: rank_pattern must be an object of whole numbers")
-    for key in ("use_rslora", "use_dora"):
-        if not isinstance(config.get(key), bool | None):
-            raise AdapterError(f"{path}: {key} must be true or false")
-    return config
-
-
-def _refuse_unsupported(config: dict, path: Path) -> None:
-    """Raise AdapterError for whatever would be lost silently."""
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f'peft_type is {config.get("peft_type")!r}, only "LORA" is read')
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias = {config['bias']!r}: trained biases are not read")
-    if isinstance(init := config.get("init_lora_weights"), str) and init not in STARTS_THAT_LEAVE_THE_BASE:
-        problems.append(f"init_lora_weights = {init!r} changed the base too: save it anew with path_initial_model_for_weight_conversion")
-    problems += [f"{key} = {value!r} is not supported" for key, value in config.items() if value and key not in READ_OR_WITHOUT_EFFECT]
-    if problems:
-        raise AdapterError(f"{path}: " + "; ".join(problems))
-
-
-def _literal(name: str) -> str:
-    """Return ``name`` as a pattern that matches nothing else."""
-    return name.replace("[", "[[]")

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import NotMergeable, RecipeError, shown
 from qlite.quant.linear import is_linear
@@ -21,7 +22,13 @@ from qlite.table import Table
 Targets = str | tuple[str, ...]
 
 
-class AdaptedLinear(nn.Module):
+class StandIn:
+    """What a method has put in the place of a frozen module, which it keeps as ``base``: put back, that makes the model its own again."""
+
+    base: nn.Module
+
+
+class AdaptedLinear(StandIn, nn.Module):
     """A frozen linear and the trainable tensors that one method adds to it.
 
     ``base`` may be stored in 4, 8 or 16 bit; a subclass only ever calls it.
@@ -45,6 +52,13 @@ class Method(Table):
     """One way to adapt a frozen model. A subclass must write ``attach``; the other hooks have defaults."""
 
     name: ClassVar[str]
+
+    def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "Method":
+        """Return the method with the ids of the tokens that it names; tokens that it makes are added to ``tokenizer``.
+
+        Without a tokenizer the ids are any: for a plan, which only their number matters to.
+        """
+        return self
 
     def attach(self, model: nn.Module) -> None:
         """Put the trainable tensors into ``model``, whose own parameters are frozen already."""
@@ -72,6 +86,11 @@ def trainable_count(model: nn.Module) -> int:
     return sum(p.numel() for p in trainable_tensors(model).values())
 
 
+def stand_ins(model: nn.Module) -> Iterator[tuple[str, StandIn]]:
+    """Yield (dotted name, module) for all that stands in the place of a frozen module, in model order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, StandIn))
+
+
 def adapted_linears(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """Yield (dotted name, module) for every adapted linear, in model order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
@@ -79,19 +98,28 @@ def adapted_linears(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` answer as its base does, bit for bit, until the context is left: each adapted linear's base stands in its place.
+    """Let ``model`` answer as its base does, bit for bit, until the context is left: what is adapted has its base in its place.
 
     Nothing is copied or loaded. Inside another ``adapters_off`` nothing is left to switch, and the outer one switches back.
     """
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module) for name, module in adapted_linears(model)]
+    found = list(stand_ins(model))
+    inner = {each for _, module in found for each in module.modules() if each is not module}
+    places = [
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module) for name, module in found if module not in inner
+    ]
     try:
         for owner, leaf, module in places:
-            setattr(owner, leaf, module.base)
+            setattr(owner, leaf, _frozen(module))
         yield
     finally:
         for owner, leaf, module in places:
             # model.train() and model.eval() did not reach what was taken out; the base heard them.
-            setattr(owner, leaf, module.train(module.base.training))
+            setattr(owner, leaf, module.train(_frozen(module).training))
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    """Return the base of a stand-in, or of what that stands on."""
+    return _frozen(module.base) if isinstance(module, StandIn) else module
 
 
 def adapt_linears(model: nn.Module, targets: Targets, wrap: Callable[[str, nn.Module], AdaptedLinear]) -> None:
@@ -130,7 +158,7 @@ def select_linears(model: nn.Module, targets: Targets) -> list[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether a linear's dotted ``name``, or its last part, is ``pattern`` (with * and ? and [..])."""
+    """Return whether a layer's dotted ``name``, or its last part, is ``pattern`` (with * and ? and [..])."""
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
 
 

@@ -5,16 +5,19 @@ readable by PEFT as it is.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import RecipeError
 from qlite.methods.base import AdaptedLinear, Method, Targets, adapt_linears, matches, select_linears
 from qlite.methods.lora_product import Adapted, lora_products
+from qlite.methods.token_rows import rows_to_train, token_ids, train_rows
+from qlite.methods.whole import select_whole, train_whole
 from qlite.quant.linear import compute_dtype, dense_weight
 
 # Children of one module that are given the same input, by the names that transformers' families give them.
@@ -160,18 +163,40 @@ class LoRA(Method):
     """"all-linear", "attention", or a list of layer names or patterns: ["q_proj", "model.layers.1?.mlp.*"]."""
     rank_per_target: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
     """Another rank for layers matching a name or pattern: {"q_proj" = 32}; the first match counts."""
+    alpha_per_target: dict[str, Annotated[float, Field(gt=0)]] = field(default_factory=dict)
+    """Another alpha for layers matching a name or pattern: {"q_proj" = 64}; the first match counts."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732, section 3)."""
     dora: bool = False
     """Train each row's length apart from its direction (DoRA, arXiv:2402.09353, section 4.1)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers that are trained whole, each a dense copy in the place of the frozen one: names or patterns, ["lm_head", "embed_tokens"].
+    Where the model has one tensor for embedding and head, each that is named gets its own."""
+    trained_tokens: tuple[str | Annotated[int, Field(ge=0)], ...] = ()
+    """Tokens of the tokenizer, or their ids, whose own rows of embedding and head are trained, all other rows staying as they are:
+    ["<|reserved_special_token_0|>"]."""
+    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that become tokens, ["<tool>"]: each gets a row of the embedding that no token has yet, which is trained as those of
+    trained_tokens are."""
+
+    def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "LoRA":
+        if not (self.trained_tokens or self.new_tokens):
+            return self
+        return replace(self, trained_tokens=token_ids(tokenizer, self.trained_tokens, self.new_tokens), new_tokens=())
 
     def attach(self, model: nn.Module) -> None:
         chosen = select_linears(model, self.targets)
-        unused = [p for p in self.rank_per_target if not any(matches(name, p) for name in chosen)]
+        tables = {"rank_per_target": self.rank_per_target, "alpha_per_target": self.alpha_per_target}
+        unused = [(key, p) for key, table in tables.items() for p in table if not any(matches(name, p) for name in chosen)]
         if unused:
-            raise RecipeError([f'method.rank_per_target: "{p}" matches none of the {len(chosen)} target layers; remove it' for p in unused])
+            raise RecipeError([f'method.{key}: "{p}" matches none of the {len(chosen)} target layers; remove it' for key, p in unused])
+        whole = select_whole(model, self.modules_to_save, set(chosen))
+        assert not any(isinstance(token, str) for token in (*self.trained_tokens, *self.new_tokens)), "resolved() was not called"
+        rows = rows_to_train(model, self.trained_tokens, {*chosen, *whole}) if self.trained_tokens else {}
         adapt_linears(model, self.targets, self._adapt)
         join_siblings(model)
+        train_whole(model, whole)
+        train_rows(model, rows)
 
     def _adapt(self, name: str, base: nn.Module) -> LoRALinear:
         rank = self.rank_of(name)
@@ -180,12 +205,16 @@ class LoRA(Method):
             raise RecipeError(
                 f"method.rank: {rank} is more than {name} can have ({smaller}); lower it, or set it apart in method.rank_per_target"
             )
-        return (DoRALinear if self.dora else LoRALinear)(base, rank, self.scaling_of(rank), self.dropout)
+        return (DoRALinear if self.dora else LoRALinear)(base, rank, self.scaling_of(name, rank), self.dropout)
 
-    def scaling_of(self, rank: int) -> float:
-        """Return what B A is multiplied by in a linear of ``rank``."""
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+    def scaling_of(self, name: str, rank: int) -> float:
+        """Return what B A is multiplied by in the linear with dotted name ``name`` and ``rank``."""
+        return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
 
     def rank_of(self, name: str) -> int:
         """Return the rank of the linear with dotted name ``name``."""
         return next((rank for pattern, rank in self.rank_per_target.items() if matches(name, pattern)), self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """Return the alpha of the linear with dotted name ``name``."""
+        return next((alpha for pattern, alpha in self.alpha_per_target.items() if matches(name, pattern)), self.alpha)

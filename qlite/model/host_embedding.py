@@ -18,9 +18,15 @@ def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None
     for the device once a pass.
 
     Raises:
-        ModelError: the output head is the same tensor, which the device needs.
+        ModelError: the output head is the same tensor, which the device needs; or the embedding is trained.
     """
     embedding = model.get_input_embeddings()
+    if any(p.requires_grad for p in embedding.parameters(recurse=False)):
+        raise ModelError(
+            'memory.embedding = "host": the embedding is trained (method.modules_to_save), and what is trained lies on the device; '
+            'set memory.embedding = "device"'
+        )
+    embedding = getattr(embedding, "base", embedding)  # single rows that are trained stay on the device
     inner = set(embedding.modules())
     others = [module for module in model.modules() if module not in inner]
     if _storages([embedding]) & {storage for module in others for storage in _storages([module], recurse=False)}:

@@ -1,5 +1,7 @@
 """A frozen embedding whose table is packed: only the rows that are asked for are ever dense."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,15 +21,9 @@ class QuantEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
         self.table: Packed = storage.make_table(self.num_embeddings, self.embedding_dim, dtype, embedding.weight.device)
-        self.family: nn.Embedding | None = None
-        if type(embedding).forward is not nn.Embedding.forward:
-            self.family = embedding
-            # A row's place is not its token's, so the mark of one token would be wrong; it only ever stops a gradient.
-            embedding.padding_idx = None
-            # Nothing of its own is kept; a buffer, because a model's first parameter says where the model is.
-            empty = embedding.weight.new_empty(0, self.embedding_dim, dtype=dtype)
-            del embedding.weight
-            embedding.register_buffer("weight", empty, persistent=False)
+        self.family = embedding_shell(embedding)
+        if self.family is not None:
+            self.family.weight = self.family.weight.to(dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -45,6 +41,27 @@ class QuantEmbedding(nn.Module):
             return rows.view(*ids.shape, self.embedding_dim)
         places = torch.arange(len(rows), device=rows.device).view(ids.shape)
         return functional_call(self.family, {"weight": rows}, (places,))
+
+
+def embedding_shell(embedding: nn.Module) -> nn.Embedding | None:
+    """Return ``embedding`` without its table, to run its family's own code on given rows; None where that only looks them up."""
+    if isinstance(embedding, QuantEmbedding):
+        return embedding.family
+    if type(embedding).forward is nn.Embedding.forward:
+        return None
+    shell = copy.copy(embedding)
+    # A row's place is not its token's, so the mark of one token would be wrong; it only ever stops a gradient.
+    shell.padding_idx = None
+    # Nothing of its own is kept; a buffer, because a model's first parameter says where the model is.
+    shell._parameters, shell._buffers = {}, dict(embedding._buffers)
+    shell._non_persistent_buffers_set = set(embedding._non_persistent_buffers_set)
+    shell.register_buffer("weight", embedding.weight.detach().new_empty(0, embedding.embedding_dim), persistent=False)
+    return shell
+
+
+def is_embedding(module: nn.Module | None) -> bool:
+    """Return whether ``module`` is a token embedding of any storage."""
+    return isinstance(module, nn.Embedding | QuantEmbedding)
 
 
 def matrix_of(module: nn.Module) -> Packed | None:

@@ -107,7 +107,7 @@ def describe(entry: dict, plural: bool = False) -> str:
     if "$ref" in entry:
         return "tables"
     if "anyOf" in entry:
-        return " or ".join(describe(part) for part in entry["anyOf"] if part.get("type") != "null")
+        return " or ".join(describe(part, plural) for part in entry["anyOf"] if part.get("type") != "null")
     if entry["type"] == "array":
         parts = entry.get("prefixItems") or [entry["items"]]
         count = f"{len(parts)} " if "prefixItems" in entry else ""

@@ -29,8 +29,11 @@ LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*"|'[^'\n]*')[ \t]*+\.[
 
 # What other trainers call our keys (PEFT, transformers, alpaca-lora, axolotl), where letters alone would not lead there.
 OTHER_NAMES = {
+    "added_tokens": "method.new_tokens",
+    "alpha_pattern": "method.alpha_per_target",
     "batch_size": "train.micro_batch",
     "attn_implementation": "base.attention",
+    "additional_target": "method.modules_to_save",
     "bf16": "base.dtype",
     "chat_template": "data.template",
     "cutoff_len": "train.tokens",
@@ -44,6 +47,7 @@ OTHER_NAMES = {
     "load_best_model_at_end": "output.adapter",
     "load_in_4bit": "base.bits",
     "load_in_8bit": "base.bits",
+    "lora_modules_to_save": "method.modules_to_save",
     "lr_scheduler": "schedule.name",
     "max_grad_norm": "train.clip_norm",
     "max_length": "train.tokens",
@@ -56,11 +60,13 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "train.micro_batch",
     "pad_to_sequence_len": "train.packing",
     "r": "method.rank",
+    "rank_pattern": "method.rank_per_target",
     "sample_packing": "train.packing",
     "sequence_len": "train.tokens",
     "target_modules": "method.targets",
     "train_on_inputs": "data.loss_on",
     "train_on_responses_only": "data.loss_on",
+    "trainable_token_indices": "method.trained_tokens",
     "use_dora": "method.dora",
     "use_rslora": "method.rslora",
     "val_set_size": "data.held_out_rows",

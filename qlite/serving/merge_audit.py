@@ -188,9 +188,10 @@ def _standing_in(model: nn.Module, weights: Weights, measured: dict[str, tuple[f
     """Let ``weights`` multiply, and be looked up, wherever ``model`` has a matrix; ``measured`` takes what that changes, by linear."""
     inner, changed = set(), []
     try:
-        for name, module in model.named_modules():
+        for place, module in model.named_modules():
             if module in inner:
                 continue
+            name = place.removesuffix(".base")  # of an embedding that has some trained rows
             if isinstance(module, AdaptedLinear):
                 forward = partial(_adapted, module, name, weights, measured)
             elif isinstance(module, QuantEmbedding | nn.Embedding):

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlite.errors import AdapterError, QliteError, shown
-from qlite.formats.peft import CONFIG, read_foreign_adapter
+from qlite.formats.foreign import read_foreign_adapter
+from qlite.formats.peft import CONFIG
 from qlite.methods.low_rank import LowRank
 from qlite.serving.bank import BASE
 from qlite.training.run_folder import RunFolder, find_run

@@ -173,11 +173,12 @@ def trace(recipe: Recipe, shapes: BaseShapes, work: Workload) -> Forecast:
 
 
 def _traceable(recipe: Recipe) -> Recipe:
-    """Return ``recipe`` with an attention that needs no card: flash and flex keep what torch's own flash attention keeps.
+    """Return ``recipe`` with an attention that needs no card: flash and flex keep what torch's own flash attention keeps; and with any ids.
 
     Raises:
         ModelError: they are to be kept over checkpointing, which only "auto" can.
     """
+    recipe = replace(recipe, method=recipe.method.resolved(None))
     if recipe.base.attention not in ("flash", "flex"):
         return recipe
     if recipe.memory.checkpointing == "attention":

@@ -12,6 +12,7 @@ from qlite.serving.bank import BASE, AdapterBank, linear_shapes, misfits
 from qlite.serving.dialogue import Voices
 from qlite.training.adapter_folders import Given, other_base, other_template, parse_adapters, read_updates
 from qlite.training.open_run import OpenRun, open_run
+from qlite.training.provenance import other_base as other_base_files
 from qlite.training.run_folder import RunFolder, find_run
 
 
@@ -42,6 +43,9 @@ def open_bank(run: str | None, texts: list[str], device: str, progress: Progress
     if problems:
         raise AdapterError("\n".join(problems))
     opened = open_run(first, device, progress)
+    strangers = {each.name: other_base_files(each.folder, opened.base) for each in given if each.run is None}
+    if any(strangers.values()):
+        raise AdapterError("\n".join(f"{name}: was trained over another base: {other}" for name, other in strangers.items() if other))
     bank = AdapterBank(opened.base.model, opened.device)
     for each in given:
         bank.add(each.name, updates.pop(each.name))

@@ -10,6 +10,7 @@ from qlite import device
 from qlite.data.encode import Encoder
 from qlite.errors import printable
 from qlite.formats.peft import load_adapter
+from qlite.methods.base import Method
 from qlite.model.load import LoadedBase
 from qlite.model.lowering import lower_memory
 from qlite.model.wheel import Progress
@@ -27,10 +28,12 @@ class OpenRun:
     base: LoadedBase
     encoder: Encoder
     device: torch.device
+    method: Method
+    """The recipe's, with the ids of the tokens that it names."""
 
     def attach(self) -> None:
         """Put the trained adapter on the base. Raises AdapterError if it does not fit."""
-        self.recipe.method.attach(self.base.model)
+        self.method.attach(self.base.model)
         load_adapter(self.run.adapter, self.base.model)
         lower_memory(self.base.model, self.recipe.memory, self.device)
         self.base.model.requires_grad_(False).eval()
@@ -54,9 +57,10 @@ def open_run(run: RunFolder, device_name: str, progress: Progress, note: Callabl
     base = replace(recipe.base, attention="auto").load(where, progress, recipe.memory)
     require_same_base(run.adapter, base)
     recipe.base.compile(where, progress)
+    method = recipe.method.resolved(base.tokenizer)
     encoder = Encoder(base.tokenizer, run.template, recipe.data.loss_on)
     if encoder.template is not None:
         base.tokenizer.chat_template = encoder.template  # what an export writes beside the weights
     for other in other_company(run.adapter, base):
         note(other)
-    return OpenRun(run, recipe, base, encoder, where)
+    return OpenRun(run, recipe, base, encoder, where, method)

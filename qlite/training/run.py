@@ -143,7 +143,9 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     meter = Meter(where)
     plan, notes = recipe.train, []
     # The data first: what is wrong with it is known before a weight is read.
-    data = recipe.data.load(recipe.base.tokenizer(console.phase), plan.tokens, notes.append, console.phase)
+    tokenizer = recipe.base.tokenizer(console.phase)
+    method = recipe.method.resolved(tokenizer)
+    data = recipe.data.load(tokenizer, plan.tokens, notes.append, console.phase)
     data.require_sound()
     require_answers(data, plan)
     batches = plan.batches(data)
@@ -162,7 +164,7 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     kernels = recipe.base.compile(where, console.phase)
     device.seed_all(plan.seed)
     with meter.attaching():
-        recipe.method.attach(model)
+        method.attach(model)
     if "not compiled" in kernels:
         notes.append(f"norms, rotary positions and SwiGLU are {kernels}")
     notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(model))} trained parameters")

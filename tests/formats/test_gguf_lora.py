@@ -50,8 +50,9 @@ def put_on(base: Path, metadata: dict[str, object], adapter: dict[str, gguf.Read
         LoRA(rank=4, alpha=10.0),
         LoRA(rank=4, alpha=8.0, rank_per_target={"o_proj": 2, "model.layers.0.*": 3}),
         LoRA(rank=4, alpha=16.0, rslora=True, rank_per_target={"o_proj": 2}),
+        LoRA(rank=4, alpha=8.0, alpha_per_target={"o_proj": 2.0, "model.layers.0.*": 4.0}),
     ],
-    ids=["plain", "ranks", "rslora"],
+    ids=["plain", "ranks", "rslora", "alphas"],
 )
 def test_base_and_adapter_in_llama_cpps_arithmetic_are_the_merged_file(name, method, tmp_path):
     base = loaded(folder_of(tmp_path, name), method)
@@ -101,6 +102,13 @@ def test_dora_is_refused_by_name(tmp_path):
     base = loaded(folder_of(tmp_path, "llama"), LoRA(rank=4, alpha=4.0, dora=True, targets=["v_proj"]))
     with pytest.raises(ExportError, match=r"model\.layers\.0\.self_attn\.v_proj: .* no place for DoRA's magnitudes; use --gguf f16"):
         adapter_of(tmp_path, base, 4.0)
+
+
+def test_a_layer_that_was_trained_whole_is_refused_by_name(tmp_path):
+    base = loaded(folder_of(tmp_path, "llama"), LoRA(rank=4, alpha=4.0, modules_to_save=("lm_head",)))
+    with pytest.raises(ExportError, match=r"lm_head is trained itself, and llama.cpp's adapters only add to linears; use --gguf f16"):
+        adapter_of(tmp_path, base, 4.0)
+    assert not (tmp_path / "lora").exists()
 
 
 def test_an_adapter_without_linears_is_refused(tmp_path):

@@ -145,6 +145,26 @@ def test_transformers_reads_the_file_as_the_adapted_model(name, tmp_path):
         torch.testing.assert_close(logits(again), logits(base.model), rtol=1e-5, atol=1e-4)
 
 
+def test_a_head_that_was_trained_whole_is_the_files_output(tmp_path):
+    base = loaded(folder_of(tmp_path, "llama"), LoRA(rank=4, modules_to_save=("lm_head",)))
+    base.model.lm_head.weight.data.add_(0.5)
+    (head,) = (tensor for tensor in gguf.GGUFReader(written(tmp_path, base)).tensors if tensor.name == "output.weight")
+    assert torch.equal(torch.tensor(head.data), base.model.lm_head.weight)
+
+
+def test_a_new_token_and_its_row_are_in_the_file(tmp_path):
+    base = loaded(folder_of(tmp_path, "llama"), None)
+    method = LoRA(rank=4, new_tokens=("<tool>",)).resolved(base.tokenizer)
+    method.attach(base.model)
+    base.model.model.embed_tokens.token_adapter.trainable_tokens_delta.data.fill_(0.5)
+    path, (token,) = written(tmp_path, base), method.trained_tokens
+    metadata = metadata_of(path)
+    assert metadata["tokenizer.ggml.tokens"][token] == "<tool>"
+    assert metadata["tokenizer.ggml.token_type"][token] == gguf.TokenType.USER_DEFINED
+    (table,) = (tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    assert (table.data == 0.5).all(axis=1).nonzero()[0].tolist() == [token]
+
+
 def test_llamas_q_and_k_stand_in_llama_cpps_order_and_vectors_are_float32(tmp_path):
     base = loaded(folder_of(tmp_path, "llama"))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written(tmp_path, base, "f16")).tensors}

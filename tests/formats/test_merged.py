@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlite.errors import AdapterError, ExportError, MachineError, NotMergeable, QliteError
 from qlite.files import is_whole
@@ -420,6 +420,41 @@ def test_the_merge_tool_merges_as_peft_over_a_bfloat16_base(name, kind, folders,
 def test_the_merge_tool_merges_as_peft_over_a_base_with_more_digits_than_bfloat16(stored, kind, tmp_path):
     base = saved_folder(tmp_path, Family("llama", stored=stored))
     assert_merges_as_peft(base, tmp_path, PEFT_OPTIONS[kind])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"trainable_token_indices": [9, 5]}, {"alpha_pattern": {"q_proj": 3}}],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_merge_tool_merges_what_stands_beside_the_low_rank_pairs(options, folders, tmp_path):
+    assert_merges_as_peft(folders["qwen2"], tmp_path, options)
+
+
+def test_the_merge_tool_writes_the_vocabulary_and_tokenizer_that_grew(folders, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    tokenizer.add_tokens([f"<new {number}>" for number in range(VOCAB)])
+    grown = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    grown.resize_token_embeddings(len(tokenizer))
+    wrapped = peft.get_peft_model(grown, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    randomise(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    main([str(tmp_path / "adapter"), "--base", str(folders["llama"]), "--out", str(tmp_path / "out"), "--dtype", "fp32"])
+    merged, again = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[*again("<new 3> one <new 100>").input_ids]])
+    assert ids.max() >= VOCAB
+    assert torch.allclose(merged(input_ids=ids).logits, wrapped.eval()(input_ids=ids).logits, atol=1e-4)
+
+
+def test_the_merge_tool_refuses_a_tokenizer_that_grew_without_the_embedding(folders, tmp_path):
+    made_by_peft(folders["llama"], tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    tokenizer.add_tokens([f"<new {number}>" for number in range(VOCAB)])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"its tokenizer has a token of id \d+, and the embedding with the adapter on it 128 rows"):
+        main([str(tmp_path / "adapter"), "--base", str(folders["llama"]), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_merge_tool_merges_over_the_dequantised_base_with_bits_4(folders, tmp_path):

@@ -11,17 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlite.formats.peft import CONFIG, PREFIX, WEIGHTS, read_foreign_adapter
+from qlite.formats.foreign import read_foreign_adapter
+from qlite.formats.foreign_fit import put_foreign_adapter
+from qlite.formats.peft import CONFIG, PREFIX, WEIGHTS
 from tests.formats.test_peft import MALFORMED_CONFIGS, UNFIT_TENSORS, UNSUPPORTED, Q
 from tests.malformed import Case, count_refused
 from tests.malformed.test_safetensors import make_good
 from tests.tiny import tiny_llama
 
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+EMBED = f"{PREFIX}model.embed_tokens"
+ROWS = f"{EMBED}.token_adapter.trainable_tokens_delta"
 
 
 def put_on(folder: Path) -> Callable[[], object]:
-    return lambda: read_foreign_adapter(folder).put_on(tiny_llama(), folder)
+    return lambda: put_foreign_adapter(read_foreign_adapter(folder), tiny_llama(), folder)
 
 
 def given(good: Path, spoil: Callable[[Path], object], folder: Path) -> Callable[[], object]:
@@ -94,6 +98,13 @@ CONFIGS = {
     "ranks as texts": (configured(rank_pattern={"q_proj": "4"}), "rank_pattern must be an object of whole numbers"),
     "a text as use_dora": (configured(use_dora="false"), "use_dora must be true or false"),
     "a number as use_rslora": (configured(use_rslora=1), "use_rslora must be true or false"),
+    "alphas in a list": (configured(alpha_pattern=[4]), "alpha_pattern must be an object of numbers"),
+    "an alpha of 0 for one layer": (configured(alpha_pattern={"q_proj": 0}), "alpha_pattern must be an object of numbers, more than 0"),
+    "a pattern that runs for hours": (configured(alpha_pattern={"(a+)+$": 4}), "is no pattern that can be followed"),
+    "a pattern that is none": (configured(alpha_pattern={"q_proj(": 4}), "is no pattern that can be followed"),
+    "token ids as texts": (configured(trainable_token_indices=["3"]), "trainable_token_indices must be a list of token ids"),
+    "a name as modules_to_save": (configured(modules_to_save="lm_head"), "modules_to_save must be a list of names"),
+    "an unknown bias": (configured(bias="some"), "bias = 'some': is none of none, all, lora_only"),
     "DoRA without magnitudes": (configured(use_dora=True), "lora_magnitude_vector"),
     "an unknown type": (configured(peft_type="\x1b[2J"), "peft_type is '\\x1b[2J'"),
     "no type": (configured(peft_type=None), 'peft_type is None, only "LORA" is read'),
@@ -114,17 +125,20 @@ TENSORS = {
         "it has no linear layer model.layers.9.self_attn.q_proj",
     ),
     "a layer that is no linear": (
-        changed(lambda t: t.update({f"{PREFIX}model.embed_tokens.lora_A.weight": torch.zeros(4, 64)})),
+        changed(lambda t: t.update({f"{PREFIX}model.embed_tokens.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"})),
         "it has no linear layer model.embed_tokens",
     ),
-    "a pattern for a layer": (changed(lambda t: t.update({f"{PREFIX}*.lora_A.weight": torch.zeros(4, 64)})), "it has no linear layer *"),
+    "a pattern for a layer": (
+        changed(lambda t: t.update({f"{PREFIX}*.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"})),
+        "it has no linear layer *",
+    ),
     "names without PEFT's prefix": (
         changed(lambda t: [t.update({name.removeprefix(PREFIX): t.pop(name)}) for name in list(t)]),
-        "holds no tensor called *.lora_A.weight",
+        "which nothing here takes: PEFT's names are base_model.model.<layer>.<tensor>",
     ),
-    "names with the adapter's name in them": (
-        changed(lambda t: [t.update({name.replace(".weight", ".default.weight"): t.pop(name)}) for name in list(t)]),
-        "holds no tensor called *.lora_A.weight",
+    "two adapters in one file": (
+        changed(lambda t: t.update({A.replace(".weight", f".{name}.weight"): t[A].clone() for name in ("one", "two")})),
+        "q_proj.lora_A.weight twice, as two adapters in one file do",
     ),
     "never trained": (
         changed(lambda t: [x.zero_() for name, x in t.items() if "lora_B" in name]),
@@ -137,10 +151,6 @@ TENSORS = {
     "A turned over": (changed(lambda t: t.update({A: t[A].T.contiguous()})), "q_proj has rank 64"),
     "B turned over": (changed(lambda t: t.update({B: t[B].T.contiguous()})), f"{B} is [4, 64], needed is [64, 4]"),
     "B of another rank": (changed(lambda t: t.update({B: torch.zeros(64, 3)})), f"{B} is [64, 3], needed is [64, 4]"),
-    "more rank than the layer has": (
-        changed(lambda t: t.update({A: torch.zeros(65, 64), B: torch.zeros(64, 65)}), rank_pattern={"q_proj": 65}),
-        "the adapter does not fit this base: method.rank: 65 is more than",
-    ),
     "a base twice as wide": (changed(lambda t: [t.update({n: x.repeat(1, 2)}) for n, x in list(t.items()) if "A" in n]), "needed is [4, "),
     "whole numbers": (changed(lambda t: t.update({A: t[A].to(torch.int32)})), f"{A} is int32, and adapters are 16 or 32 bit floats"),
     "true and false": (changed(lambda t: t.update({A: t[A] > 0})), f"{A} is bool"),
@@ -148,8 +158,51 @@ TENSORS = {
     "complex numbers": (changed(lambda t: t.update({A: t[A].to(torch.complex64)})), f"{A} is complex64"),
     "NaN in 16 bit": (changed(lambda t: t.update({B: torch.full((64, 4), float("nan")).bfloat16()})), "values that are not finite"),
     "infinity in 16 bit": (changed(lambda t: t.update({B: torch.full((64, 4), float("inf")).half()})), "values that are not finite"),
-    "an embedding": (changed(lambda t: t.update({f"{PREFIX}embed_tokens.lora_embedding_A": torch.zeros(4, 9)})), "nothing here takes"),
-    "a whole head": (changed(lambda t: t.update({f"{PREFIX}lm_head.weight": torch.zeros(100, 64)})), "nothing here takes"),
+    "half an embedding": (
+        changed(lambda t: t.update({f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.zeros(4, 64)})),
+        "lacks base_model.model.model.embed_tokens.lora_embedding_B",
+    ),
+    "an embedding of another vocabulary": (
+        changed(lambda t: t.update({f"{EMBED}.lora_embedding_A": torch.zeros(4, 9), f"{EMBED}.lora_embedding_B": torch.zeros(64, 4)})),
+        "embed_tokens.lora_embedding_A is [4, 9], needed is [4, 64]",
+    ),
+    "an embedding that the base has not": (
+        changed(lambda t: t.update({f"{PREFIX}wte.lora_embedding_{x}": torch.zeros(4, 4) for x in "AB"})),
+        "it has no embedding wte",
+    ),
+    "a head of more rows than the embedding": (
+        changed(lambda t: t.update({f"{PREFIX}lm_head.weight": torch.zeros(100, 64)})),
+        "model.embed_tokens has 64 rows with it, and lm_head 100",
+    ),
+    "a head of another width": (
+        changed(lambda t: t.update({f"{PREFIX}lm_head.weight": torch.zeros(64, 32)})),
+        "lm_head.weight is [64, 32], needed is [64, 64]",
+    ),
+    "a classifier": (changed(lambda t: t.update({f"{PREFIX}score.weight": torch.zeros(2, 64)})), "score.weight, which nothing here takes"),
+    "a saved layer without its tensors": (configured(modules_to_save=["lm_head"]), "lacks the tensors of lm_head, which adapter_"),
+    "a bias where the base has none": (
+        changed(lambda t: t.update({f"{Q}.base_layer.bias": torch.zeros(64)}), bias="all"),
+        "q_proj.bias, which nothing here takes",
+    ),
+    "a trained bias of B where the base has none": (
+        changed(lambda t: t.update({f"{name[:-7]}.bias": torch.ones(64) for name in list(t) if "lora_B" in name}), lora_bias=True),
+        "lora_B.bias is trained, and the base's layer has no bias that could hold it (lora_bias)",
+    ),
+    "no bias of B": (configured(lora_bias=True), "q_proj.lora_B.bias: adapter_config.json says lora_bias = true"),
+    "no rows of tokens": (configured(trainable_token_indices=[3]), "lacks *.trainable_tokens_delta, the rows of the tokens"),
+    "fewer rows than tokens": (
+        changed(lambda t: t.update({ROWS: torch.zeros(1, 64)}), trainable_token_indices=[3, 5]),
+        "trainable_tokens_delta is [1, 64], and adapter_config.json has 2 tokens for it",
+    ),
+    "rows of a token that the base has not": (
+        changed(lambda t: t.update({ROWS: torch.zeros(1, 64)}), trainable_token_indices=[64]),
+        "trains token 64, and the base has 64 rows",
+    ),
+    "rows of a linear": (
+        changed(lambda t: t.update({ROWS.replace(EMBED, Q): torch.zeros(1, 64)}), trainable_token_indices={"q_proj": [3]}),
+        "q_proj is neither the embedding nor the output head",
+    ),
+    "a token twice": (configured(trainable_token_indices=[3, 3]), "trainable_token_indices names token 3 twice"),
     "a thousand tensors too many": (changed(lambda t: t.update({f"{n}": torch.zeros(1) for n in range(1000)})), "(and 995 more)"),
     "escape codes in a name": (changed(lambda t: t.update({"\x1b[2J": torch.zeros(1)})), "has \\x1b[2J, which nothing here takes"),
     "a way out of the folder": (changed(lambda t: t.update({"../../x": torch.zeros(1)})), "has ../../x, which nothing here takes"),
@@ -191,5 +244,5 @@ def good(tmp_path_factory) -> Path:
 
 def test_every_malformed_adapter_is_refused_with_file_and_key_or_tensor(good, tmp_path, record_property):
     found = cases(good)
-    assert len(found) == 99
+    assert len(found) == 112
     count_refused("adapters", found, tmp_path, record_property)

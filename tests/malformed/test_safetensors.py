@@ -19,7 +19,9 @@ from torch import nn
 
 from qlite.errors import QliteError
 from qlite.files import new_folder
-from qlite.formats.peft import WEIGHTS, adapter_tensors, copy_adapter, read_foreign_adapter, read_tensors, write_adapter
+from qlite.formats.foreign import read_foreign_adapter
+from qlite.formats.foreign_fit import put_foreign_adapter
+from qlite.formats.peft import WEIGHTS, adapter_tensors, copy_adapter, read_tensors, write_adapter
 from qlite.methods.lora import LoRA
 from qlite.model.checkpoint import open_checkpoint
 from qlite.model.load import Base
@@ -236,7 +238,7 @@ def as_base(good: Path, spoil: Callable[[Path], object], folder: Path) -> Callab
 def as_adapter(good: Path, spoil: Callable[[Path], object], folder: Path) -> Callable[[], object]:
     adapter = Path(shutil.copytree(good / "adapter", folder / "adapter"))
     spoil(adapter / WEIGHTS)
-    return lambda: read_foreign_adapter(adapter).put_on(tiny_llama(), adapter)
+    return lambda: put_foreign_adapter(read_foreign_adapter(adapter), tiny_llama(), adapter)
 
 
 def as_checkpoint(good: Path, spoil: Callable[[Path], object], folder: Path) -> Callable[[], object]:

@@ -26,6 +26,10 @@ VARIANTS = {
     "lora, rslora": METHODS["lora"](rank=4, rslora=True),
     "lora, dora": METHODS["lora"](rank=4, dora=True),
     "lora, ranks": METHODS["lora"](rank=4, targets=("q_proj", "*.mlp.*"), rank_per_target={"q_proj": 2}),
+    "lora, alphas": METHODS["lora"](rank=4, alpha_per_target={"q_proj": 4.0, "*.1.*": 1.5}),
+    "lora, whole layers": METHODS["lora"](rank=4, modules_to_save=("lm_head", "embed_tokens", "*.0.input_layernorm")),
+    # Tokens that the rows below have before a trained one: those of others get no gradient in the embedding.
+    "lora, token rows": METHODS["lora"](rank=4, trained_tokens=(6, 12, 53)),
 }
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 

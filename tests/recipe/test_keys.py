@@ -12,7 +12,7 @@ ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",
     "base.double_quant", "base.block_size", "base.dtype", "base.attention", "base.cache", "base.fused",
     "method.name", "method.rank", "method.alpha", "method.dropout", "method.targets", "method.rank_per_target",
-    "method.rslora", "method.dora",
+    "method.alpha_per_target", "method.rslora", "method.dora", "method.modules_to_save", "method.trained_tokens", "method.new_tokens",
     "optimizer.name", "optimizer.lr", "optimizer.weight_decay", "optimizer.betas", "optimizer.eps",
     "schedule.name", "schedule.warmup_steps", "schedule.final_ratio",
     "data.train", "[[data.train]].path", "[[data.train]].name", "[[data.train]].split", "[[data.train]].revision",
@@ -42,7 +42,7 @@ def printed(monkeypatch, columns: int) -> str:
 
 def test_these_are_all_the_keys():
     assert [key.name for key in all_keys()] == ALL_KEYS
-    assert len(ALL_KEYS) == 87
+    assert len(ALL_KEYS) == 91
 
 
 @pytest.mark.parametrize("key", list(all_keys()), ids=lambda key: key.name)

@@ -37,6 +37,7 @@ CASES = {
     "float32": {"base": {"dtype": "float32", "bits": 16}},
     "dora": {"method": {"dora": True}},
     "some targets": {"method": {"targets": ["q_proj", "v_proj"], "rank": 8}},
+    "head and norms whole": {"method": {"modules_to_save": ["lm_head", "*layernorm"]}, "base": {"head_bits": 4}},
     "torch's optimizer": {"optimizer": {"name": "torch_adamw"}},
     "lion": {"optimizer": {"name": "lion8bit"}},
     "loss in chunks": {"memory": {"loss_chunk": 8}},

@@ -1,0 +1,151 @@
+"""What adapter_config.json says, key by key: what is read, what has no effect on the tensors, and what is refused by name."""
+
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qlite.errors import AdapterError, shown
+from qlite.given import MOST_JSON_BYTES, parse_json, read_given
+
+# PEFT 0.21's options that are read here, follow from the tensors, only guide training, or only say where the adapter is from.
+READ_OR_WITHOUT_EFFECT = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias", "init_lora_weights"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config"),
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("megatron_core", "qalora_group_size"),
+    # Of layers that hold their weights turned over, as GPT-2's do; PEFT itself sets it back for linears, and has none for embeddings.
+    "fan_in_fan_out",
+}
+# The other named starts (pissa, olora, corda, loftq, lora_ga, mica) take something from the base's weights or out of training.
+STARTS_THAT_LEAVE_THE_BASE = {"gaussian", "eva", "orthogonal"}
+BIASES = ("none", "all", "lora_only")
+# A pattern is a stranger's and runs on every layer's name: more repetitions than these could run for minutes.
+MOST_REPETITIONS, MOST_PATTERN = 3, 200
+WAY_OUT = "what is not read here, PEFT may merge (model.merge_and_unload()): give the model that it writes instead"
+
+TokenIds = dict[str, list[int]]
+"""Token ids by the end of the layer's name; "" is the input embedding."""
+
+
+@dataclass(frozen=True)
+class ForeignConfig:
+    """The options of a LoRA adapter that another program wrote."""
+
+    rank: int
+    alpha: float
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    token_ids: TokenIds = field(default_factory=dict)
+    base_name: str | None = None
+
+    def alpha_of(self, layer: str) -> float:
+        """Return the alpha of the layer with dotted name ``layer``."""
+        return next((alpha for pattern, alpha in self.alphas.items() if re.match(rf"(.*\.)?({pattern})$", layer)), self.alpha)
+
+    def ids_of(self, layer: str) -> list[int] | None:
+        """Return the trained tokens of the embedding or head ``layer``, in the order of its rows; None where the config names none."""
+        return next((ids for name, ids in self.token_ids.items() if layer.endswith(name)), None)
+
+
+def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
+    """Return what ``path`` says, and all that is wrong with it.
+
+    Raises:
+        AdapterError: it is no JSON, or says neither rank nor alpha.
+    """
+    try:
+        config = parse_json(read_given(path, MOST_JSON_BYTES), says_once=True)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror}); a PEFT adapter has this file") from error
+    except ValueError as error:
+        raise AdapterError(f"{path}: not JSON ({error})") from error
+    rank, alpha = (config.get("r"), config.get("lora_alpha")) if isinstance(config, dict) else (None, None)
+    if type(rank) is not int or type(alpha) not in (int, float):
+        raise AdapterError(f'{path}: "r" and "lora_alpha" must be numbers')
+    if rank < 1 or not 0 < alpha <= sys.float_info.max:
+        raise AdapterError(
+            f'{path}: "r" must be 1 or more and "lora_alpha" more than 0 and finite; these are {shown(str(rank)[:20])} and {alpha}'
+        )
+    problems = [*_type_problems(config), *_pattern_problems(config), *_token_problems(config), *_unsupported(config)]
+    if problems:
+        return ForeignConfig(rank, float(alpha)), problems
+    ids, base = config.get("trainable_token_indices") or {}, config.get("base_model_name_or_path")
+    return ForeignConfig(
+        rank,
+        float(alpha),
+        config.get("rank_pattern") or {},
+        {pattern: float(each) for pattern, each in (config.get("alpha_pattern") or {}).items()},
+        bool(config.get("use_rslora")),
+        bool(config.get("use_dora")),
+        bool(config.get("lora_bias")),
+        tuple(config.get("modules_to_save") or ()),
+        ids if isinstance(ids, dict) else {"": ids},
+        base if isinstance(base, str) else None,
+    ), []
+
+
+def _type_problems(config: dict) -> list[str]:
+    keys = ("use_rslora", "use_dora", "lora_bias")
+    problems = [f"{key} must be true or false" for key in keys if not isinstance(config.get(key), bool | None)]
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        problems.append("modules_to_save must be a list of names")
+    return problems
+
+
+def _pattern_problems(config: dict) -> list[str]:
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    problems = []
+    if not isinstance(ranks, dict) or not all(type(each) is int for each in ranks.values()):
+        problems.append("rank_pattern must be an object of whole numbers")
+    if not isinstance(alphas, dict) or not all(type(each) in (int, float) and 0 < each <= sys.float_info.max for each in alphas.values()):
+        problems.append("alpha_pattern must be an object of numbers, more than 0 and finite")
+    elif wrong := [pattern for pattern in alphas if not _is_quick(pattern)]:
+        problems.append(f"alpha_pattern: {shown(wrong[0])!r} is no pattern that can be followed; write out the layers' names")
+    return problems
+
+
+def _is_quick(pattern: str) -> bool:
+    """Return whether ``pattern`` is a regular expression that no name takes long to be compared with."""
+    repeated = re.findall(r"[*+?{]", pattern)
+    if len(pattern) > MOST_PATTERN or len(repeated) > MOST_REPETITIONS or re.search(r"\)[*+{]", pattern):
+        return False
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _token_problems(config: dict) -> list[str]:
+    given = config.get("trainable_token_indices") or []
+    lists = given if isinstance(given, dict) else {"": given}
+    if all(isinstance(ids, list) and all(type(each) is int and each >= 0 for each in ids) for ids in lists.values()):
+        twice = next((each for ids in lists.values() for each in ids if ids.count(each) > 1), None) if _is_short(lists) else None
+        return [] if twice is None else [f"trainable_token_indices names token {twice} twice"]
+    return ["trainable_token_indices must be a list of token ids, or an object of such lists by layer"]
+
+
+def _is_short(lists: TokenIds) -> bool:
+    """Return whether looking for a token that stands twice takes no time; the rows' number tells of longer lists."""
+    return sum(map(len, lists.values())) <= 1000
+
+
+def _unsupported(config: dict) -> list[str]:
+    """Return what would be lost silently."""
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f'peft_type is {config.get("peft_type")!r}, only "LORA" is read')
+    if config.get("bias", "none") not in BIASES:
+        problems.append(f"bias = {config['bias']!r}: is none of {', '.join(BIASES)}")
+    if isinstance(init := config.get("init_lora_weights"), str) and init not in STARTS_THAT_LEAVE_THE_BASE:
+        problems.append(f"init_lora_weights = {init!r} changed the base too: save it anew with path_initial_model_for_weight_conversion")
+    others = [f"{key} = {value!r} is not supported" for key, value in config.items() if value and key not in READ_OR_WITHOUT_EFFECT]
+    return [*problems, *others, *([WAY_OUT] if others else [])]
