@@ -29,7 +29,7 @@ from qlite.calls import called
 from qlite.data.dataset import Data
 from qlite.data.encode import Encoded
 from qlite.data.formats import FORMATS
-from qlite.errors import DataError, RecipeError, RunError
+from qlite.errors import DataError, MachineError, RecipeError, RunError
 from qlite.formats.peft import WEIGHTS
 from qlite.hashes import sha256
 from qlite.methods.base import adapters_off
@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     asked = Asked(args.data, args.format, args.metrics, args.rows, args.max_tokens, not args.no_base, args.out)
     with called():
         found = _evaluate(args.run, asked, args.device, is_quiet=False)
-    print_comparison(found.comparison)
+        print_comparison(found.comparison)
+        write_comparison(found.file, found.comparison)
     print(f"\nwritten to {found.file}")
 
 
@@ -88,7 +89,13 @@ def evaluate(
     named = metrics if metrics is None or isinstance(metrics, str) else ",".join(metrics)
     asked = Asked(None if data is None else os.fspath(data), None, named, rows, max_tokens, base)
     with called():
-        return _evaluate(run, asked, device, quiet)
+        found = _evaluate(run, asked, device, quiet)
+        try:
+            write_comparison(found.file, found.comparison)
+        except MachineError as error:
+            error.add_note(str(found))  # minutes of work, which are not lost with the file
+            raise
+        return found
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,8 @@ class Evaluation(Shown):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from comparison_words(self.comparison)
-        yield Text(f"\nwritten to {self.file}")
+        if self.file.is_file():
+            yield Text(f"\nwritten to {self.file}")
 
 
 def _evaluate(named: str | os.PathLike[str] | None, asked: Asked, where: str, is_quiet: bool) -> Evaluation:
@@ -155,7 +163,6 @@ def _evaluate(named: str | os.PathLike[str] | None, asked: Asked, where: str, is
         "device": device.describe(opened.device),
     }
     comparison = Comparison(material.counts, settings, material.questions, material.choices, adapter, base, left_out)
-    write_comparison(file, comparison)
     return Evaluation(comparison, file)
 
 

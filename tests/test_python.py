@@ -274,6 +274,16 @@ def test_evaluation_and_report_are_in_the_folder(trained):
     assert qlite.report(result) == result.report
 
 
+def test_figures_that_no_disk_takes_are_in_the_error(trained, monkeypatch):
+    def full(*_: object) -> None:
+        raise DiskError("full")
+
+    monkeypatch.setattr("qlite.evaluate.write_comparison", full)
+    with pytest.raises(DiskError) as error:
+        qlite.evaluate(trained[1], metrics="loss", base=False, quiet=True)
+    assert "perplexity" in error.value._render_traceback_()[1]
+
+
 def test_a_plan_is_typed_and_shows_itself(trained):
     found = qlite.plan(trained[0], vram="4GiB", quiet=True)
     assert found.fits

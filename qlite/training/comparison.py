@@ -141,7 +141,7 @@ def print_comparison(comparison: Comparison) -> None:
     """Print the figures as a table, what there is to know about them, and some answers to be read."""
     console = Console(highlight=False, markup=False)
     for part in comparison_words(comparison):
-        console.print(part, crop=False)
+        console.print(part, soft_wrap=isinstance(part, Text) and bool(part.no_wrap))
 
 
 def comparison_words(comparison: Comparison) -> Iterator[Table | Text]:
