@@ -21,7 +21,8 @@ def chunked_cross_entropy(head: nn.Module, hidden: Tensor, predicts: Tensor, tar
     predict them, both int64 on any device. Gradients reach ``hidden`` and every trainable tensor of ``head``.
     """
     used = hidden.reshape(-1, hidden.shape[-1]).index_select(0, sent(predicts, hidden.device))
-    params = tuple(p for p in head.parameters() if p.requires_grad)
+    # Of a trained head the function would else compute a gradient in an evaluation, too: it cannot see whether one is wanted.
+    params = tuple(p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled())
     return _ChunkedLoss.apply(used, sent(targets, hidden.device), head, denominator, chunk, *params)
 
 

@@ -145,7 +145,7 @@ def cases() -> list[Case]:
 
 def test_every_recipe_that_cannot_be_trained_is_refused(tmp_path, record_property):
     found = cases()
-    assert len(found) == 189
+    assert len(found) == 193
     count_refused("recipes", found, tmp_path, record_property)
 
 

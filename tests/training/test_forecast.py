@@ -54,7 +54,15 @@ CASES = {
 SLOW = {
     *("4 bit, attention", "4 bit, block, packed", "8 bit, block", "8 bit, attention, packed", "8 bit, none", "8 bit, none, packed"),
     *("16 bit, block", "16 bit, attention", "16 bit, none, packed", "some targets", "lion", "4 bit, attention, packed"),
-    *("MLP in parts", "dora", "saved inputs in 8 bit", "saved inputs on the host", "base on the host", "loss in chunks"),
+    *(
+        "head and norms whole",
+        "MLP in parts",
+        "dora",
+        "saved inputs in 8 bit",
+        "saved inputs on the host",
+        "base on the host",
+        "loss in chunks",
+    ),
 }
 
 

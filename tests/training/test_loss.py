@@ -79,3 +79,15 @@ def test_a_backward_factor_scales_the_gradient():
     hidden.grad = None
     chunked(head, hidden, labels, 1.0, 4).backward()
     torch.testing.assert_close(scaled, 2.5 * hidden.grad)
+
+
+def test_an_evaluation_computes_no_gradient_of_a_trained_head(monkeypatch):
+    head, hidden, labels = example(0, 2, 6, 0.5)
+    expected = chunked(head, hidden, labels, 3.0, 4)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a gradient is taken")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked(head, hidden.detach(), labels, 3.0, 4), expected)
