@@ -53,6 +53,7 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "train.micro_batch",
     "pad_to_sequence_len": "train.packing",
     "r": "method.rank",
+    "report_to": "output.loggers",
     "sample_packing": "train.packing",
     "sequence_len": "train.tokens",
     "target_modules": "method.targets",
