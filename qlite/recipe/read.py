@@ -61,6 +61,7 @@ OTHER_NAMES = {
     "pad_to_sequence_len": "train.packing",
     "r": "method.rank",
     "rank_pattern": "method.rank_per_target",
+    "report_to": "output.loggers",
     "sample_packing": "train.packing",
     "sequence_len": "train.tokens",
     "target_modules": "method.targets",

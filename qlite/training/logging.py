@@ -5,11 +5,11 @@ A tool that fails, hangs or falls behind is told of once and gets nothing more; 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from threading import Event, Thread
 
-from qlite.errors import shown
+from qlite.errors import QliteError, shown
 from qlite.loggers import LOGGERS
 from qlite.loggers.base import PATIENCE_SECONDS, LoggedRun, Logger
 from qlite.recipe.keys import toml_value
@@ -31,7 +31,7 @@ class Loggers:
     """An Observer that tells the tools of a run. ``tell`` hears of those that fail."""
 
     def __init__(self, recipe: Recipe, run: RunFolder, tell: Callable[[str], None]):
-        self._recipe, self._run, self._tell = recipe, run, tell
+        self._recipe, self._run, self._told = recipe, run, tell
         names = dict.fromkeys(recipe.output.loggers)
         # Before the run is resumed: what it is put back by, the tools have seen.
         records = run.records.read() if names else []
@@ -44,6 +44,10 @@ class Loggers:
         except Exception as error:  # a damaged installation, or one that this Python cannot load
             self._tell(_fault(name, error))
             return None
+
+    def _tell(self, message: str) -> None:
+        with suppress(QliteError):  # a full disk: it is told by what matters, if anything does, and a finished run is finished
+            self._told(message)
 
     @contextmanager
     def going_on_after(self, step: int) -> Iterator[None]:

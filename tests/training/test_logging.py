@@ -10,7 +10,7 @@ import pytest
 import qlite.loggers
 import qlite.training.logging as handing
 from qlite.device import MemoryUse
-from qlite.errors import RecipeError
+from qlite.errors import DiskError, RecipeError
 from qlite.loggers import LOGGERS
 from qlite.loggers.base import EVERYTHING, LoggedRun, Logger, literal
 from qlite.recipe.schema import Recipe
@@ -140,6 +140,16 @@ def test_wherever_a_tool_fails_it_is_left_and_told_of_once(files, tool, monkeypa
 def files(tmp_path_factory) -> Recipe:
     """A recipe over files that no run of these tests changes."""
     return logged(tmp_path_factory.mktemp("files"))
+
+
+def test_a_full_disk_does_not_end_a_finished_run_that_tells_of_a_tool(files, tool, monkeypatch):
+    def full(_: str) -> None:
+        raise DiskError("no space left")
+
+    monkeypatch.setattr(tool, "end", fail)
+    with Loggers(files, RunFolder(Path(files.output.dir)), full).going_on_after(0):
+        pass
+    assert tool.told[0][0] == "begin"
 
 
 def report(step: int) -> StepReport:
