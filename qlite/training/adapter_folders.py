@@ -1,10 +1,11 @@
 """The adapters that a command line names: finished runs and PEFT's folders, what is in them, and whether two are of one base."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from qlite.errors import AdapterError, QliteError, shown
-from qlite.formats.peft import CONFIG, read_foreign_adapter
+from qlite.formats.peft import CONFIG, ForeignAdapter, read_foreign_adapter
 from qlite.methods.low_rank import LowRank
 from qlite.serving.bank import BASE
 from qlite.training.run_folder import RunFolder, find_run
@@ -26,13 +27,10 @@ class Given:
         """Where its two files are."""
         return self.run.adapter if self.run else self.path
 
-    def updates(self) -> dict[str, LowRank]:
-        """Return what it does to each linear. Raises AdapterError."""
-        return read_foreign_adapter(self.folder).updates(self.folder)
-
-    def base_name(self) -> str | None:
-        """Return the base as its config names it. Raises AdapterError."""
-        return read_foreign_adapter(self.folder).base_name
+    @cached_property
+    def adapter(self) -> ForeignAdapter:
+        """What is in the files, read when it is asked for. Raises AdapterError."""
+        return read_foreign_adapter(self.folder)
 
 
 def parse_adapters(texts: list[str]) -> tuple[list[Given], list[str]]:
@@ -74,7 +72,7 @@ def run_at(folder: Path) -> RunFolder | None:
 def read_updates(given: Given, problems: list[str]) -> dict[str, LowRank]:
     """Return what ``given`` does to each linear; where it cannot be read, nothing, and ``problems`` has one more."""
     try:
-        return given.updates()
+        return given.adapter.updates(given.folder)
     except AdapterError as error:
         problems.append(str(error))
         return {}
