@@ -35,8 +35,8 @@ class Given:
 
 def parse_adapters(texts: list[str]) -> tuple[list[Given], list[str]]:
     """Return the adapters that ``texts`` name, and what is wrong with the others."""
-    found: dict[str, Given] = {}
-    problems = []
+    found: list[Given] = []
+    problems, names = [], set()
     for text in texts:
         name, is_named, folder = text.partition("=")
         told = f"--adapter {shown(text)}"
@@ -44,14 +44,15 @@ def parse_adapters(texts: list[str]) -> tuple[list[Given], list[str]]:
             problems.append(f"{told}: write NAME=FOLDER, for example a=runs/a")
         elif name == BASE:
             problems.append(f'{told}: "{BASE}" is the model without any adapter; choose another name')
-        elif name in found:
+        elif name in names:
             problems.append(f'{told}: the name "{shown(name)}" is given twice; choose another')
         else:
             try:
-                found[name] = Given(name, Path(folder), run_at(Path(folder)))
+                found.append(Given(name, Path(folder), run_at(Path(folder))))
             except QliteError as error:
                 problems.append(f"{told}: {error}")
-    return list(found.values()), problems
+        names.add(name)
+    return found, problems
 
 
 def run_at(folder: Path) -> RunFolder | None:
