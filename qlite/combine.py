@@ -102,7 +102,7 @@ def show(found: dict[str, Resized]) -> None:
 
 def base_name_of(given: list[Given]) -> str | None:
     """Return the base as the first adapter that names it does; other names for it are said on standard error."""
-    names = dict.fromkeys(name for each in given if (name := each.base_name()))
+    names = dict.fromkeys(name for each in given if (name := each.adapter.base_name))
     if len(names) > 1:
         told = ", ".join(f'"{shown(name)}"' for name in names)
         print(f"the adapters call their base differently ({told}); the first is written", file=sys.stderr)

@@ -100,9 +100,12 @@ def ask_all(args: argparse.Namespace) -> None:
 def answer_rows(bank: OpenBank, rows: list[tuple[str, str]], system: str | None, sampling: Sampling) -> list[list[int]]:
     """Return the ids that answer each (prompt, adapter's name) of ``rows``; ``system``: by default what each adapter was trained under."""
     model, encoder, voices = bank.opened.base.model, bank.opened.encoder, bank.voices
-    prompts = [
-        Dialogue(model, encoder, sampling, voices.systems[name] if system is None else system).fit(prompt)[0] for prompt, name in rows
-    ]
+    prompts = []
+    for prompt, name in rows:
+        dialogue = Dialogue(model, encoder, sampling, voices.systems[name] if system is None else system)
+        prompts.append(dialogue.fit(prompt)[0])
+    room = (dialogue.limit or sys.maxsize) - max(map(len, prompts))  # of the model's context, beside the longest prompt
+    sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
     return answer_ids(model, encoder, prompts, sampling, chosen=lambda places: voices.bank.use([rows[place][1] for place in places]))
 
 

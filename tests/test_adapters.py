@@ -154,6 +154,22 @@ def test_without_a_run_nobody_knows_the_base_and_with_one_named_it_is_its(folder
     assert capsys.readouterr().out.startswith("peft:\n")
 
 
+def test_a_name_is_given_twice_even_where_the_first_is_nowhere_and_its_run_is_not_missed(tmp_path):
+    gone, also = f"a={tmp_path / 'gone'}", f"a={tmp_path / 'also'}"
+    with pytest.raises(AdapterError) as error:
+        generate.main(["--prompt", "abc", "--adapter", gone, "--adapter", also])
+    first, second = str(error.value).splitlines()
+    assert first.endswith(f'there is no folder "{tmp_path / "gone"}"')
+    assert second.endswith('the name "a" is given twice; choose another')
+
+
+def test_an_answer_ends_where_the_models_context_does(folder, capsys):
+    asked = "a" * 2020
+    generate.main(["--prompt", asked, *adapters(folder, "run", "peft"), "--max-tokens", "500", "--device", "cpu"])
+    tokens = int(re.search(r"\[2 rows, (\d+) tokens", capsys.readouterr().err)[1])
+    assert tokens <= 2 * 28
+
+
 def test_a_message_that_cannot_be_answered_is_refused_as_from_one_adapter(folder):
     with pytest.raises(DataError, match="this model reads at most 2048: shorten it"):
         generate.main(["--prompt", "a" * 3000, *adapters(folder, "run", "peft"), *OPTIONS])

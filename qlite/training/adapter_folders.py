@@ -1,10 +1,11 @@
 """The adapters that a command line names: finished runs and PEFT's folders, what is in them, and whether two are of one base."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from qlite.errors import AdapterError, QliteError, shown
-from qlite.formats.foreign import read_foreign_adapter
+from qlite.formats.foreign import ForeignAdapter, read_foreign_adapter
 from qlite.formats.peft import CONFIG
 from qlite.methods.low_rank import LowRank
 from qlite.serving.bank import BASE
@@ -27,19 +28,16 @@ class Given:
         """Where its two files are."""
         return self.run.adapter if self.run else self.path
 
-    def updates(self) -> dict[str, LowRank]:
-        """Return what it does to each linear. Raises AdapterError."""
-        return read_foreign_adapter(self.folder).updates(self.folder)
-
-    def base_name(self) -> str | None:
-        """Return the base as its config names it. Raises AdapterError."""
-        return read_foreign_adapter(self.folder).base_name
+    @cached_property
+    def adapter(self) -> ForeignAdapter:
+        """What is in the files, read when it is asked for. Raises AdapterError."""
+        return read_foreign_adapter(self.folder)
 
 
 def parse_adapters(texts: list[str]) -> tuple[list[Given], list[str]]:
     """Return the adapters that ``texts`` name, and what is wrong with the others."""
-    found: dict[str, Given] = {}
-    problems = []
+    found: list[Given] = []
+    problems, names = [], set()
     for text in texts:
         name, is_named, folder = text.partition("=")
         told = f"--adapter {shown(text)}"
@@ -47,14 +45,15 @@ def parse_adapters(texts: list[str]) -> tuple[list[Given], list[str]]:
             problems.append(f"{told}: write NAME=FOLDER, for example a=runs/a")
         elif name == BASE:
             problems.append(f'{told}: "{BASE}" is the model without any adapter; choose another name')
-        elif name in found:
+        elif name in names:
             problems.append(f'{told}: the name "{shown(name)}" is given twice; choose another')
         else:
             try:
-                found[name] = Given(name, Path(folder), run_at(Path(folder)))
+                found.append(Given(name, Path(folder), run_at(Path(folder))))
             except QliteError as error:
                 problems.append(f"{told}: {error}")
-    return list(found.values()), problems
+        names.add(name)
+    return found, problems
 
 
 def run_at(folder: Path) -> RunFolder | None:
@@ -75,7 +74,7 @@ def run_at(folder: Path) -> RunFolder | None:
 def read_updates(given: Given, problems: list[str]) -> dict[str, LowRank]:
     """Return what ``given`` does to each linear; where it cannot be read, nothing, and ``problems`` has one more."""
     try:
-        return given.updates()
+        return given.adapter.updates(given.folder)
     except AdapterError as error:
         problems.append(str(error))
         return {}

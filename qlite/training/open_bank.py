@@ -65,7 +65,7 @@ def _base_run(run: str | None, given: list[Given], problems: list[str]) -> RunFo
         problems.append(str(error))
         return None
     found = next((each.run for each in given if each.run), None)
-    if found is None and given:
+    if found is None and not problems:  # else the run may be one of those that could not be read
         problems.append("none of the adapters is a run of qlite's, so the base is not known; name a run over it before them")
     return found
 

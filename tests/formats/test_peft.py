@@ -420,3 +420,37 @@ def test_dora_without_its_magnitudes_is_refused(good, folders, tmp_path):
     folder = spoilt(good, tmp_path, lambda c: c.update(use_dora=True))
     with pytest.raises(AdapterError, match=r"lacks .*lora_magnitude_vector"):
         put_on(ours(folders["llama"]), folder)
+
+
+# As factors alone
+
+
+def test_the_updates_of_an_adapter_are_what_its_layers_merge(folders, tmp_path):
+    for kind in ("plain", "rank_per_target", "rslora", "head"):
+        model = ours(folders["llama"])
+        written(tmp_path / kind, model, method_of(kind, "llama"))
+        found = read_foreign_adapter(tmp_path / kind).updates(tmp_path / kind)
+        layers = dict(adapted_linears(model))
+        assert found.keys() == layers.keys()
+        for name, layer in layers.items():
+            torch.testing.assert_close(found[name].dense(), layer.merged_weight(torch.zeros(found[name].shape)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors, layer: tensors.pop(f"{layer}.lora_B.weight"), "lacks base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"),
+        (lambda tensors, layer: tensors.update({f"{layer}.lora_B.weight": torch.ones(64, 3)}), "[4, 96], [64, 3]"),
+        (lambda tensors, layer: tensors.update({f"{layer}.bias": torch.ones(3)}), "holds whole layers (model.layers.0.mlp.down_proj)"),
+        (lambda tensors, layer: tensors[f"{layer}.lora_A.weight"].fill_(torch.inf), "has values that are not finite"),
+        (lambda tensors, layer: [t.zero_() for name, t in tensors.items() if "lora_B" in name], "was it ever trained?"),
+    ],
+)
+def test_tensors_that_make_no_update_are_refused(change, words, folders, tmp_path):
+    written(tmp_path, ours(folders["llama"]), method_of("plain", "llama"))
+    tensors = load_file(tmp_path / WEIGHTS)
+    change(tensors, "base_model.model.model.layers.0.mlp.down_proj")
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(AdapterError) as error:
+        read_foreign_adapter(tmp_path).updates(tmp_path)
+    assert words in str(error.value)
