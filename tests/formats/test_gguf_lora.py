@@ -195,7 +195,7 @@ def test_the_command_writes_one_file_and_a_modelfile(finished, capsys):
 def test_the_command_writes_the_adapter_for_its_base(finished):
     main(["--gguf-adapter", str(finished), "--device", "cpu"])
     out = finished / "gguf-adapter"
-    assert set(json.loads((out / "manifest.json").read_text())) == {"run-lora.gguf", "Modelfile"}
+    assert set(json.loads((out / "manifest.json").read_text())) == {"run-lora.gguf", "Modelfile", "README.md"}
     assert (out / "Modelfile").read_text().startswith(f"FROM {finished.parent / 'base.gguf'}\nADAPTER ./run-lora.gguf\n")
     tensors = gguf.GGUFReader(out / "run-lora.gguf").tensors
     assert len(tensors) == SIZES["num_hidden_layers"] * 7 * 2
