@@ -39,6 +39,7 @@ from qlite.training.open_run import OpenRun, open_run
 from qlite.training.pushing import pack, require_repository, send
 from qlite.training.report import Observer
 from qlite.training.run_folder import RunFolder, find_run
+from qlite.training.run_report import leave_report
 from qlite.training.shown import Shown
 from qlite.units import GIB, format_bytes
 from qlite.verb import let_call, run_verb
@@ -209,6 +210,7 @@ def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: R
     """Write ``run``'s model, its adapter merged into the base, into ``out``."""
     with console:
         audit = write_audited(_opened(run, device, console), out, how, console)
+        _renew_report(run, out, console)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights"
     return Export(out, what, size, audit=audit)
@@ -232,6 +234,7 @@ def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, dev
     file = f"{run.path.resolve().name}-{as_type.name}.gguf"
     with console:
         audit = write_audited_gguf(_opened(run, device, console), out, file, as_type, how, console)
+        _renew_report(run, out, console)
     size = (out / file).stat().st_size
     return Export(out, f"{format_bytes(size)}, merged over the {audit.onto} base weights", size, out / file, audit)
 
@@ -247,6 +250,12 @@ def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunC
             write_text(folder / "Modelfile", text)
         write_text(folder / "README.md", run_card(run, GGUF_ADAPTER, {"weights": "F32"}, {}))
     return Export(out, f"{format_bytes(size)}, the adapter alone", size, out / file)
+
+
+def _renew_report(run: RunFolder, out: Path, console: Observer) -> None:
+    """Let the run's report tell of the export, where that is in the run's folder."""
+    if out.resolve().parent == run.path.resolve():
+        leave_report(run, console.note)
 
 
 def _opened(run: RunFolder, device: str, console: Observer) -> OpenRun:

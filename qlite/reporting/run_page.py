@@ -4,7 +4,7 @@ import time
 from pathlib import PurePath
 from statistics import median
 
-from qlite.reporting import rows, texts
+from qlite.reporting import outcome, rows, texts
 from qlite.reporting.bars import draw_memory
 from qlite.reporting.chart import TALL, Chart, Line
 from qlite.reporting.document import document
@@ -13,7 +13,7 @@ from qlite.reporting.scale import Point
 from qlite.reporting.told import Figures, Told
 from qlite.units import GIB, KIB, MIB, format_count, format_seconds
 
-LINKS = ("learning", "memory", "samples", "answers", "data", "notes", "recipe", "versions")
+LINKS = ("learning", "memory", "samples", "answers", "evaluations", "exports", "data", "notes", "recipe", "versions")
 MANY = 20
 """Steps from which on a curve is drawn with its moving average; fewer need none."""
 
@@ -26,6 +26,8 @@ def run_page(told: Told) -> str:
         section("memory", "What it took of memory", draw_memory(told.memory), memory_over_time(told)),
         texts.samples(told),
         texts.answers(told),
+        outcome.evaluations(told),
+        outcome.exports(told),
         rows.rows(told),
         texts.notes(told),
         texts.recipe(told),

@@ -29,6 +29,10 @@ class Told:
     """memory.json: plan against measured, by phase and term, in bytes."""
     result: dict = field(default_factory=dict)
     """result.json."""
+    evaluations: dict[str, dict] = field(default_factory=dict)
+    """evaluations/*.json, by name: what the run and its base reach on some rows."""
+    audits: dict[str, dict] = field(default_factory=dict)
+    """audit.json of each export in the run's folder, by the export's name: how it compares with the run."""
     unread: tuple[str, ...] = ()
     """Names of files that could not be read, each with why."""
     written: float | None = None

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from qlite.streams import clean
 from qlite.training.progress import format_perplexity
 from qlite.training.provenance import LIBRARIES
 from qlite.training.run_folder import RunFolder
+from qlite.training.run_report import leave_report
 from qlite.units import format_seconds
 
 KIND = "qlite evaluation"
@@ -133,8 +135,11 @@ def run_name(run: RunFolder) -> str:
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write all of ``comparison`` as JSON."""
+    """Write all of ``comparison`` as JSON; where that is among a run's own evaluations, the run's report tells of it, too."""
     write_json(path, comparison.as_record())
+    run = RunFolder(Path(str(comparison.settings["run"])))
+    if path.absolute().parent == run.path / "evaluations":
+        leave_report(run, lambda text: print(text, file=sys.stderr))
 
 
 def print_comparison(comparison: Comparison) -> None:

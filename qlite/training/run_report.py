@@ -11,6 +11,7 @@ from qlite.files import write_text
 from qlite.reporting.document import is_ours
 from qlite.reporting.run_page import run_page
 from qlite.reporting.told import Told
+from qlite.training.auditing import FILE
 from qlite.training.run_folder import RunFolder
 
 
@@ -72,9 +73,18 @@ def tell(run: RunFolder) -> Told:
         overview=files["overview"],
         memory=files["memory"],
         result=files["result"],
+        evaluations={path.stem: _object(path, unread) for path in _found(run.path, "evaluations/*.json")},
+        audits={path.parent.name: _object(path, unread) for path in _found(run.path, f"[!.]*/{FILE}")},
         unread=tuple(unread),
         written=written,
     )
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
 
 
 def _object(path: Path, unread: list[str]) -> dict:
