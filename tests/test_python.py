@@ -244,7 +244,7 @@ def test_an_export_says_where_it_is_and_how_it_was_checked(trained, tmp_path):
     assert merged.audit.written.same_answers == merged.audit.written.answers == 2
     assert f"wrote {tmp_path / 'merged'}" in str(merged).replace("\n", "")
     peft = qlite.export(result, adapter="peft", out=tmp_path / "peft", quiet=True)
-    assert sorted(path.name for path in Path(peft).iterdir() if path.suffix != ".json") == ["adapter_model.safetensors"]
+    assert sorted(path.name for path in Path(peft).iterdir() if path.suffix != ".json") == ["README.md", "adapter_model.safetensors"]
     with pytest.raises(RunError, match="exists already"):
         qlite.export(result, adapter="peft", out=tmp_path / "peft")
 

@@ -11,6 +11,7 @@ from qlite.methods.token_rows import RowsLinear, head_tied_to, rows_to_train, tr
 from qlite.methods.whole import train_whole
 from qlite.model.load import Base
 from tests.families import FAMILIES, saved_folder
+from tests.marks import slow
 
 # Scaled embeddings, a bias on the head, one tensor for both, soft-capping, and the plainest.
 NAMES = ("llama", "qwen2", "gemma", "phi", "gemma2")
@@ -37,7 +38,7 @@ def loss_of(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *map(slow, NAMES[1:])])
 def test_the_rows_compute_and_learn_as_those_of_a_dense_vocabulary_do(name, bits, folders):
     rows, dense = loaded(folders[name], bits), loaded(folders[name], bits)
     layers = rows_to_train(rows, TOKENS, set())

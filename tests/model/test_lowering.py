@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlite.export import merge
+from qlite.export import export
 from qlite.methods.base import trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.model.blocks import decoder_blocks
@@ -169,7 +169,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path, keys):
 @pytest.mark.slow
 def test_a_run_with_all_keys_can_be_planned_and_merged(tmp_path):
     run(tiny_recipe(tmp_path, train=SHORT, memory=EACH["all"]))
-    merge(RunFolder(tmp_path / "run"), tmp_path / "merged", torch.float32, "cpu", 2**30)
+    export(tmp_path / "run", merge="fp32", out=tmp_path / "merged", device="cpu", quiet=True)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 

@@ -28,6 +28,7 @@ from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder
 from tests.conftest import SMOLLM2, SMOLLM2_SHA256
 from tests.families import FAMILIES, Family, new_model, saved_folder
+from tests.marks import slow
 from tests.tiny import tiny_llama
 from tests.tiny_run import run, tiny_recipe
 
@@ -223,7 +224,7 @@ def test_packed_is_alone_on_every_path(attention, lines, checkpointing, storage)
     assert gradient < 2e-6
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", DOCUMENTS])
+@pytest.mark.parametrize("attention", [slow("eager"), slow("sdpa"), DOCUMENTS])
 @settings(max_examples=40, deadline=None)
 @given(lines=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_packed_is_alone_for_random_documents(attention, lines, seed):

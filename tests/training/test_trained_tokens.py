@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlite.errors import RecipeError
-from qlite.export import copy_adapter_files
+from qlite.export import export
 from qlite.formats.peft import PREFIX, WEIGHTS
 from qlite.methods.base import adapters_off
 from qlite.training.forecast import PHASES
@@ -113,7 +113,7 @@ def test_the_optimizer_holds_only_the_rows_they_move_and_the_adapter_has_its_tok
     base = load_file(tmp_path / "base" / "model.safetensors")[f"{EMBED}.weight"]
     rows = tensors[f"{PREFIX}{EMBED}.{DELTA}"].float()
     assert all(not torch.equal(row, base[token].bfloat16().float()) for token, row in zip(sorted([OLD, TOOL]), rows, strict=True))
-    copy_adapter_files(RunFolder(tmp_path / "run"), tmp_path / "peft")
+    export(tmp_path / "run", adapter="peft", out=tmp_path / "peft", quiet=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peft")
     assert tokenizer.decode(tokenizer("a<tool>b").input_ids, skip_special_tokens=True) == "a<tool>b"
     assert tokenizer.convert_tokens_to_ids("<tool>") == TOOL
