@@ -291,4 +291,4 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
 let_call(__name__, export)
 
 if __name__ == "__main__":
-    run_verb(main)
+    run_verb(main, interrupted="interrupted; the same command goes on with a merge where it was")
