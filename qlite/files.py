@@ -24,6 +24,7 @@ from typing import BinaryIO
 import platformdirs
 import psutil
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qlite.errors import MachineError
@@ -55,11 +56,22 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write ``tensors`` as one safetensors file: the same give the same bytes. Views of one buffer are written as tensors of their own."""
-    # The widest first: each begins at a multiple of its values' size, as the safetensors library has it.
-    own = dict(sorted(tensors.items(), key=lambda each: -each[1].itemsize))
-    table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in own.items()}
-    write_tensor_file(path, table, (tensor.detach().cpu() for tensor in own.values()), metadata)
+    """Write ``tensors`` as one safetensors file. Views of one buffer are written as tensors of their own; nothing else is copied."""
+    if metadata:  # the library writes several keys of it in any order, and the same is to give the same bytes
+        # The widest first: each begins at a multiple of its values' size.
+        widest = dict(sorted(tensors.items(), key=lambda each: -each[1].itemsize))
+        table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in widest.items()}
+        write_tensor_file(path, table, (tensor.detach().cpu() for tensor in widest.values()), metadata)
+        return
+    own, taken = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        memory = tensor.untyped_storage()
+        is_its_own = memory.nbytes() == tensor.nbytes and memory.data_ptr() not in taken
+        taken.add(memory.data_ptr())
+        own[name] = tensor if is_its_own else tensor.clone()
+    with explained(path, sum(tensor.nbytes for tensor in own.values())), _replacing(path) as temporary:
+        save_file(own, temporary, metadata={"format": "pt"})
 
 
 def write_tensor_file(
