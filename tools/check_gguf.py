@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from qlite.errors import ExportError, MachineError, RunError
 from qlite.evaluate import Material, held_out
-from qlite.recipe.schema import Recipe
 from qlite.serving.answer import Sampling, answer_all
 from qlite.training.console import open_console
 from qlite.training.open_run import OpenRun, open_run
@@ -36,16 +35,9 @@ Predict = Callable[[list[list[int]]], list[np.ndarray]]
 ROWS_AT_ONCE = 8
 
 
-class InFloat32(RunFolder):
-    """A run that computes in float32, ``unquantised`` or not."""
-
-    def __init__(self, path: Path, unquantised: bool):
-        super().__init__(path)
-        self.changes_of_base = {"dtype": "float32", **(dict.fromkeys(("bits", "embedding_bits", "head_bits"), 16) if unquantised else {})}
-
-    def recipe(self) -> Recipe:
-        recipe = super().recipe()
-        return replace(recipe, base=replace(recipe.base, **self.changes_of_base))
+def in_float32(unquantised: bool) -> dict[str, object]:
+    """Return the keys of [base] with which a run computes in float32, ``unquantised`` or not."""
+    return {"dtype": "float32", **(dict.fromkeys(("bits", "embedding_bits", "head_bits"), 16) if unquantised else {})}
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     run = find_run(args.run)
     with open_console(f"check gguf  {run.path}") as console:
-        opened = open_run(InFloat32(run.path, unquantised=args.adapter), "cpu", console.phase)
+        opened = open_run(run, "cpu", console.phase, console.note, in_float32(unquantised=args.adapter))
         opened.attach()
         material = held_out(opened, max(args.prompts, args.rows), console)
     material = replace(material, rows=material.rows[: args.rows], questions=material.questions[: args.prompts])

@@ -80,6 +80,12 @@ def _written(base: LoadedBase, dense: list[Dense]) -> Written:
     return written_model(base.model.config, {tensor.name: tensor.shape for tensor in dense}, gguf_source(base))
 
 
+def require_gguf_tokenizer(base: LoadedBase) -> None:
+    """Raise ExportError where llama.cpp has no such tokenizer as ``base``'s; that of a GGUF file stays what it is."""
+    if gguf_source(base) is None:
+        tokenizer_fields(base.tokenizer, base.model.get_input_embeddings().num_embeddings)
+
+
 def gguf_source(base: LoadedBase) -> GgufModel | None:
     """Return the GGUF file that ``base`` was read from, as its header describes it, or None where it was no GGUF file."""
     return base.checkpoint.model if base.checkpoint.files.gguf else None

@@ -48,7 +48,7 @@ class Dense:
 
     def whole(self) -> Tensor:
         """Return it in one piece."""
-        return _joined(self.parts())
+        return joined(self.parts())
 
 
 def write_merged(
@@ -95,9 +95,16 @@ def write_weights(
     """
     tensors = list(merged_tensors(model, originals))
     in_files = file_names(model, (tensor.name for tensor in tensors))
-    require_space(made.path.parent, (total := total_bytes(tensors, dtype)), f"{format_bytes(total)} of {str(dtype)[6:]} weights")
+    require_room(made, model, dtype)
     write_shards(made, tensors, in_files, dtype, partial(progress, "merge"), shard_bytes)
     _write_config(made.path, model, dtype, {tensor.name for tensor in tensors})
+
+
+def require_room(made: Unfinished, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Raise DiskError unless the disk takes what ``made`` still lacks of ``model``'s merged weights in ``dtype``."""
+    total = total_bytes(list(merged_tensors(model)), dtype)
+    there = sum(path.stat().st_size for path in made.path.glob("*.safetensors"))
+    require_space(made.path.parent, total - there, f"{format_bytes(total)} of {str(dtype)[6:]} weights")
 
 
 def write_shards(
@@ -192,10 +199,11 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
 
 
 def _merged(module: AdaptedLinear | RowsEmbedding, parts: Iterable[Tensor]) -> Tensor:
-    return module.merged_weight(_joined(part.to(module.base.weight.device, torch.float32) for part in parts))
+    return module.merged_weight(joined(part.to(module.base.weight.device, torch.float32) for part in parts))
 
 
-def _joined(parts: Iterable[Tensor]) -> Tensor:
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """Return the tensor of which ``parts`` are the rows, some at a time or all at once."""
     parts = list(parts)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -5,7 +5,6 @@ written, in the digits that are left of them; all between them computes as the r
 quantised file takes away, and what the base's own quantisation had changed where the merge is over the original weights.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,12 +12,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from qlite.data.encode import Encoded
 from qlite.methods.base import AdaptedLinear, adapters_off
+from qlite.methods.token_rows import RowsEmbedding
 from qlite.model.head import hidden_states, logits_head
-from qlite.quant.embedding import QuantEmbedding
+from qlite.quant.embedding import QuantEmbedding, embedding_shell, is_embedding
 from qlite.quant.linear import is_linear
 
 Weights = Callable[[str], Iterable[Tensor]]
@@ -188,14 +189,13 @@ def _standing_in(model: nn.Module, weights: Weights, measured: dict[str, tuple[f
     """Let ``weights`` multiply, and be looked up, wherever ``model`` has a matrix; ``measured`` takes what that changes, by linear."""
     inner, changed = set(), []
     try:
-        for place, module in model.named_modules():
+        for name, module in model.named_modules():
             if module in inner:
                 continue
-            name = place.removesuffix(".base")  # of an embedding that has some trained rows
             if isinstance(module, AdaptedLinear):
                 forward = partial(_adapted, module, name, weights, measured)
-            elif isinstance(module, QuantEmbedding | nn.Embedding):
-                forward = partial(_looked_up, module, f"{name}.weight", weights)
+            elif isinstance(module, RowsEmbedding) or is_embedding(module):
+                forward = partial(_looked_up, module, _shell(module), f"{name}.weight", weights)
             elif is_linear(module):
                 forward = partial(_product, module, f"{name}.weight", weights)
             else:
@@ -226,23 +226,22 @@ def _product(linear: nn.Module, name: str, weights: Weights, x: Tensor) -> Tenso
     return (y if linear.bias is None else y + linear.bias.float()).to(x.dtype)
 
 
-def _looked_up(embedding: QuantEmbedding | nn.Embedding, name: str, weights: Weights, ids: Tensor) -> Tensor:
-    places = ids.reshape(-1)
-    packed = isinstance(embedding, QuantEmbedding)
-    dtype = embedding.table.compute_dtype if packed else embedding.weight.dtype
-    found, start = torch.empty((len(places), embedding.embedding_dim), dtype=dtype, device=ids.device), 0
+def _shell(embedding: nn.Module) -> nn.Embedding | None:
+    """Return what runs the family's own code on given rows (Gemma's scales them); None where that only looks them up."""
+    shell = embedding.shell if isinstance(embedding, RowsEmbedding) else embedding_shell(embedding)
+    if shell is not None:
+        shell.__dict__.pop("forward", None)  # of an embedding on the host
+    return shell
+
+
+def _looked_up(embedding: nn.Module, shell: nn.Embedding | None, name: str, weights: Weights, ids: Tensor) -> Tensor:
+    frozen, places = embedding.base if isinstance(embedding, RowsEmbedding) else embedding, ids.reshape(-1)
+    dtype = frozen.table.compute_dtype if isinstance(frozen, QuantEmbedding) else frozen.weight.dtype
+    found, start = torch.empty((len(places), frozen.embedding_dim), dtype=dtype, device=ids.device), 0
     for rows in weights(name):
         here = ((places >= start) & (places < start + len(rows))).nonzero().view(-1)
         found[here] = rows.to(ids.device)[places[here] - start].to(dtype)
         start += len(rows)
-    family = embedding.family if packed else embedding
-    if family is None:
+    if shell is None:
         return found.view(*ids.shape, -1)
-    # The family's own code (Gemma's scales the rows), on a table of the rows asked for.
-    table = copy.copy(family)
-    table._parameters, table._buffers, table.padding_idx = (
-        {"weight": found},
-        {k: v for k, v in family._buffers.items() if k != "weight"},
-        None,
-    )
-    return type(family).forward(table, torch.arange(len(places), device=ids.device).view(ids.shape))
+    return functional_call(shell, {"weight": found}, (torch.arange(len(places), device=ids.device).view(ids.shape),))

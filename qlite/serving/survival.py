@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qlite.formats.merged import Dense
+from qlite.formats.merged import Dense, joined
 from qlite.methods.base import adapted_linears
 from qlite.model.originals import Originals
 from qlite.quant.linear import dense_weight
@@ -56,9 +56,9 @@ def survival(
         told(len(found), len(linears))
         weight = f"{name}.weight"
         parts = originals.parts(weight) if originals and weight in originals else [dense_weight(module.base)]
-        base = _joined(parts, module.base.weight.device)
+        base = joined(part.to(module.base.weight.device, torch.float32) for part in parts)
         merged = module.merged_weight(base)
-        stored = _joined(rounding(Dense(weight, tuple(merged.shape), partial(_once, merged))), merged.device)
+        stored = joined(rounding(Dense(weight, tuple(merged.shape), partial(_once, merged)))).to(merged)
         change, error = merged - base, stored - merged
         found[name] = Survival(_square(change), float(((change + error) * change).sum()), _square(error))
     told(len(found), len(linears))
@@ -67,10 +67,6 @@ def survival(
 
 def _once(tensor: Tensor) -> list[Tensor]:
     return [tensor]
-
-
-def _joined(parts: Iterable[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([part.to(device, torch.float32) for part in parts])
 
 
 def _square(tensor: Tensor) -> float:

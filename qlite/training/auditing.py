@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlite.data.encode import Encoded
 from qlite.errors import DataError, ExportError
-from qlite.formats.merged import Dense, merged_tensors
+from qlite.formats.merged import Dense, joined, merged_tensors
 from qlite.model.originals import Originals
 from qlite.serving.answer import Sampling, answer_ids
 from qlite.serving.merge_audit import Agreement, LiveModel, Weights
@@ -46,7 +47,7 @@ class Audit:
         """The share of what training changed that the export still does: 1 - KL(run || export) / KL(run || base). None: not known."""
         if self.base is None or not self.base.kl > 0 or self.onto not in self.found:
             return None
-        return 1 - self.found[self.onto].kl / self.base.kl
+        return max(0.0, 1 - self.found[self.onto].kl / self.base.kl)
 
     @property
     def all_survival(self) -> Survival:
@@ -124,16 +125,14 @@ class MergedWeights:
 
     def __init__(self, model: PreTrainedModel, rounding: Rounding, originals: Originals | None):
         self._tensors = {tensor.name: tensor for tensor in merged_tensors(model, originals)}
-        self._rounding, self._tied = rounding, _tied_name(model)
+        self._rounding = rounding
+        names = {module: f"{name}.weight" for name, module in model.named_modules()}
+        head, embedding = names[model.get_output_embeddings()], names[model.get_input_embeddings()]
+        if head not in self._tensors:  # it is the embedding's tensor, and written under its name
+            self._tensors[head] = self._tensors[embedding]
 
     def __call__(self, name: str) -> Iterator[Tensor]:
-        return self._rounding(self._tensors.get(name) or self._tensors[self._tied])
-
-
-def _tied_name(model: PreTrainedModel) -> str:
-    """Return the embedding's name, under which a head that is tied to it is written."""
-    embedding = model.get_input_embeddings()
-    return next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
+        return self._rounding(self._tensors[name])
 
 
 class Auditor:
@@ -186,15 +185,19 @@ class Auditor:
         originals = self.originals(base.checkpoint, audit.onto)
         return replace(audit, survival=survival(base.model, originals, rounding, partial(self._console.phase, "what rounding leaves")))
 
-    def read_back(self, audit: Audit, checkpoint: object) -> Audit:
+    def read_back(self, audit: Audit, checkpoint: object, rounding: Rounding) -> Audit:
         """Return ``audit`` with what the weights in ``checkpoint``, just written, answer.
 
         Raises:
-            ExportError: that is not what was compared before.
+            ExportError: that is not what was compared before, or what is no matrix (norms, biases) is not what ``rounding`` makes of it.
         """
+        written = self.originals(checkpoint)
+        for dense in merged_tensors(self.opened.base.model, self.originals(self.opened.base.checkpoint, audit.onto)):
+            if len(dense.shape) < 2 and not _is_same(joined(written.parts(dense.name)), joined(rounding(dense))):
+                raise ExportError(f"{dense.name}: what was written is not what the run has")
         if not audit.found:
             return audit
-        weights: Weights = self.originals(checkpoint).parts
+        weights: Weights = written.parts
         found = self._live.compared(weights, partial(self._console.phase, "what was written"), with_layers=False)
         promised = audit.found[audit.onto]
         if not abs(found.kl - promised.kl) <= 1e-3 * promised.kl + 1e-9 or found.same_answers != promised.same_answers:
@@ -202,6 +205,11 @@ class Auditor:
                 f"what was written answers otherwise than what was compared: KL {found.kl:.3g} and {promised.kl:.3g} nats a token"
             )
         return replace(audit, written=replace(found, layers=promised.layers))
+
+
+def _is_same(written: Tensor, expected: Tensor) -> bool:
+    # Some of GGUF's norms are stored as 1 + weight, in float32.
+    return torch.allclose(written.float(), expected.float(), rtol=1e-6, atol=2e-7)
 
 
 def held_out_rows(opened: OpenRun, count: int, console: Observer) -> tuple[list[Encoded], bool]:

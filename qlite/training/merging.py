@@ -11,9 +11,9 @@ from torch import nn
 from qlite.errors import ExportError, RecipeError
 from qlite.files import new_folder, write_json, write_text
 from qlite.formats.card import GGUF, MERGED, Kind
-from qlite.formats.gguf_merged import StoredAs, write_merged_gguf
+from qlite.formats.gguf_merged import StoredAs, require_gguf_tokenizer, write_merged_gguf
 from qlite.formats.gguf_types import GgufType
-from qlite.formats.merged import SHARD_BYTES, cast, write_company, write_weights
+from qlite.formats.merged import SHARD_BYTES, cast, require_room, write_company, write_weights
 from qlite.formats.peft import WEIGHTS
 from qlite.formats.unfinished import unfinished_folder
 from qlite.hashes import code_hash, sha256, short_hash
@@ -65,23 +65,25 @@ def write_audited(opened: OpenRun, out: Path, merge: Merge, console: Observer) -
         ExportError: the merged model answers otherwise than the run, or the files are not what was compared; nothing is written then.
         DataError: the rows of the run cannot be read any more.
     """
-    base = opened.base
-    auditor = Auditor(opened, merge.rows, console)
+    base, rounding = opened.base, partial(cast, dtype=merge.dtype)
+    # The folder first: what stands there, or a full disk, is known before minutes of comparing.
     with unfinished_folder(out, _key(opened, merge)) as made:
         folder = made.path
+        require_room(made, base.model, merge.dtype)
+        auditor = Auditor(opened, merge.rows, console)
         if made.findings:
             console.note("going on with an export that was stopped: compared before, written from its first unfinished file on")
             audit = Audit.of_record(made.findings)
         else:
-            audit = auditor.chosen(partial(cast, dtype=merge.dtype), merge.onto, merge.limit(16))
+            audit = auditor.chosen(rounding, merge.onto, merge.limit(16))
             made.find(audit.as_record())
         originals = auditor.originals(base.checkpoint, audit.onto)
         write_weights(made, base.model, merge.dtype, console.phase, merge.shard_bytes, originals)
         write_company(folder, base.tokenizer, base.generation_config)
         checkpoint = open_checkpoint(ModelFiles(folder, None, str(folder)))
         _require_described(checkpoint, opened)
-        audit = auditor.read_back(audit, checkpoint)
-        write_json(folder / FILE, {"dtype": str(merge.dtype)[6:], **audit.as_record()})
+        audit = auditor.read_back(audit, checkpoint, rounding)
+        write_json(folder / FILE, {"dtype": str(merge.dtype)[6:], **_record(opened, audit)})
         write_text(folder / "README.md", _card(opened, MERGED, str(merge.dtype)[6:], audit))
     return audit
 
@@ -92,19 +94,24 @@ def write_audited_gguf(opened: OpenRun, out: Path, file: str, as_type: GgufType,
     What is compared are the weights as llama.cpp will dequantise them. Raises: as ``write_audited``, and where llama.cpp has no such model.
     """
     base, rounding = opened.base, StoredAs(opened.base, as_type)
-    auditor = Auditor(opened, merge.rows, console)
-    audit = auditor.chosen(rounding, merge.onto, merge.limit(as_type.bits))
-    if as_type.bits < 16 and audit.found:
-        audit = auditor.with_survival(audit, rounding)
-    originals = auditor.originals(base.checkpoint, audit.onto)
     with new_folder(out) as folder:
+        require_gguf_tokenizer(base)
+        auditor = Auditor(opened, merge.rows, console)
+        audit = auditor.chosen(rounding, merge.onto, merge.limit(as_type.bits))
+        if as_type.bits < 16 and audit.found:
+            audit = auditor.with_survival(audit, rounding)
+        originals = auditor.originals(base.checkpoint, audit.onto)
         write_merged_gguf(folder / file, base, run_saying(opened, opened.run.path.resolve().name), as_type, console.phase, originals)
-        audit = auditor.read_back(audit, open_checkpoint(ModelFiles(folder, file, file)))
-        write_json(folder / FILE, {"type": as_type.name, **audit.as_record()})
+        audit = auditor.read_back(audit, open_checkpoint(ModelFiles(folder, file, file)), rounding)
+        write_json(folder / FILE, {"type": as_type.name, **_record(opened, audit)})
         write_text(folder / "README.md", _card(opened, GGUF, as_type.name, audit))
         if (text := run_modelfile(opened, file, is_adapter=False)) is not None:
             write_text(folder / "Modelfile", text)
     return audit
+
+
+def _record(opened: OpenRun, audit: Audit) -> dict:
+    return {"adapter_sha256": sha256(opened.run.adapter / WEIGHTS), **audit.as_record()}
 
 
 def _key(opened: OpenRun, merge: Merge) -> str:

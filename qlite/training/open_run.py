@@ -43,14 +43,23 @@ def _to_stderr(message: str) -> None:
     print(printable(message), file=sys.stderr)
 
 
-def open_run(run: RunFolder, device_name: str, progress: Progress, note: Callable[[str], None] = _to_stderr) -> OpenRun:
+def open_run(
+    run: RunFolder,
+    device_name: str,
+    progress: Progress,
+    note: Callable[[str], None] = _to_stderr,
+    base_changes: dict[str, object] | None = None,
+) -> OpenRun:
     """Load the base of ``run`` on the device called ``device_name``, without the adapter; ``note`` hears what the user should know of it.
+
+    ``base_changes``: other values for keys of [base] than it was trained with, to compute in more digits.
 
     Raises:
         AdapterError: the adapter was trained over other files, or with other keys, than the run's folder names now.
     """
     recipe = run.recipe()
     require_same_keys(run.adapter, recipe, run.path / "recipe.toml")
+    recipe = replace(recipe, base=replace(recipe.base, **(base_changes or {})))
     where = device.pick_device(device_name)
     device.keep_freed_memory()
     # "flash" and "flex" are for training on a card; what was trained with them may be opened without one.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qlite.errors import QliteError, RunError
 from qlite.files import write_text
+from qlite.formats.peft import WEIGHTS
+from qlite.hashes import sha256
 from qlite.reporting.document import is_ours
 from qlite.reporting.run_page import run_page
 from qlite.reporting.told import Told
@@ -73,11 +75,21 @@ def tell(run: RunFolder) -> Told:
         overview=files["overview"],
         memory=files["memory"],
         result=files["result"],
-        evaluations={path.stem: _object(path, unread) for path in _found(run.path, "evaluations/*.json")},
-        audits={path.parent.name: _object(path, unread) for path in _found(run.path, f"[!.]*/{FILE}")},
+        evaluations=_of_this_adapter(run, {path.stem: _object(path, unread) for path in _found(run.path, "evaluations/*.json")}),
+        audits=_of_this_adapter(run, {path.parent.name: _object(path, unread) for path in _found(run.path, f"[!.]*/{FILE}")}),
         unread=tuple(unread),
         written=written,
     )
+
+
+def _of_this_adapter(run: RunFolder, found: dict[str, dict]) -> dict[str, dict]:
+    """Return those of ``found`` that are of the adapter that is there now: a run that is trained afresh keeps its folder's exports."""
+    try:
+        now = sha256(run.adapter / WEIGHTS)
+    except OSError:
+        return {}
+    settings = {name: each["settings"] if isinstance(each.get("settings"), dict) else each for name, each in found.items()}
+    return {name: each for name, each in found.items() if settings[name].get("adapter_sha256", now) == now}
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:

@@ -64,3 +64,12 @@ def test_nonsense_and_hostile_texts_break_nothing(finished, content):
     found = page(finished)
     assert "img" not in found.tags()
     assert "merged" in found.text
+
+
+def test_what_was_measured_of_another_adapter_is_not_told(finished):
+    export(finished, merge="bf16", device="cpu", quiet=True)
+    audit = finished / "merged-bf16" / "audit.json"
+    assert "merged-bf16" in page(finished).text
+    audit.write_text(json.dumps(json.loads(audit.read_text()) | {"adapter_sha256": "0" * 64}))
+    write_report(RunFolder(finished))
+    assert "merged-bf16" not in page(finished).text

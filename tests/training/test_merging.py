@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlite import room
 from qlite.data.dataset import Data
-from qlite.errors import DataError, ExportError, MachineError
+from qlite.errors import DataError, DiskError, ExportError, MachineError
 from qlite.formats import merged
 from qlite.formats.card import MERGED, model_card
 from qlite.hashes import sha256
 from qlite.methods.base import adapted_linears
+from qlite.methods.token_rows import RowsEmbedding
 from qlite.serving import merge_audit
 from qlite.serving.answer import Sampling, answer_ids
 from qlite.training import auditing, merging
@@ -26,7 +28,9 @@ from qlite.training.merging import Merge, write_audited
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.run_folder import RunFolder
 from tests.marks import slow
+from tests.model.test_gguf import SIZES
 from tests.tiny_run import Watcher, run, tiny_recipe
+from tests.tiny_tokenizer import VOCAB_SIZE
 
 CHANGES = {"train": {"steps": 12, "exact_match_rows": 0}, "optimizer": {"lr": 2e-2}}
 KINDS = {
@@ -190,7 +194,7 @@ def test_rows_that_are_gone_are_said_with_the_way_to_do_without(opened, tmp_path
     monkeypatch.setattr(Data, "load", gone)
     with pytest.raises(DataError, match="on its rows, and there is no rows.jsonl. Without comparing: --audit-rows 0"):
         audited(opened, tmp_path / "exports" / "out")
-    assert not (tmp_path / "exports").exists()
+    assert list((tmp_path / "exports").iterdir()) == []
     audited(opened, tmp_path / "exports" / "out", rows=0)
 
 
@@ -280,3 +284,52 @@ def test_a_merge_that_fails_leaves_nothing_to_go_on_with(opened, tmp_path, monke
 
 def hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in folder.iterdir()}
+
+
+def test_what_is_trained_beside_the_matrices_is_looked_at_too(tmp_path, monkeypatch):
+    """A trained norm that is written wrongly, and trained rows that are left out."""
+    changes = {**CHANGES, "method": {"modules_to_save": ["model.norm"], "trained_tokens": ["a", "b", "c"]}, "optimizer": {"lr": 5e-2}}
+    opened = trained(tmp_path, changes)
+    audited(opened, tmp_path / "good", most_kl=100.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(RowsEmbedding, "merged_weight", lambda module, dense: dense)
+        without = audited(opened, tmp_path / "rows", most_kl=100.0)
+    with_rows = json.loads((tmp_path / "good" / "audit.json").read_text())["candidates"][without.onto]["kl"]
+    assert without.found[without.onto].kl > 3 * with_rows
+    write = merged.write_tensor_file
+
+    def spoilt(path: Path, table: dict, pieces: object) -> None:
+        write(path, table, (piece * 0 if piece.dim() == 1 else piece for piece in pieces))
+
+    monkeypatch.setattr(merged, "write_tensor_file", spoilt)
+    with pytest.raises(ExportError, match=r"norm.*what was written is not what the run has"):
+        audited(opened, tmp_path / "norm", most_kl=100.0)
+
+
+def test_a_family_that_scales_its_embedding_is_compared_with_trained_rows(tmp_path):
+    tiny_recipe(tmp_path)
+    config = AutoConfig.for_model(
+        "gemma", **SIZES | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, vocab_size=VOCAB_SIZE, head_dim=16
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    tables = {**CHANGES, "base": {"dtype": "float32"}, "method": {"trained_tokens": ["a", "b", "c"]}}
+    run(tiny_recipe(tmp_path, **tables))
+    opened = open_run(RunFolder(tmp_path / "run"), "cpu", lambda *_: None)
+    opened.attach()
+    audit = audited(opened, tmp_path / "out", dtype=torch.float32, onto="dequantised", most_kl=100.0)
+    assert audit.found["dequantised"].kl < 1e-6
+    merged_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert kl_and_loss(opened, merged_model)[0] < 1e-6
+
+
+def test_room_is_asked_for_only_what_is_not_there_yet(opened, tmp_path, monkeypatch):
+    options = {"shard_bytes": 20_000, "most_kl": 100.0}
+    stopped(monkeypatch, 4, KeyboardInterrupt(), lambda: audited(opened, tmp_path / "out", **options))
+    (left,) = tmp_path.glob(".out.tmp-*")
+    there = sum(path.stat().st_size for path in left.glob("*.safetensors"))
+    total = 2 * sum(torch.Size(tensor.shape).numel() for tensor in merged.merged_tensors(opened.base.model))
+    monkeypatch.setattr(room, "free_disk", lambda _: total - there)
+    audited(opened, tmp_path / "out", **options)
+    with pytest.raises(DiskError, match="free"):
+        audited(opened, tmp_path / "other", **options)
