@@ -22,7 +22,7 @@ from qlite.hashes import sha256
 from qlite.model.checkpoint import SafetensorsCheckpoint
 from qlite.model.source import ModelFiles
 from qlite.serving.bank import misfits
-from qlite.training.adapter_folders import Given, other_base, read_updates, run_at
+from qlite.training.adapter_folders import BASE_KEYS, Given, contradictions, read_updates, run_at
 from qlite.training.console import open_console
 from qlite.verb import run_verb
 
@@ -87,9 +87,7 @@ def read_all(folder: Path, remove: str | None, add: str | None) -> tuple[MergedF
         if any(update.lengths is not None for update in updates[option].values()):
             problems.append(f"{option}: {each.path} is DoRA: merged, its rows have lost their own lengths; merge over the base instead")
         problems += [f"{option}: {problem}" for problem in (misfits(updates[option], merged.shapes()) if merged else [])]
-    removed = given.get("--remove")
-    if "--add" in given:
-        problems += other_base(given["--add"], removed.run if removed else None)
+    problems += contradictions(list(given.values()), BASE_KEYS)
     if problems:
         raise AdapterError("\n".join(problems))
     return merged, updates["--remove"], updates["--add"], given

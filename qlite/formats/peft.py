@@ -70,8 +70,8 @@ def _config(method: LoRA, targets: list[str], base_name: str) -> dict:
     }
 
 
-def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | None) -> None:
-    """Write ``updates``, what an adapter does to each linear by its dotted name, as PEFT's two files in float32.
+def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | None, metadata: dict[str, str] | None = None) -> None:
+    """Write ``updates``, what an adapter does to each linear by its dotted name, as PEFT's two files in float32, with ``metadata``.
 
     PEFT scales every linear by lora_alpha over its own rank, so what is left of each one's scaling goes into its B.
     """
@@ -82,7 +82,7 @@ def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | No
         assert update.lengths is None, "rows' lengths would need DoRA's file"
         tensors[f"{PREFIX}{layer}{LORA_A}"] = update.A.float()
         tensors[f"{PREFIX}{layer}{LORA_B}"] = update.B.float() * (update.scaling * update.rank / usual)
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, tensors, metadata)
     config = _config(LoRA(rank=usual, alpha=float(usual)), list(ranks), base_name or "")
     write_json(folder / CONFIG, {**config, "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != usual}})
 

@@ -84,6 +84,29 @@ def read_provenance(folder: Path) -> dict | None:
     return said if isinstance(said, dict) else None
 
 
+def said_identity(said: dict | None) -> dict[str, str]:
+    """Return the hashes, by key, of what an adapter says that it was trained with; of what is no hash, nothing."""
+    found = said.get("identity") if said else None
+    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+
+
+def common_provenance(said: list[dict | None]) -> dict[str, str]:
+    """Return the metadata of an adapter made of those that say ``said``: base and identity as far as all of them say the same."""
+    identities = [said_identity(each) for each in said]
+    agreed = {key: value for key, value in identities[0].items() if all(each.get(key) == value for each in identities)}
+    bases = [each.get("base") if each else None for each in said]
+    same = {"base": bases[0]} if bases[0] and all(_same_files(bases[0], each) for each in bases) else {}
+    return {KEY: json.dumps({**same, "identity": agreed, "versions": versions()}, sort_keys=True)}
+
+
+def _same_files(one: object, other: object) -> bool:
+    """Return whether two adapters' "base" are the same files, whatever they are called."""
+    try:
+        return sorted(_weights(one["files"]).values()) == sorted(_weights(other["files"]).values())
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
 def require_same_keys(folder: Path, recipe: Recipe, path: Path) -> None:
     """Raise AdapterError if the adapter in ``folder`` was trained with other keys of base or method than ``recipe``, read from ``path``.
 
