@@ -18,6 +18,7 @@ from qlite.errors import AdapterError, QliteError, RecipeError, RunError, shown
 from qlite.files import new_folder
 from qlite.formats.peft import WEIGHTS, write_updates
 from qlite.methods.low_rank import LowRank, Resized, resize, weighted_sum
+from qlite.recipe.share import local_name
 from qlite.training.adapter_folders import BASE_KEYS, TEMPLATE_KEYS, Given, contradictions, read_updates, run_at
 from qlite.training.provenance import common_provenance, read_provenance
 from qlite.units import format_bytes
@@ -102,8 +103,8 @@ def show(found: dict[str, Resized]) -> None:
 
 
 def base_name_of(given: list[Given]) -> str | None:
-    """Return the base as the first adapter that names it does; other names for it are said on standard error."""
-    names = dict.fromkeys(name for each in given if (name := each.adapter.base_name))
+    """Return the base as the first adapter that names it does, without folders; other names for it are said on standard error."""
+    names = dict.fromkeys(local_name(name) for each in given if (name := each.adapter.base_name))
     if len(names) > 1:
         told = ", ".join(f'"{shown(name)}"' for name in names)
         print(f"the adapters call their base differently ({told}); the first is written", file=sys.stderr)

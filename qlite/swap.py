@@ -21,6 +21,7 @@ from qlite.formats.swapped import Holdings, MergedFolder, Presence, Updates, pre
 from qlite.hashes import sha256
 from qlite.model.checkpoint import SafetensorsCheckpoint
 from qlite.model.source import ModelFiles
+from qlite.recipe.share import local_name
 from qlite.serving.bank import misfits
 from qlite.training.adapter_folders import BASE_KEYS, Given, contradictions, read_updates, run_at
 from qlite.training.console import open_console
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> None:
         tokenizer.chat_template = added.run.template  # what the adapter was trained with
     shares, swaps = {option: each.share for option, each in before.items()}, merged.swaps() + 1
     after = merged.holdings().after(hashes.get("--remove"), hashes.get("--add"))
-    record = {"from": str(args.merged), "removed": args.remove, "added": args.add, "shares_before": shares, "swaps": swaps}
+    # The folder may go to others: no folder of this machine.
+    named = {"from": str(args.merged), "removed": args.remove, "added": args.add}
+    record = {key: value and local_name(value) for key, value in named.items()} | {"shares_before": shares, "swaps": swaps}
     record |= {"holds": list(after.hashes), "holds_all": after.is_all}
     with open_console(f"qlite swap  {args.merged}") as console:
         merged.write_swapped(args.out, old, new, tokenizer, record, partial(console.phase, "swap"))

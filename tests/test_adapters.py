@@ -159,6 +159,7 @@ def test_an_exported_adapter_is_not_added_to_one_of_another_base_and_the_sum_say
     assert said["base"] == before["base"]
     assert said["identity"] == {key: value for key, value in before["identity"].items() if key != "data.train"}
     assert said["versions"]["qlite"]
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
     assert str(folder).encode() not in (out / "adapter_model.safetensors").read_bytes()
     # It is held against others as a run is.
     with pytest.raises(AdapterError, match="other: was trained on another base model than .*out: "):

@@ -76,7 +76,8 @@ def test_after_a_swap_the_weights_are_those_of_the_exact_merge_but_for_two_round
     told = capsys.readouterr().out
     assert f"remove: {folder / 'a'}; 1.0" in told or f"remove: {folder / 'a'}; 0.9" in told
     assert "swaps since the merge: 1, each rounds once more" in told
-    assert json.loads((out / "swap.json").read_text())["added"] == str(folder / "b")
+    said = json.loads((out / "swap.json").read_text())
+    assert (said["from"], said["removed"], said["added"]) == ("merged-a", "a", "b")
     swap.main([str(out), "--remove", str(folder / "b"), "--add", str(folder / "a"), "--out", str(tmp_path / "back")])
     assert "swaps since the merge: 2, each rounds once more" in capsys.readouterr().out
     assert weights(tmp_path / "back").keys() == found.keys()
