@@ -18,7 +18,9 @@ from qlite.errors import AdapterError, QliteError, RecipeError, RunError, shown
 from qlite.files import new_folder
 from qlite.formats.peft import WEIGHTS, write_updates
 from qlite.methods.low_rank import LowRank, Resized, resize, weighted_sum
-from qlite.training.adapter_folders import Given, other_base, other_template, read_updates, run_at
+from qlite.recipe.share import local_name
+from qlite.training.adapter_folders import BASE_KEYS, TEMPLATE_KEYS, Given, contradictions, read_updates, run_at
+from qlite.training.provenance import common_provenance, read_provenance
 from qlite.units import format_bytes
 from qlite.verb import run_verb
 
@@ -43,7 +45,8 @@ def main(argv: list[str]) -> None:
     found = combine(list(zip(weights, updates, strict=True)), args.rank)
     show(found)
     with new_folder(args.out) as folder:
-        write_updates(folder, {layer: each.update for layer, each in found.items()}, base_name_of(given))
+        said = common_provenance([read_provenance(each.folder) for each in given])
+        write_updates(folder, {layer: each.update for layer, each in found.items()}, base_name_of(given), said)
     ranks = sorted({each.update.rank for each in found.values()})
     told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     size = format_bytes((args.out / WEIGHTS).stat().st_size)
@@ -59,13 +62,12 @@ def read_all(texts: list[str]) -> tuple[list[Given], list[float], list[dict[str,
     problems: list[str] = []
     parts = [part for text in texts if (part := _parse(text, problems))]
     given = [each for each, _ in parts]
-    base = next((each.run for each in given if each.run), None)
     updates = [read_updates(each, problems) for each in given]
-    problems += [problem for each in given for problem in other_base(each, base)]
+    problems += contradictions(given, BASE_KEYS)
     problems += _unfit(given, updates)
     if problems:
         raise AdapterError("\n".join(problems))
-    for line in (line for each in given for line in other_template(each, base)):
+    for line in contradictions(given, TEMPLATE_KEYS):
         print(line, file=sys.stderr)
     return given, [weight for _, weight in parts], updates
 
@@ -101,8 +103,8 @@ def show(found: dict[str, Resized]) -> None:
 
 
 def base_name_of(given: list[Given]) -> str | None:
-    """Return the base as the first adapter that names it does; other names for it are said on standard error."""
-    names = dict.fromkeys(name for each in given if (name := each.adapter.base_name))
+    """Return the base as the first adapter that names it does, without folders; other names for it are said on standard error."""
+    names = dict.fromkeys(local_name(name) for each in given if (name := each.adapter.base_name))
     if len(names) > 1:
         told = ", ".join(f'"{shown(name)}"' for name in names)
         print(f"the adapters call their base differently ({told}); the first is written", file=sys.stderr)

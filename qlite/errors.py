@@ -13,6 +13,16 @@ def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     return printable(text).replace("\n", "\\n")
 
 
+def some_of(problems: Sequence[str], most: int) -> str:
+    """Return the first ``most`` of ``problems`` and how many more there are."""
+    return f"{'; '.join(problems[:most])}{and_more(len(problems) - most)}"
+
+
+def and_more(count: int) -> str:
+    """Return the words for ``count`` others that are not shown; nothing where there are none."""
+    return f" (and {count} more)" if count > 0 else ""
+
+
 def printable(text: str) -> str:
     """Return ``text`` with all but its line breaks escaped that a terminal would not show, or would obey."""
     if text.isprintable():

@@ -5,9 +5,10 @@ python -m qlite.swap runs/a/merged-fp16 --remove runs/a --out base-again
 python -m qlite.swap runs/a/merged-fp16 --add runs/b --out both
 
 The base is not needed; an adapter is a finished run or a folder in PEFT's format. Whether the one is in the weights and the other is not
-is looked up in the weights themselves. What the first merge has rounded away does not come back, and each swap rounds once more: many in
-a row leave nothing of it in 16 bit (in weights of export --merge --dtype fp32 they do no harm). Where the base is at hand,
-python -m qlite.export --merge runs/b is exact; to try adapters out, python -m qlite.chat --adapter swaps them beside the base.
+is looked up in the folder's own records, and in the weights themselves. What the first merge has rounded away does not come back, and
+each swap rounds once more: many in a row leave nothing of it in 16 bit (in weights of export --merge --dtype fp32 they do no harm). Where
+the base is at hand, python -m qlite.export --merge runs/b is exact; to try adapters out, python -m qlite.chat --adapter swaps them beside
+the base.
 """
 
 import argparse
@@ -15,11 +16,14 @@ from functools import partial
 from pathlib import Path
 
 from qlite.errors import AdapterError, QliteError, RecipeError, RunError
-from qlite.formats.swapped import MergedFolder, Presence, Updates, presence
+from qlite.formats.peft import WEIGHTS
+from qlite.formats.swapped import Holdings, MergedFolder, Presence, Updates, presence
+from qlite.hashes import sha256
 from qlite.model.checkpoint import SafetensorsCheckpoint
 from qlite.model.source import ModelFiles
+from qlite.recipe.share import local_name
 from qlite.serving.bank import misfits
-from qlite.training.adapter_folders import Given, other_base, read_updates, run_at
+from qlite.training.adapter_folders import BASE_KEYS, Given, contradictions, read_updates, run_at
 from qlite.training.console import open_console
 from qlite.verb import run_verb
 
@@ -38,13 +42,18 @@ def main(argv: list[str]) -> None:
     if args.out.exists() and not args.force:
         raise RunError(f'"{args.out}" exists already; choose another --out, or replace it with --force')
     merged, old, new, given = read_all(args.merged, args.remove, args.add)
-    before = require_presence(merged, old, new)
+    hashes = {option: sha256(each.folder / WEIGHTS) for option, each in given.items()}
+    before = require_presence(merged, old, new, hashes)
     tokenizer = merged.checkpoint.tokenizer()
     added = given.get("--add")
     if added is not None and added.run and added.run.template is not None:
         tokenizer.chat_template = added.run.template  # what the adapter was trained with
     shares, swaps = {option: each.share for option, each in before.items()}, merged.swaps() + 1
-    record = {"from": str(args.merged), "removed": args.remove, "added": args.add, "shares_before": shares, "swaps": swaps}
+    after = merged.holdings().after(hashes.get("--remove"), hashes.get("--add"))
+    # The folder may go to others: no folder of this machine.
+    named = {"from": str(args.merged), "removed": args.remove, "added": args.add}
+    record = {key: value and local_name(value) for key, value in named.items()} | {"shares_before": shares, "swaps": swaps}
+    record |= {"holds": list(after.hashes), "holds_all": after.is_all}
     with open_console(f"qlite swap  {args.merged}") as console:
         merged.write_swapped(args.out, old, new, tokenizer, record, partial(console.phase, "swap"))
     for option, each in before.items():
@@ -81,30 +90,43 @@ def read_all(folder: Path, remove: str | None, add: str | None) -> tuple[MergedF
         if any(update.lengths is not None for update in updates[option].values()):
             problems.append(f"{option}: {each.path} is DoRA: merged, its rows have lost their own lengths; merge over the base instead")
         problems += [f"{option}: {problem}" for problem in (misfits(updates[option], merged.shapes()) if merged else [])]
-    removed = given.get("--remove")
-    if "--add" in given:
-        problems += other_base(given["--add"], removed.run if removed else None)
+    problems += contradictions(list(given.values()), BASE_KEYS)
     if problems:
         raise AdapterError("\n".join(problems))
     return merged, updates["--remove"], updates["--add"], given
 
 
-def require_presence(merged: MergedFolder, old: Updates, new: Updates) -> dict[str, Presence]:
+def require_presence(merged: MergedFolder, old: Updates, new: Updates, hashes: dict[str, str]) -> dict[str, Presence]:
     """Return how much of what is taken out, and of what is put in, is in the weights, by option.
+
+    ``hashes``: those of both adapters' files. Where the folder's records name adapters, that decides; else the weights do.
 
     Raises:
         AdapterError: what is to be taken out is not in them, or what is to be put in is already; as good as surely.
     """
     found: dict[str, Presence] = {}
+    holdings = merged.holdings()
     if old:
-        found["--remove"] = presence(merged.read, old, {})
-        if found["--remove"].is_out:
-            raise AdapterError(f"--remove: the weights hold {found['--remove'].share:.3f} of that adapter: it was not merged into them")
+        its = found["--remove"] = presence(merged.read, old, {})
+        if hashes["--remove"] not in holdings.hashes and (holdings.is_all or its.is_out):
+            raise AdapterError(f"--remove: {_seen(its)}: it was not merged into them{_named_instead(holdings)}")
     if new:
-        found["--add"] = presence(merged.read, new, old)
-        if found["--add"].is_in:
-            raise AdapterError(f"--add: the weights hold {found['--add'].share:.3f} of that adapter already; --remove it, or leave it in")
+        its = found["--add"] = presence(merged.read, new, old)
+        if hashes["--add"] in holdings.after(hashes.get("--remove"), None).hashes or its.is_in:
+            raise AdapterError(f"--add: {_seen(its)}: it is in them already; --remove it, or leave it in")
     return found
+
+
+def _seen(found: Presence) -> str:
+    told = f"the weights hold {found.share:.3f} of that adapter"
+    return f"{told}, and what a merge of it leaves in {found.as_merged} of {found.linears} linears"
+
+
+def _named_instead(holdings: Holdings) -> str:
+    if not holdings.is_all:
+        return ", or not as it is"
+    named = ", ".join(f"SHA-256 {each[:12]}" for each in holdings.hashes) or "none"
+    return f"; their folder's record names the adapters in them ({named}), and this is another file"
 
 
 if __name__ == "__main__":

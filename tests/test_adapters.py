@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from qlite import chat, generate
+from qlite import chat, combine, export, generate
 from qlite.errors import AdapterError, DataError, shown
 from qlite.formats.peft import write_adapter
 from qlite.methods.lora import LoRA
@@ -17,6 +18,7 @@ from qlite.serving import bank as banks
 from qlite.serving.answer import Sampling, answer_ids
 from qlite.training import open_bank as opening
 from qlite.training.open_run import open_run
+from qlite.training.provenance import read_provenance
 from qlite.training.run_folder import RunFolder
 from tests.adapters import put_on
 from tests.tiny import tiny_llama
@@ -40,6 +42,8 @@ def folder(tmp_path_factory) -> Path:
     shutil.copytree(folder / "run" / "adapter", folder / "peft")
     config = json.loads((folder / "peft" / "adapter_config.json").read_text())
     (folder / "peft" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
+    shutil.copytree(folder / "peft", folder / "nobodys")
+    save_file(load_file(folder / "peft" / "adapter_model.safetensors"), folder / "nobodys" / "adapter_model.safetensors")
     return folder
 
 
@@ -105,7 +109,7 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_loaded(folder, tmp_pat
     other = tmp_path / "other"
     shutil.copytree(folder / "dora", other)
     identity = json.loads((other / "data.json").read_text())
-    (other / "data.json").write_text(json.dumps({**identity, "base.model": "0" * 32}))
+    (other / "data.json").write_text(json.dumps({**identity, "base.model": "0" * 32, "data.template": "1" * 32}))
     (other / "template.jinja").write_text("{{ messages }}")
     (tmp_path / "empty").mkdir()
     given = [
@@ -132,6 +136,45 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_loaded(folder, tmp_pat
         f'"{other / "template.jinja"}", not "{folder / "run" / "template.jinja"}"'
     )
     assert len(lines) == 7
+
+
+def test_an_exported_adapter_is_refused_for_what_its_run_would_be(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "open_run", lambda *_: pytest.fail("loaded"))
+    for number, key in enumerate(("base.model", "tokenizer", "data.template")):
+        out = exported_as_of_another(folder / "run", tmp_path / str(number), key)
+        with pytest.raises(
+            AdapterError, match="^x: was trained (on|with) another (base model|tokenizer|chat template) than .*run: [^\\n]*$"
+        ):
+            generate.main(["--prompt", "abc", *adapters(folder, "run"), "--adapter", f"x={out}", *OPTIONS])
+
+
+def test_an_exported_adapter_is_not_added_to_one_of_another_base_and_the_sum_says_what_it_is_of(folder, tmp_path, capsys):
+    run_folder, out = folder / "run", tmp_path / "out"
+    exported_as_of_another(run_folder, tmp_path / "other", "base.model")
+    exported_as_of_another(run_folder, tmp_path / "rows", "data.train")
+    with pytest.raises(AdapterError, match=r"other: was trained on another base model than .*run: .*\(00000000\), not "):
+        combine.main([str(run_folder), str(tmp_path / "other"), "--out", str(out)])
+    combine.main([str(run_folder), str(tmp_path / "rows"), "--out", str(out)])
+    said, before = read_provenance(out), read_provenance(run_folder / "adapter")
+    assert said["base"] == before["base"]
+    assert said["identity"] == {key: value for key, value in before["identity"].items() if key != "data.train"}
+    assert said["versions"]["qlite"]
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert str(folder).encode() not in (out / "adapter_model.safetensors").read_bytes()
+    # It is held against others as a run is.
+    with pytest.raises(AdapterError, match="other: was trained on another base model than .*out: "):
+        combine.main([str(out), str(tmp_path / "other"), "--out", str(tmp_path / "more")])
+    combine.main([str(out), str(folder / "nobodys"), "--out", str(tmp_path / "more")])
+    assert read_provenance(tmp_path / "more")["identity"] == {}
+
+
+def exported_as_of_another(run_folder: Path, out: Path, key: str) -> Path:
+    """Write the run's adapter into ``out`` as PEFT reads it, and let it say another hash of ``key``."""
+    export.main(["--adapter", str(run_folder), "--out", str(out)])
+    said = read_provenance(out)
+    said["identity"][key] = "0" * 32
+    save_file(load_file(out / "adapter_model.safetensors"), out / "adapter_model.safetensors", {"qlite": json.dumps(said)})
+    return out
 
 
 def test_an_adapter_of_other_shapes_is_refused_before_anything_is_loaded(folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The adapter in merged weights taken out and another put in: how near the exact merge that is, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from qlite import swap
 from qlite.errors import AdapterError, RecipeError, RunError
 from qlite.formats.foreign import read_foreign_adapter
 from qlite.formats.merged import write_merged
-from qlite.formats.peft import write_adapter
+from qlite.formats.peft import WEIGHTS, write_adapter
 from qlite.formats.swapped import MergedFolder, presence, swapped
+from qlite.hashes import sha256
 from qlite.methods.lora import LoRA
 from qlite.model.checkpoint import SafetensorsCheckpoint
 from qlite.model.source import ModelFiles
@@ -74,7 +76,8 @@ def test_after_a_swap_the_weights_are_those_of_the_exact_merge_but_for_two_round
     told = capsys.readouterr().out
     assert f"remove: {folder / 'a'}; 1.0" in told or f"remove: {folder / 'a'}; 0.9" in told
     assert "swaps since the merge: 1, each rounds once more" in told
-    assert json.loads((out / "swap.json").read_text())["added"] == str(folder / "b")
+    said = json.loads((out / "swap.json").read_text())
+    assert (said["from"], said["removed"], said["added"]) == ("merged-a", "a", "b")
     swap.main([str(out), "--remove", str(folder / "b"), "--add", str(folder / "a"), "--out", str(tmp_path / "back")])
     assert "swaps since the merge: 2, each rounds once more" in capsys.readouterr().out
     assert weights(tmp_path / "back").keys() == found.keys()
@@ -115,11 +118,77 @@ def test_every_swap_adds_at_most_half_of_the_last_place(dtype, record_property):
 
 def test_what_is_not_in_the_weights_is_not_taken_out_and_what_is_is_not_put_in_twice(folder, tmp_path):
     merged, out = str(folder / "merged-a"), str(tmp_path / "out")
-    with pytest.raises(AdapterError, match=r"--remove: the weights hold -?0\.[01]\d* of that adapter: it was not merged into them"):
+    with pytest.raises(AdapterError, match=r"--remove: the weights hold -?0\.[01]\d* of that adapter.*: it was not merged into them"):
         swap.main([merged, "--remove", str(folder / "b"), "--out", out])
-    with pytest.raises(AdapterError, match=r"--add: the weights hold (1\.0|0\.9)\d* of that adapter already"):
+    with pytest.raises(AdapterError, match=r"--add: the weights hold (1\.0|0\.9)\d* of that adapter.*: it is in them already"):
         swap.main([merged, "--add", str(folder / "a"), "--out", out])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def related(folder, tmp_path) -> tuple[Path, Path]:
+    """Two adapters as other runs of the seed of "a" would have: the same A, and a B near that of "a", in every linear otherwise so."""
+    generator = torch.Generator().manual_seed(3)
+    for name, shares in (("earlier", (1.2, 1.5)), ("other", (0.8, 1.5))):  # of "a", in one linear and the next
+        shutil.copytree(folder / "a", tmp_path / name)
+        tensors = load_file(tmp_path / name / WEIGHTS)
+        for number, key in enumerate(sorted(key for key in tensors if "lora_B" in key)):
+            B = tensors[key]
+            tensors[key] = B / shares[number % 2] + 0.1 * B.std() * torch.randn(B.shape, generator=generator)
+        save_file(tensors, tmp_path / name / WEIGHTS)
+    return tmp_path / "earlier", tmp_path / "other"
+
+
+def test_an_adapter_like_the_merged_one_is_not_taken_for_it(folder, tmp_path, related, capsys):
+    merged, (earlier, other) = str(folder / "merged-a"), related
+    for name, share in ((earlier, "1.[23]"), (other, r"(0\.9|1\.0)")):
+        with pytest.raises(
+            AdapterError, match=rf"--remove: the weights hold {share}\d* of that adapter, and .* in \d of \d+ linears: it was not"
+        ):
+            swap.main([merged, "--remove", str(name), "--out", str(tmp_path / "out")])
+    swap.main([merged, "--add", str(other), "--out", str(tmp_path / "both")])
+    swap.main([merged, "--remove", str(folder / "a"), "--add", str(other), "--out", str(tmp_path / "swapped")])
+    assert "of it was in the weights" in capsys.readouterr().out
+
+
+def test_where_the_folder_names_the_adapters_in_it_that_decides(folder, tmp_path, related):
+    def swapped_to(name: str, start: Path, *options: str) -> Path:
+        swap.main([str(start), *options, "--out", str(tmp_path / name)])
+        return tmp_path / name
+
+    a, b, named = folder / "a", folder / "b", tmp_path / "named"
+    shutil.copytree(folder / "merged-a", named)
+    # Of a merge of "other": the weights, which hold "a", say that it is not there.
+    (named / "audit.json").write_text(json.dumps({"adapter_sha256": sha256(related[1] / WEIGHTS)}))
+    with pytest.raises(AdapterError, match=rf"it was not merged into them; .* \(SHA-256 {sha256(related[1] / WEIGHTS)[:12]}\)"):
+        swapped_to("out", named, "--remove", str(a))
+    swapped_to("without", named, "--remove", str(related[1]))
+    assert json.loads((tmp_path / "without" / "swap.json").read_text())["holds"] == []
+    with pytest.raises(AdapterError, match=r"it was not merged into them; .* \(none\)"):
+        swapped_to("out", tmp_path / "without", "--remove", str(related[1]))
+    both = swapped_to("both", named, "--add", str(b))
+    with pytest.raises(AdapterError, match="--add: .*: it is in them already"):
+        swapped_to("out", both, "--add", str(related[1]))
+    assert json.loads((both / "swap.json").read_text())["holds"] == [sha256(each / WEIGHTS) for each in (related[1], b)]
+    back = swapped_to("back", both, "--remove", str(b))
+    assert json.loads((back / "swap.json").read_text())["holds_all"]
+    # Unknown what was merged: of what was added since, it is known.
+    assert json.loads((swapped_to("since", folder / "merged-a", "--add", str(b)) / "swap.json").read_text())["holds"] == [
+        sha256(b / WEIGHTS)
+    ]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_merged_adapter_is_found_in_every_dtype_whatever_it_rounds_away(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-2, 1e-3, 1e-4):  # of the weights
+        base = {str(n): (torch.randn(96, 64, generator=generator) * 0.05).to(dtype) for n in range(8)}
+        updates = {name: random_update(4, 96, 64, int(name), scaling=1e-4) for name in base}
+        for update in updates.values():
+            update.B.mul_(size * 0.05 / update.dense().square().mean().sqrt())
+        merged = {name: swapped(weight, None, updates[name]).to(dtype) for name, weight in base.items()}
+        assert not presence(merged.__getitem__, updates, {}).is_out
+        assert not presence(base.__getitem__, updates, {}).is_in
 
 
 def test_of_an_adapter_too_small_to_be_told_from_chance_nothing_is_claimed():

@@ -5,7 +5,7 @@
 
 The same functions as ``python -m qlite.export --merge``, for adapters that qlite did not train. ``--bits 4`` merges over
 the weights that a 4-bit run trained against; 16 (the default) over the original ones. The tokenizer that is written is the
-adapter's, where its folder has one: with new tokens the base's would not do.
+adapter's, where its folder has one, else the base's with the new tokens that an adapter of qlite's names.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from qlite.formats.foreign_fit import adapter_tokenizer, put_foreign_adapter
 from qlite.formats.merged import write_merged
 from qlite.model.load import Base
 from qlite.training.console import open_console
-from qlite.training.provenance import other_base, other_company
+from qlite.training.provenance import add_new_tokens, other_base, other_company
 from qlite.verb import run_verb
 
 
@@ -45,10 +45,13 @@ def main(argv: list[str]) -> None:
         loaded = base.load(torch.device("cpu"), console.phase)
         if other := other_base(args.adapter, loaded):
             console.note(f"the adapter was trained over another base: {other}")
-        for other in other_company(args.adapter, loaded):
-            console.note(other)
         put_foreign_adapter(foreign, loaded.model, args.adapter)
-        tokenizer = adapter_tokenizer(args.adapter, loaded.model) or loaded.tokenizer
+        tokenizer = adapter_tokenizer(args.adapter, loaded.model)
+        if tokenizer is None:
+            tokenizer = loaded.tokenizer
+            add_new_tokens(args.adapter, tokenizer)
+        for other in other_company(args.adapter, loaded, tokenizer):
+            console.note(other)
         write_merged(args.out, loaded.model, tokenizer, loaded.generation_config, DTYPES[args.dtype], console.phase)
     print(f"wrote {args.out}")
 

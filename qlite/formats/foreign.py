@@ -10,10 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qlite.errors import AdapterError, shown
+from qlite.errors import AdapterError, shown, some_of
 from qlite.formats.foreign_config import ForeignConfig, read_config
-from qlite.formats.peft import CONFIG, LORA_A, LORA_B, PREFIX, SHOWN_NAME, WEIGHTS, read_tensors
-from qlite.methods.lora import LoRA
+from qlite.formats.peft import CONFIG, LORA_B, PREFIX, SHOWN_NAME, WEIGHTS, full_name, read_tensors
 from qlite.methods.low_rank import LowRank
 
 MOST_PROBLEMS = {CONFIG: 20, WEIGHTS: 5}
@@ -60,10 +59,6 @@ class Pair:
 class ForeignAdapter:
     """What an adapter's two files hold, by the layers' dotted names in the base model."""
 
-    method: LoRA
-    """The linears' low-rank part as a method of ours."""
-    tensors: dict[str, Tensor]
-    """That part's tensors, under PEFT's names."""
     linears: dict[str, Pair] = field(default_factory=dict)
     embeddings: dict[str, Pair] = field(default_factory=dict)
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -85,18 +80,13 @@ class ForeignAdapter:
         problems = [f"holds {what} ({', '.join(map(shown, layers))})" for what, layers in more.items() if layers]
         problems += [f"holds a bias of {shown(layer, SHOWN_NAME)}" for layer, pair in self.linears.items() if pair.bias is not None]
         if problems:
-            raise AdapterError(f"{origin}: {_told(problems, 5)}; only low-rank updates of linears stand beside each other on one base")
+            raise AdapterError(f"{origin}: {some_of(problems, 5)}; only low-rank updates of linears stand beside each other on one base")
         unfit = [f"{shown(layer, SHOWN_NAME)}: {pair.shapes}" for layer, pair in self.linears.items() if not pair.fits]
         if unfit:
-            raise AdapterError(f"{origin}: tensors that do not fit each other: {_told(unfit, 5)}")
+            raise AdapterError(f"{origin}: tensors that do not fit each other: {some_of(unfit, 5)}")
         if not any(pair.magnitude is not None or (pair.A.any() and pair.B.any()) for pair in self.linears.values()):
             raise AdapterError(f"{origin}: every *{LORA_B} is zero, so the adapter changes nothing of its base; was it ever trained?")
         return {layer: LowRank(pair.A, pair.B, pair.scaling, pair.magnitude) for layer, pair in self.linears.items()}
-
-    @property
-    def layers(self) -> list[str]:
-        """The dotted names of the adapted linears."""
-        return list(self.linears)
 
 
 def read_foreign_adapter(folder: Path) -> ForeignAdapter:
@@ -112,15 +102,10 @@ def read_foreign_adapter(folder: Path) -> ForeignAdapter:
     if not config_problems:  # what it says could not be read, so the tensors cannot be held against it
         found.check_against_config()
     both = {CONFIG: config_problems, WEIGHTS: found.problems}
-    told = [f"{folder / name}: {_told(each, MOST_PROBLEMS[name])}" for name, each in both.items() if each]
+    told = [f"{folder / name}: {some_of(each, MOST_PROBLEMS[name])}" for name, each in both.items() if each]
     if told:
         raise AdapterError(". ".join(told))
     return found.adapter()
-
-
-def _told(problems: list[str], most: int) -> str:
-    more = len(problems) - most
-    return "; ".join(problems[:most]) + (f" (and {more} more)" if more > 0 else "")
 
 
 Parts = dict[str, dict[str, Tensor]]
@@ -169,13 +154,13 @@ class _Found:
         for layer, part in self.parts.items():
             for A, B in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
                 if A in part and B not in part:
-                    self.problems.append(f"lacks {_full(layer, B)}")
+                    self.problems.append(f"lacks {full_name(layer, B)}")
                 if B in part and A not in part:
-                    self.problems.append(f"has {_full(layer, B)}, which nothing here takes without its {A}")
+                    self.problems.append(f"has {full_name(layer, B)}, which nothing here takes without its {A}")
             is_pair = {"lora_A.weight", "lora_embedding_A"} & part.keys()
             for alone in ("lora_magnitude_vector", "lora_B.bias"):
                 if alone in part and not is_pair:
-                    self.problems.append(f"has {_full(layer, alone)}, which nothing here takes without its lora_A")
+                    self.problems.append(f"has {full_name(layer, alone)}, which nothing here takes without its lora_A")
 
     def check_against_config(self) -> None:
         """Note where tensors and config say different things."""
@@ -196,7 +181,7 @@ class _Found:
 
     def _check_option(self, layer: str, part: str, key: str, is_said: bool) -> None:
         if (part in self.parts[layer]) != is_said:
-            what = f"lacks {_full(layer, part)}" if is_said else f"has {_full(layer, part)}, which nothing here takes"
+            what = f"lacks {full_name(layer, part)}" if is_said else f"has {full_name(layer, part)}, which nothing here takes"
             self.problems.append(f"{what}: {CONFIG} says {key} = {str(is_said).lower()}")
 
     def _check_rows(self, layer: str, rows: Tensor | None) -> None:
@@ -205,7 +190,7 @@ class _Found:
         ids = self.config.ids_of(layer)
         count = 0 if ids is None else len(ids)
         if rows.dim() != 2 or len(rows) != count or not count:
-            name, shape = _full(layer, "token_adapter.trainable_tokens_delta"), list(rows.shape)
+            name, shape = full_name(layer, "token_adapter.trainable_tokens_delta"), list(rows.shape)
             self.problems.append(f"{name} is {shape}, and {CONFIG} has {count} tokens for it in trainable_token_indices")
 
     def adapter(self) -> ForeignAdapter:
@@ -218,9 +203,7 @@ class _Found:
             if "trainable_tokens_delta" in part
         }
         whole = {layer: _whole(part) for layer, part in self.parts.items() if _whole(part)}
-        saved = self.config.modules_to_save
-        method, tensors, name = self._method(linears), self._tensors(linears), self.config.base_name
-        return ForeignAdapter(method, tensors, linears, embeddings, whole, rows, saved, name)
+        return ForeignAdapter(linears, embeddings, whole, rows, self.config.modules_to_save, self.config.base_name)
 
     def _pairs(self, A: str, B: str) -> dict[str, Pair]:
         return {layer: self._pair(layer, A, B) for layer, part in self.parts.items() if A in part}
@@ -230,38 +213,7 @@ class _Found:
         scaling = self.config.alpha_of(layer) / (rank**0.5 if self.config.rslora else rank)
         return Pair(part[A], part[B], scaling, part.get("lora_magnitude_vector"), part.get("lora_B.bias"))
 
-    def _method(self, linears: dict[str, Pair]) -> LoRA:
-        config = self.config
-        ranks = {layer: len(pair.A) for layer, pair in linears.items()}
-        alphas = {layer: config.alpha_of(layer) for layer in linears}
-        return LoRA(
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=tuple(map(_literal, linears)),
-            rank_per_target={_literal(layer): rank for layer, rank in ranks.items() if rank != config.rank},
-            alpha_per_target={_literal(layer): alpha for layer, alpha in alphas.items() if alpha != config.alpha},
-            rslora=config.rslora,
-            dora=config.dora,
-        )
-
-    def _tensors(self, linears: dict[str, Pair]) -> dict[str, Tensor]:
-        tensors = {}
-        for layer, pair in linears.items():
-            tensors |= {f"{PREFIX}{layer}{LORA_A}": pair.A, f"{PREFIX}{layer}{LORA_B}": pair.B}
-            if pair.magnitude is not None:
-                tensors[f"{PREFIX}{layer}.lora_magnitude_vector"] = pair.magnitude
-        return tensors
-
 
 def _whole(part: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return those of a layer's parts that stand in the place of the base's own tensors."""
     return {name: tensor for name, tensor in part.items() if not name.startswith(("lora_", "trainable_"))}
-
-
-def _full(layer: str, part: str) -> str:
-    return shown(f"{PREFIX}{layer}.{part}", SHOWN_NAME)
-
-
-def _literal(name: str) -> str:
-    """Return ``name`` as a pattern that matches nothing else."""
-    return name.replace("[", "[[]")

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlite.errors import AdapterError, shown
+from qlite.errors import AdapterError, shown, some_of
 from qlite.formats.foreign import ForeignAdapter, Pair
-from qlite.formats.peft import CONFIG, LORA_B, PREFIX, SHOWN_NAME
+from qlite.formats.peft import CONFIG, LORA_B, SHOWN_NAME, full_name
+from qlite.methods.base import put_module
 from qlite.methods.lora import DoRALinear, LoRALinear, join_siblings
 from qlite.methods.token_rows import head_tied_to, train_rows
 from qlite.methods.whole import Whole, train_whole
@@ -35,8 +36,7 @@ def put_foreign_adapter(foreign: ForeignAdapter, model: PreTrainedModel, origin:
     """
     problems = sorted(_misfits(foreign, model))
     if problems:
-        more = f" (and {len(problems) - MOST_PROBLEMS} more)" if len(problems) > MOST_PROBLEMS else ""
-        raise AdapterError(f"{origin}: the adapter does not fit this base: {'; '.join(problems[:MOST_PROBLEMS])}{more}")
+        raise AdapterError(f"{origin}: the adapter does not fit this base: {some_of(problems, MOST_PROBLEMS)}")
     changes = _put_whole(foreign, model)
     for layer, pair in foreign.embeddings.items():
         changes |= _put_on_embedding(model, layer, pair)
@@ -103,15 +103,15 @@ def _pair_misfits(layer: str, pair: Pair, shape: tuple[int, int], has_bias: bool
     expected = {"lora_A.weight": (pair.A, (rank, width)), "lora_B.weight": (pair.B, (out, rank)), "lora_B.bias": (pair.bias, (out,))}
     yield from _wrong_shapes(layer, expected | {"lora_magnitude_vector": (pair.magnitude, (out,))})
     if pair.bias is not None and not has_bias:
-        yield f"{_full(layer, 'lora_B.bias')} is trained, and the base's layer has no bias that could hold it (lora_bias)"
+        yield f"{full_name(layer, 'lora_B.bias')} is trained, and the base's layer has no bias that could hold it (lora_bias)"
     if pair.bias is not None and pair.magnitude is not None:
-        yield f"{_full(layer, 'lora_B.bias')}: DoRA with lora_bias is not read"
+        yield f"{full_name(layer, 'lora_B.bias')}: DoRA with lora_bias is not read"
 
 
 def _wrong_shapes(layer: str, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> Iterator[str]:
     for part, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            yield f"{_full(layer, part)} is {list(tensor.shape)}, needed is {list(shape)}"
+            yield f"{full_name(layer, part)} is {list(tensor.shape)}, needed is {list(shape)}"
 
 
 def _whole_misfits(layer: str, tensors: dict[str, Tensor], module: nn.Module | None, model: PreTrainedModel) -> Iterator[str]:
@@ -119,10 +119,10 @@ def _whole_misfits(layer: str, tensors: dict[str, Tensor], module: nn.Module | N
     is_vocabulary = module is not None and module in (model.get_input_embeddings(), model.get_output_embeddings())
     for name, tensor in tensors.items():
         if name not in own:
-            yield f"has {_full(layer, name)}, which nothing here takes"
+            yield f"has {full_name(layer, name)}, which nothing here takes"
         # Of a vocabulary that grew or shrank with the tokenizer only the number of rows may be another.
         elif tuple(tensor.shape[is_vocabulary:]) != own[name][is_vocabulary:] or not tensor.numel():
-            yield f"{_full(layer, name)} is {list(tensor.shape)}, needed is {list(own[name])}"
+            yield f"{full_name(layer, name)} is {list(tensor.shape)}, needed is {list(own[name])}"
 
 
 def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -161,7 +161,7 @@ def _rows_after(foreign: ForeignAdapter, layer: str, module: nn.Module) -> int:
 
 
 def _row_misfits(foreign: ForeignAdapter, layer: str, ids: list[int], rows: Tensor, model: PreTrainedModel) -> Iterator[str]:
-    module, name = dict(model.named_modules()).get(layer), _full(layer, "token_adapter.trainable_tokens_delta")
+    module, name = dict(model.named_modules()).get(layer), full_name(layer, "token_adapter.trainable_tokens_delta")
     if module is None or module not in (model.get_input_embeddings(), model.get_output_embeddings()):
         yield f"has {name}, which nothing here takes: {shown(layer, SHOWN_NAME)} is neither the embedding nor the output head"
         return
@@ -237,8 +237,7 @@ def _put_on_linear(model: PreTrainedModel, layer: str, pair: Pair) -> bool:
         factor.weight.data = tensor.to(factor.weight.device, torch.promote_types(tensor.dtype, compute_dtype(base)))
     if pair.magnitude is not None:
         adapted.lora_magnitude_vector.data = pair.magnitude.to(adapted.lora_magnitude_vector)
-    parent, _, leaf = layer.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, adapted)
+    put_module(model, layer, adapted)
     return _moves(pair) or is_stretched or (pair.bias is not None and bool(pair.bias.any()))
 
 
@@ -277,7 +276,3 @@ def _put_rows(foreign: ForeignAdapter, model: PreTrainedModel) -> bool:
         changes |= not torch.equal(own.detach().to(rows), rows)
         own.data = rows.to(own)
     return changes
-
-
-def _full(layer: str, part: str) -> str:
-    return shown(f"{PREFIX}{layer}.{part}", SHOWN_NAME)

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlite.errors import AdapterError, shown
+from qlite.errors import AdapterError, shown, some_of
 from qlite.files import write_json, write_tensors
 from qlite.given import require_sound_table
 from qlite.methods.base import Method, adapted_linears, stand_ins, trainable_tensors
@@ -20,8 +20,15 @@ PREFIX, LORA_A, LORA_B, LENGTHS = "base_model.model.", ".lora_A.weight", ".lora_
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST_PROBLEMS = 5
+"""In one message."""
 SHOWN_NAME = 200
 """Characters of a tensor's name in a message."""
+
+
+def full_name(layer: str, part: str) -> str:
+    """Return the name in PEFT's file of a layer's ``part``, as a message can hold it."""
+    return shown(f"{PREFIX}{layer}.{part}", SHOWN_NAME)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -70,8 +77,8 @@ def _config(method: LoRA, targets: list[str], base_name: str) -> dict:
     }
 
 
-def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | None) -> None:
-    """Write ``updates``, what an adapter does to each linear by its dotted name, as PEFT's two files in float32.
+def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | None, metadata: dict[str, str] | None = None) -> None:
+    """Write ``updates``, what an adapter does to each linear by its dotted name, as PEFT's two files in float32, with ``metadata``.
 
     PEFT scales every linear by lora_alpha over its own rank, so what is left of each one's scaling goes into its B.
     """
@@ -82,7 +89,7 @@ def write_updates(folder: Path, updates: dict[str, LowRank], base_name: str | No
         assert update.lengths is None, "rows' lengths would need DoRA's file"
         tensors[f"{PREFIX}{layer}{LORA_A}"] = update.A.float()
         tensors[f"{PREFIX}{layer}{LORA_B}"] = update.B.float() * (update.scaling * update.rank / usual)
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, tensors, metadata)
     config = _config(LoRA(rank=usual, alpha=float(usual)), list(ranks), base_name or "")
     write_json(folder / CONFIG, {**config, "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != usual}})
 
@@ -101,10 +108,8 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
     copy_adapter(read_tensors(folder), model, folder)
 
 
-def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path, keep_dtype: bool = False) -> None:
+def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path) -> None:
     """Copy ``tensors`` into what is attached to ``model``; ``origin`` is only named in messages.
-
-    ``keep_dtype``: take float32 tensors as they are instead of rounding them to what training holds, for merging.
 
     Raises:
         AdapterError: names or shapes differ from what is attached; all of them in one message.
@@ -119,22 +124,14 @@ def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path, kee
     ]
     problems += _not_finite(tensors)
     if problems:
-        raise AdapterError(f"{origin}: the adapter does not fit this base: {_first(problems)}")
+        raise AdapterError(f"{origin}: the adapter does not fit this base: {some_of(sorted(problems), MOST_PROBLEMS)}")
     with torch.no_grad():
         for name, p in own.items():
-            if keep_dtype:
-                p.data = tensors[name].to(p.device)
-            else:
-                p.copy_(tensors[name])
+            p.copy_(tensors[name])
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
     return [f"{shown(name, SHOWN_NAME)} has values that are not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
-
-
-def _first(problems: list[str]) -> str:
-    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-    return f"{'; '.join(sorted(problems)[:5])}{more}"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

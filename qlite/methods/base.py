@@ -129,9 +129,13 @@ def adapt_linears(model: nn.Module, targets: Targets, wrap: Callable[[str, nn.Mo
         RecipeError: a target names no linear of this model.
     """
     for name in select_linears(model, targets):
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, wrap(name, getattr(owner, leaf)))
+        put_module(model, name, wrap(name, model.get_submodule(name)))
+
+
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` into ``model`` in the place of what has the dotted ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def select_linears(model: nn.Module, targets: Targets) -> list[str]:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from qlite.errors import RecipeError, shown
-from qlite.methods.base import AdaptedLinear, StandIn
+from qlite.methods.base import AdaptedLinear, StandIn, put_module
 from qlite.quant.dense import matrix_rows, matrix_shape
 from qlite.quant.embedding import embedding_shell
 
@@ -139,9 +139,9 @@ def train_rows(model: nn.Module, ids: dict[str, list[int]]) -> None:
         stand_in = RowsLinear(layer, tokens) if is_head else RowsEmbedding(layer, tokens)
         if layer is model.get_input_embeddings() and head_name is not None and head_name not in ids:
             tied = RowsLinear(model.get_submodule(head_name), tokens, stand_in.token_adapter)
-        _put(model, name, stand_in)
+        put_module(model, name, stand_in)
     if tied is not None:
-        _put(model, head_name, tied)
+        put_module(model, head_name, tied)
 
 
 def head_tied_to(model: nn.Module) -> str | None:
@@ -151,11 +151,6 @@ def head_tied_to(model: nn.Module) -> str | None:
     if weight is None or weight is not getattr(embedding, "weight", None):
         return None
     return next(name for name, module in model.named_modules() if module is head)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _with_rows(dense: Tensor, ids: Tensor, rows: TokenRows) -> Tensor:

@@ -10,7 +10,7 @@ from functools import cache
 from torch import nn
 
 from qlite.errors import RecipeError, shown
-from qlite.methods.base import StandIn, matches
+from qlite.methods.base import StandIn, matches, put_module
 from qlite.quant.dense import dense_copy
 from qlite.quant.embedding import QuantEmbedding
 from qlite.quant.linear import QuantLinear
@@ -46,8 +46,7 @@ def select_whole(model: nn.Module, patterns: tuple[str, ...], adapted: set[str])
 def train_whole(model: nn.Module, names: list[str]) -> None:
     """Put a trainable dense copy into the place of each layer of ``names``."""
     for name in names:
-        owner, leaf = _parent(model, name), name.rpartition(".")[2]
-        setattr(owner, leaf, whole_copy(getattr(owner, leaf)))
+        put_module(model, name, whole_copy(model.get_submodule(name)))
 
 
 def whole_copy(base: nn.Module) -> nn.Module:

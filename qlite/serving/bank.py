@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlite.errors import AdapterError, shown
-from qlite.methods.base import AdaptedLinear
+from qlite.errors import AdapterError, and_more, shown
+from qlite.methods.base import AdaptedLinear, put_module
 from qlite.methods.lora_product import Adapted, lora_products
 from qlite.methods.low_rank import LowRank
 from qlite.quant.linear import compute_dtype, dense_weight, is_linear
@@ -46,7 +46,7 @@ class AdapterBank:
         for layer, update in updates.items():
             if layer not in self._linears:
                 self._linears[layer] = BankedLinear(self.model.get_submodule(layer))
-                self._put(layer, self._linears[layer])
+                put_module(self.model, layer, self._linears[layer])
             self._linears[layer].add(name, update, self.device)
         self.names.append(name)
 
@@ -62,7 +62,7 @@ class AdapterBank:
         for layer, linear in list(self._linears.items()):
             linear.updates.pop(name, None)
             if not linear.updates:
-                self._put(layer, linear.base)
+                put_module(self.model, layer, linear.base)
                 del self._linears[layer]
 
     def use(self, names: str | Sequence[str]) -> None:
@@ -90,10 +90,6 @@ class AdapterBank:
             known = ", ".join(f'"{each}"' for each in (BASE, *self.names))
             raise AdapterError(f'no adapter is called "{shown(name)}"; there are {known}')
 
-    def _put(self, layer: str, module: nn.Module) -> None:
-        parent, _, leaf = layer.rpartition(".")
-        setattr(self.model.get_submodule(parent), leaf, module)
-
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return [out, in] of each linear of ``model``, in a bank or not, by its dotted name."""
@@ -109,15 +105,11 @@ def misfits(updates: dict[str, LowRank], shapes: dict[str, tuple[int, int]]) -> 
     other = [layer for layer in updates if layer in shapes and shapes[layer] != updates[layer].shape]
     problems = []
     if unknown:
-        problems.append(f"the base has no linear layer {shown(unknown[0])}{_and_more(unknown)}")
+        problems.append(f"the base has no linear layer {shown(unknown[0])}{and_more(len(unknown) - 1)}")
     if other:
         own, base = list(updates[other[0]].shape), list(shapes[other[0]])
-        problems.append(f"it is for a {shown(other[0])} of {own}, and the base's is {base}{_and_more(other)}")
+        problems.append(f"it is for a {shown(other[0])} of {own}, and the base's is {base}{and_more(len(other) - 1)}")
     return problems
-
-
-def _and_more(found: list[str]) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 @dataclass(frozen=True)

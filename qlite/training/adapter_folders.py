@@ -9,10 +9,12 @@ from qlite.formats.foreign import ForeignAdapter, read_foreign_adapter
 from qlite.formats.peft import CONFIG
 from qlite.methods.low_rank import LowRank
 from qlite.serving.bank import BASE
+from qlite.training.provenance import read_provenance, said_identity
 from qlite.training.run_folder import RunFolder, find_run
 
-SAME = {"base.model": "base model", "tokenizer": "tokenizer"}
-"""What in a run's data.json has to be the same in all, and what it is called."""
+BASE_KEYS = {"base.model": "base model", "tokenizer": "tokenizer"}
+TEMPLATE_KEYS = {"data.template": "chat template"}
+"""What of what adapters were trained with has to be the same in all, and what it is called."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,19 @@ class Given:
     def adapter(self) -> ForeignAdapter:
         """What is in the files, read when it is asked for. Raises AdapterError."""
         return read_foreign_adapter(self.folder)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Hashes of what it was trained with: as the run says, or as the file itself does where qlite has written it."""
+        return self.run.identity if self.run else said_identity(read_provenance(self.path))
+
+    @property
+    def base_name(self) -> str:
+        """The base as the run's recipe or the adapter's config names it."""
+        try:
+            return self.run.recipe().base.model if self.run else self.adapter.base_name or "unknown"
+        except AdapterError:  # which is told where its tensors are asked for
+            return "unknown"
 
 
 def parse_adapters(texts: list[str]) -> tuple[list[Given], list[str]]:
@@ -80,25 +95,22 @@ def read_updates(given: Given, problems: list[str]) -> dict[str, LowRank]:
         return {}
 
 
-def other_base(given: Given, base: RunFolder | None) -> list[str]:
-    """Return in what a run was trained on something else than ``base`` was; of PEFT's folders nobody knows."""
-    if given.run is None or base is None:
-        return []
-    own, others = given.run.identity, base.identity
-    return [
-        f"{given.name}: was trained on another {what} than {base.path}: {_named(given.run, key)}, not {_named(base, key)}"
-        for key, what in SAME.items()
-        if key in own and key in others and own[key] != others[key]
-    ]
+def contradictions(given: list[Given], keys: dict[str, str]) -> list[str]:
+    """Return where adapters were trained with another of ``keys`` than the first that says it; who says nothing may be of the same."""
+    found = []
+    for key, what in keys.items():
+        first, *others = [each for each in given if key in each.identity] or [None]
+        found += [
+            f"{each.name}: was trained {'with' if keys is TEMPLATE_KEYS else 'on'} another {what} than {first.path}: "
+            f"{_named(each, key)}, not {_named(first, key)}"
+            for each in others
+            if each.identity[key] != first.identity[key]
+        ]
+    return found
 
 
-def other_template(given: Given, base: RunFolder | None) -> list[str]:
-    """Return whether a run was trained with another chat template than ``base``, in words, with the files that hold them."""
-    if given.run is None or base is None or given.run.template == base.template:
-        return []
-    ways = [f'"{run.path / "template.jinja"}"' if run.template is not None else "none" for run in (given.run, base)]
-    return [f"{given.name}: was trained with another chat template than {base.path}: {ways[0]}, not {ways[1]}"]
-
-
-def _named(run: RunFolder, key: str) -> str:
-    return f'"{shown(run.recipe().base.model)}" ({run.identity[key][:8]})'
+def _named(given: Given, key: str) -> str:
+    if key in TEMPLATE_KEYS:
+        path = given.run.path / "template.jinja" if given.run else given.path / "chat_template.jinja"
+        return f'"{path}"' if path.is_file() else given.identity[key][:8]
+    return f'"{shown(given.base_name)}" ({given.identity[key][:8]})'

@@ -10,9 +10,8 @@ from qlite.model.shapes import base_shapes
 from qlite.model.wheel import Progress
 from qlite.serving.bank import BASE, AdapterBank, linear_shapes, misfits
 from qlite.serving.dialogue import Voices
-from qlite.training.adapter_folders import Given, other_base, other_template, parse_adapters, read_updates
+from qlite.training.adapter_folders import BASE_KEYS, TEMPLATE_KEYS, Given, contradictions, parse_adapters, read_updates
 from qlite.training.open_run import OpenRun, open_run
-from qlite.training.provenance import other_base as other_base_files
 from qlite.training.run_folder import RunFolder, find_run
 
 
@@ -35,7 +34,9 @@ def open_bank(run: str | None, texts: list[str], device: str, progress: Progress
     given, problems = parse_adapters(texts)
     first = _base_run(run, given, problems)
     updates = {each.name: read_updates(each, problems) for each in given}
-    problems += [problem for each in given for problem in (*other_base(each, first), *other_template(each, first))]
+    if first is not None:
+        known = [Given(BASE, first.path, first), *given]
+        problems += [problem for keys in (BASE_KEYS, TEMPLATE_KEYS) for problem in contradictions(known, keys)]
     if first is not None and any(updates.values()):
         base = first.recipe().base
         shapes = linear_shapes(base.empty(base_shapes(base, progress).config, torch.device("cpu")))
@@ -43,9 +44,6 @@ def open_bank(run: str | None, texts: list[str], device: str, progress: Progress
     if problems:
         raise AdapterError("\n".join(problems))
     opened = open_run(first, device, progress)
-    strangers = {each.name: other_base_files(each.folder, opened.base) for each in given if each.run is None}
-    if any(strangers.values()):
-        raise AdapterError("\n".join(f"{name}: was trained over another base: {other}" for name, other in strangers.items() if other))
     bank = AdapterBank(opened.base.model, opened.device)
     for each in given:
         bank.add(each.name, updates.pop(each.name))

@@ -70,6 +70,6 @@ def open_run(
     encoder = Encoder(base.tokenizer, run.template, recipe.data.loss_on)
     if encoder.template is not None:
         base.tokenizer.chat_template = encoder.template  # what an export writes beside the weights
-    for other in other_company(run.adapter, base):
+    for other in other_company(run.adapter, base, base.tokenizer):
         note(other)
     return OpenRun(run, recipe, base, encoder, where, method)

@@ -8,11 +8,14 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from qlite import __version__
 from qlite.data.encoding import tokenizer_hash
 from qlite.errors import AdapterError
 from qlite.formats.peft import read_metadata
 from qlite.hashes import sampled_hash
+from qlite.methods.token_rows import token_ids
 from qlite.model.load import LoadedBase
 from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import Recipe
@@ -84,6 +87,29 @@ def read_provenance(folder: Path) -> dict | None:
     return said if isinstance(said, dict) else None
 
 
+def said_identity(said: dict | None) -> dict[str, str]:
+    """Return the hashes, by key, of what an adapter says that it was trained with; of what is no hash, nothing."""
+    found = said.get("identity") if said else None
+    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+
+
+def common_provenance(said: list[dict | None]) -> dict[str, str]:
+    """Return the metadata of an adapter made of those that say ``said``: base and identity as far as all of them say the same."""
+    identities = [said_identity(each) for each in said]
+    agreed = {key: value for key, value in identities[0].items() if all(each.get(key) == value for each in identities)}
+    bases = [each.get("base") if each else None for each in said]
+    same = {"base": bases[0]} if bases[0] and all(_same_files(bases[0], each) for each in bases) else {}
+    return {KEY: json.dumps({**same, "identity": agreed, "versions": versions()}, sort_keys=True)}
+
+
+def _same_files(one: object, other: object) -> bool:
+    """Return whether two adapters' "base" are the same files, whatever they are called."""
+    try:
+        return sorted(_weights(one["files"]).values()) == sorted(_weights(other["files"]).values())
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
 def require_same_keys(folder: Path, recipe: Recipe, path: Path) -> None:
     """Raise AdapterError if the adapter in ``folder`` was trained with other keys of base or method than ``recipe``, read from ``path``.
 
@@ -127,17 +153,31 @@ def other_base(folder: Path, base: LoadedBase) -> str | None:
     return f"{_named(name, then)}, and this is {_named(base.name, now)}"
 
 
-def other_company(folder: Path, base: LoadedBase) -> list[str]:
-    """Return what else ``base`` has other than the adapter in ``folder`` says: it may be no more than another version's way to say it."""
+def other_company(folder: Path, base: LoadedBase, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what else ``base`` and ``tokenizer`` have other than the adapter in ``folder`` says.
+
+    It may be no more than another version's way to say it.
+    """
     said, found = read_provenance(folder) or {}, []
     try:
         if said["base"]["files"].get(CONFIG, {}) != _files(base)["files"].get(CONFIG, {}):
             found.append("the base's config.json is not the one of training")
-        if said["identity"]["tokenizer"] != tokenizer_hash(base.tokenizer):
+        if said["identity"]["tokenizer"] != tokenizer_hash(tokenizer):
             found.append("the tokenizer is not the one of training: its files have changed, or are read by another version of tokenizers")
     except (KeyError, TypeError, AttributeError):
         return []
     return found
+
+
+def add_new_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add to ``tokenizer`` the tokens that the adapter in ``folder`` says were made for it (method.new_tokens), where it has them not."""
+    said = read_provenance(folder) or {}
+    try:
+        new = [str(token) for token in said["recipe"]["method"]["new_tokens"]]
+    except (KeyError, TypeError):
+        return
+    vocabulary = tokenizer.get_vocab()
+    token_ids(tokenizer, (), [token for token in dict.fromkeys(new) if token not in vocabulary])
 
 
 def _weights(files: dict) -> dict[str, str]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qlite.errors import AdapterError
 from qlite.formats.foreign import read_foreign_adapter
 from qlite.formats.foreign_fit import put_foreign_adapter
-from qlite.formats.peft import CONFIG, PREFIX, WEIGHTS, adapter_tensors, copy_adapter, load_adapter, write_adapter
+from qlite.formats.peft import CONFIG, PREFIX, WEIGHTS, adapter_tensors, load_adapter, write_adapter
 from qlite.methods.base import adapted_linears, trainable_tensors
 from qlite.methods.lora import LoRA, LoRALinear
 from qlite.model.load import DTYPES, Base
@@ -222,15 +222,11 @@ def test_pefts_adapter_read_by_us_gives_the_same_logits(name, kind, folders, tmp
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_keeps_its_float32_over_a_bfloat16_base_where_it_is_to_be_merged(name, folders, tmp_path):
     made_by_peft(folders[name], tmp_path, **peft_options("dora", name))
-    foreign = read_foreign_adapter(tmp_path)
-    model = ours(folders[name], "bfloat16")
-    foreign.method.attach(model)
-    copy_adapter(foreign.tensors, model, tmp_path, keep_dtype=True)
-    held = adapter_tensors(model)
+    saved = load_file(tmp_path / WEIGHTS)
+    held = adapter_tensors(put_on(ours(folders[name], "bfloat16"), tmp_path))
     assert len(held) == 4 * 3
-    assert all(torch.equal(held[key], t) and t.dtype == torch.float32 for key, t in foreign.tensors.items())
-    copy_adapter(foreign.tensors, model, tmp_path)
-    assert all(torch.equal(adapter_tensors(model)[key], t.to(held[key].dtype)) for key, t in foreign.tensors.items())
+    assert held.keys() == saved.keys()
+    assert all(torch.equal(held[key], t) and t.dtype == torch.float32 for key, t in saved.items())
 
 
 # What cannot be read
@@ -291,7 +287,13 @@ def test_every_option_of_peft_is_either_read_without_effect_or_refused(good, tmp
     assert options == needed | set(harmless) | set(UNSUPPORTED) - {"an_option_of_next_year"}
     assert len(options) == 8 + 22 + 11
     found = read_foreign_adapter(spoilt(good, tmp_path, lambda c: c.update(harmless)))
-    assert found.method == read_foreign_adapter(good).method
+    plain = read_foreign_adapter(good)
+    assert found.linears.keys() == plain.linears.keys()
+    for layer, pair in found.linears.items():
+        assert pair.scaling == plain.linears[layer].scaling
+        assert torch.equal(pair.A, plain.linears[layer].A)
+        assert torch.equal(pair.B, plain.linears[layer].B)
+    assert (found.embeddings, found.whole, found.rows) == ({}, {}, {})
 
 
 def test_all_unsupported_options_are_named_at_once(good, tmp_path):
@@ -401,7 +403,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(change, problem, good, fo
 def test_an_adapter_that_does_not_fit_leaves_what_is_attached_as_it_was(good, folders, tmp_path):
     folder = spoilt(good, tmp_path, change_tensors=lambda t: t.update({f"{PREFIX}extra": torch.zeros(2)}))
     model = ours(folders["llama"])
-    read_foreign_adapter(good).method.attach(model)
+    method_of("plain", "llama").attach(model)
     before = {name: p.clone() for name, p in trainable_tensors(model).items()}
     with pytest.raises(AdapterError):
         load_adapter(folder, model)

@@ -32,6 +32,7 @@ from tests.malformed import SECONDS, Case, at_most, count_refused, silent
 from tests.tiny import tiny_llama
 from tests.tiny_run import save_tiny_base
 
+METHOD = LoRA(rank=4, alpha=8.0, targets=("q_proj", "down_proj"))
 Change = Callable[[dict, bytes], bytes]
 """Returns a file's content, made of a good one's table and data."""
 
@@ -274,11 +275,11 @@ ROLES = {
 def make_good(folder: Path) -> Path:
     """Write a base, an adapter for it and a run's best adapter into ``folder``."""
     save_tiny_base(folder / "base")
-    model, method = tiny_llama(), LoRA(rank=4, alpha=8.0, targets=("q_proj", "down_proj"))
-    method.attach(model)
+    model = tiny_llama()
+    METHOD.attach(model)
     for layer in model.model.layers:
         layer.mlp.down_proj.lora_B.weight.data.fill_(0.125)  # as if trained
-    write_adapter(folder / "adapter", model, method, "org/base")
+    write_adapter(folder / "adapter", model, METHOD, "org/base")
     with new_folder(folder / "best") as best:
         shutil.copy(folder / "adapter" / WEIGHTS, best / WEIGHTS)
     return folder
@@ -337,7 +338,7 @@ def try_mutations(count: int, good: Path, folder: Path) -> dict[str, int]:
     """Read ``count`` mutations of a base and of an adapter; return how many were refused and read. Anything else fails."""
     draw, found = random.Random(0), {"refused": 0, "read": 0}
     model = tiny_llama()
-    read_foreign_adapter(good / "adapter").method.attach(model)
+    METHOD.attach(model)
     base = Path(shutil.copytree(good / "base", folder / "base"))
     originals = {path: path.read_bytes() for path in (good / "base/model.safetensors", good / "adapter" / WEIGHTS)}
     for number in range(count):

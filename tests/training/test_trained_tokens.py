@@ -22,6 +22,7 @@ from tests.marks import slow
 from tests.tiny import tiny_llama
 from tests.tiny_run import Watcher, run, tiny_recipe
 from tests.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
+from tools.merge import main as merge_tool
 
 SPARE = 5
 TOOL, OLD = VOCAB_SIZE, tiny_tokenizer().convert_tokens_to_ids("q")
@@ -117,6 +118,22 @@ def test_the_optimizer_holds_only_the_rows_they_move_and_the_adapter_has_its_tok
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peft")
     assert tokenizer.decode(tokenizer("a<tool>b").input_ids, skip_special_tokens=True) == "a<tool>b"
     assert tokenizer.convert_tokens_to_ids("<tool>") == TOOL
+
+
+def test_the_merge_tool_writes_the_tokenizer_of_training_from_the_runs_own_folder_and_from_the_exported_one(tmp_path, capfd):
+    run(recipe_of(tmp_path, TOKENS, tied=True))
+    export(tmp_path / "run", adapter="peft", out=tmp_path / "peft", quiet=True)
+    for adapter, out in ((tmp_path / "run" / "adapter", tmp_path / "of-run"), (tmp_path / "peft", tmp_path / "of-peft")):
+        capfd.readouterr()
+        merge_tool([str(adapter), "--base", str(tmp_path / "base"), "--out", str(out)])
+        assert "not the one of training" not in " ".join("".join(capfd.readouterr()).split())
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer.convert_tokens_to_ids("<tool>") == TOOL
+        assert TOOL in tokenizer("a<tool>b").input_ids
+    # A base whose tokenizer has them is left as it is.
+    tokenizer.save_pretrained(tmp_path / "base")
+    merge_tool([str(tmp_path / "run" / "adapter"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "again")])
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").convert_tokens_to_ids("<tool>") == TOOL
 
 
 @pytest.mark.parametrize("tied", [True, slow(False)])
