@@ -12,15 +12,13 @@ from qlite.errors import ExportError, MachineError, QliteError, RecipeError, sho
 from qlite.files import MANIFEST, is_whole
 from qlite.recipe.schema import Recipe
 from qlite.recipe.share import without_folders
-from qlite.units import MIB, format_bytes
+from qlite.units import format_bytes
 
-TEXTS = (".md", ".json", ".jinja", "Modelfile")
-"""Ends of names of files in which a folder of this machine may stand."""
-MOST_TEXT_BYTES = 4 * MIB
-"""Of such a file; a tokenizer's tables are larger, and hold no paths."""
+CARD = "README.md"
+TEXTS = {CARD, "Modelfile", "adapter_config.json", "config.json", "generation_config.json", "audit.json"}
+"""Files in which a folder of this machine may stand. A tokenizer's and its template are none of them: "../" is a token there."""
 CARD_LINES = 24
 """Of the card's head, as it is shown before it is sent."""
-CARD = "README.md"
 HUBS_OWN = {".gitattributes"}
 """What a hub puts into a new repository."""
 
@@ -70,15 +68,13 @@ def pack(folder: Path, recipe: Recipe, repository: str, is_public: bool) -> Parc
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
     if CARD not in files:
         raise ExportError(f'"{folder}" has no {CARD}, which earlier versions did not write. Write it anew with --force')
-    texts = {name: text for name, path in files.items() if (text := _cleaned(path, recipe)) is not None}
+    texts = {name: text for name in sorted(TEXTS & files.keys()) if (text := _cleaned(files[name], recipe)) is not None}
     sizes = {name: len(texts[name]) if name in texts else path.stat().st_size for name, path in files.items()}
     return Parcel(repository, is_public, folder, texts, sizes)
 
 
 def _cleaned(path: Path, recipe: Recipe) -> bytes | None:
     """Return what is sent in the place of ``path``; None: the file itself."""
-    if not path.name.endswith(TEXTS) or path.stat().st_size > MOST_TEXT_BYTES:
-        return None
     text = path.read_bytes().decode("utf-8")
     clean = text
     if path.name == "Modelfile":  # where its weights lie: for who has fetched all, beside it

@@ -11,6 +11,9 @@ import pytest
 
 from qlite import export
 from qlite.errors import ExportError, MachineError, RecipeError, RunError
+from qlite.files import new_folder, write_text
+from qlite.training.pushing import pack
+from qlite.training.run_folder import RunFolder
 from tests.hub_server import TOKEN, Hub, hub_server
 from tests.tiny_run import run, tiny_recipe
 
@@ -81,6 +84,24 @@ def test_a_merged_model_and_what_earlier_versions_wrote_lose_the_folders_on_the_
     assert sent["files"]["README.md"] == b'# run\ntrain = "train.jsonl"\n'
     assert "(folders of this machine taken out)" in capsys.readouterr().out
     shutil.rmtree(old)
+
+
+def test_a_tokenizer_is_sent_as_it_is_wherever_the_command_is_typed(finished, tmp_path, monkeypatch):
+    work = tmp_path / "home" / "work"
+    work.mkdir(parents=True)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.chdir(work)  # one level below: messages have the home folder as ".."
+    texts = dict.fromkeys(
+        ("tokenizer.json", "vocab.json", "tokenizer_config.json", "x/config.json"), '{"../": 1, "../../": 2, "\\n../": 3}'
+    )
+    texts |= {"merges.txt": "../ ..", "chat_template.jinja": "see ../x", "audit.json": '{"x": "../x"}', "README.md": "see ../x"}
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "x").mkdir()
+        for name, text in texts.items():
+            write_text(folder / name, text)
+    parcel = pack(tmp_path / "out", RunFolder(finished).recipe(), "ann/orders", is_public=False)
+    assert set(parcel.sizes) == set(texts)
+    assert parcel.texts == {"README.md": b"see x", "audit.json": b'{"x": "x"}'}
 
 
 def write_manifest(folder: Path) -> None:
