@@ -28,6 +28,7 @@ from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES, write_company
 from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
+from qlite.hashes import sha256
 from qlite.recipe.share import local_name
 from qlite.training.auditing import Audit
 from qlite.training.cards import run_card
@@ -36,7 +37,7 @@ from qlite.training.gguf_facts import run_modelfile
 from qlite.training.merging import Merge, write_audited, write_audited_gguf
 from qlite.training.notebook import console_for
 from qlite.training.open_run import OpenRun, open_run
-from qlite.training.pushing import pack, require_repository, send
+from qlite.training.pushing import Parcel, pack, require_asked, require_repository, send
 from qlite.training.report import Observer
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.training.run_report import leave_report
@@ -82,15 +83,21 @@ def main(argv: list[str]) -> None:
     merge = how if args.merge or args.gguf else None
     adapter = "peft" if args.adapter else "gguf" if args.gguf_adapter else None
     run = find_run(args.run)
-    out = args.out or run.path / _folder_name(merge, gguf_type(args.gguf) if args.gguf else None, adapter)
-    if args.push and out.exists() and not args.force:
+    as_type = gguf_type(args.gguf) if args.gguf else None
+    out = args.out or run.path / _folder_name(merge, as_type, adapter)
+    is_there = args.push and out.exists() and not args.force
+    if is_there:
         require_newer(out, run)
     else:
         done = export(run.path, merge=merge, gguf=args.gguf, adapter=adapter, out=out, device=args.device, force=args.force)
         for line in done.lines():
             print(line)
     if args.push:
-        push(run, out, args.push, args.public, args.dry_run)
+        parcel = pack(out, run.recipe(), args.push, args.public)
+        if is_there:
+            form = f"--gguf {as_type.name}" if as_type else f"--merge --dtype {args.dtype}" if merge else None
+            require_asked(out, run, form or ("--adapter" if args.adapter else "--gguf-adapter"), args.onto)
+        push(parcel, args.dry_run)
     elif args.merge:
         print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
 
@@ -110,9 +117,8 @@ def require_newer(out: Path, run: RunFolder) -> None:
         raise RunError(f'"{out}" is older than the end of the run in "{run.path}"; write it anew with --force')
 
 
-def push(run: RunFolder, out: Path, repository: str, is_public: bool, is_dry: bool) -> None:
-    """Send the export in ``out`` to ``repository``, or say what would be sent."""
-    parcel = pack(out, run.recipe(), repository, is_public)
+def push(parcel: Parcel, is_dry: bool) -> None:
+    """Send ``parcel``, or say what would be sent."""
     for line in parcel.lines():
         print(printable(line))
     if is_dry:
@@ -245,7 +251,8 @@ def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunC
     file = f"{name}-lora.gguf"
     with console, new_folder(out) as folder:
         opened = _opened(run, device, console)
-        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase)
+        source = sha256(run.adapter / WEIGHTS)
+        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase, source)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
         write_text(folder / "README.md", run_card(run, GGUF_ADAPTER, {"weights": "F32"}, {}))

@@ -11,7 +11,8 @@ import pytest
 
 from qlite import export
 from qlite.errors import ExportError, MachineError, RecipeError, RunError
-from qlite.files import new_folder, write_text
+from qlite.files import new_folder, write_json, write_text
+from qlite.hashes import sha256
 from qlite.training.pushing import pack
 from qlite.training.run_folder import RunFolder
 from tests.hub_server import TOKEN, Hub, hub_server
@@ -24,6 +25,14 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("secret-place")
     run(tiny_recipe(folder, train={"steps": 2, "accumulation": 1}))
     export.main(["--adapter", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A run with the same recipe but for its seed, finished before the exports that the tests make."""
+    folder = tmp_path_factory.mktemp("another")
+    run(tiny_recipe(folder, train={"steps": 2, "accumulation": 1, "seed": 5}))
     return folder / "run"
 
 
@@ -104,9 +113,55 @@ def test_a_tokenizer_is_sent_as_it_is_wherever_the_command_is_typed(finished, tm
     assert parcel.texts == {"README.md": b"see x", "audit.json": b'{"x": "x"}'}
 
 
-def write_manifest(folder: Path) -> None:
-    from qlite.hashes import sha256
+def refused(arguments: list[str]) -> str:
+    with pytest.raises(RunError) as error:
+        export.main([*arguments, "--push", "ann/orders", "--dry-run"])
+    assert "--force writes it anew, or give another --out" in str(error.value)
+    return str(error.value)
 
+
+def test_only_the_run_that_is_named_is_sent_in_the_form_that_is_asked_for(finished, other, tmp_path, capsys):
+    peft, lora = tmp_path / "peft", tmp_path / "lora"
+    export.main(["--adapter", str(other), "--out", str(peft)])
+    export.main(["--gguf-adapter", str(other), "--out", str(lora)])
+    assert "was written with --adapter, and this asks for --gguf q8_0" in refused(["--gguf", "Q8_0", str(finished), "--out", str(peft)])
+    assert "was written with --gguf-adapter, and this asks for --adapter" in refused(["--adapter", str(other), "--out", str(lora)])
+    for form, out in (("--adapter", peft), ("--gguf-adapter", lora)):
+        assert f'holds another adapter than "{finished}" does' in refused([form, str(finished), "--out", str(out)])
+        export.main([form, str(other), "--out", str(out), "--push", "ann/orders", "--dry-run"])
+        assert capsys.readouterr().out.endswith("Nothing was sent (--dry-run).\n")
+
+
+@pytest.mark.parametrize(
+    ("audit", "options", "told"),
+    [
+        ({"dtype": "float16", "onto": "original"}, ["--merge"], None),
+        ({"dtype": "float16", "onto": "original"}, ["--merge", "--onto", "original"], None),
+        (
+            {"dtype": "bfloat16", "onto": "original"},
+            ["--merge"],
+            "was written with --merge --dtype bf16, and this asks for --merge --dtype fp16",
+        ),
+        ({"dtype": "float16", "onto": "dequantised"}, ["--merge", "--onto", "original"], "is merged over the dequantised weights"),
+        ({"type": "q8_0", "onto": "original"}, ["--gguf", "q4_0"], "was written with --gguf q8_0, and this asks for --gguf q4_0"),
+        ({"type": "q8_0", "onto": "original", "adapter_sha256": "0"}, ["--gguf", "q8_0"], "holds another adapter than"),
+        ({"type": "q8_0", "onto": "original", "adapter_sha256": None}, ["--gguf", "q8_0"], "does not say whether it is of the run"),
+        ({}, ["--merge"], "is no export that this knows"),
+    ],
+)
+def test_what_an_audit_says_of_an_export_decides_whether_it_is_sent(finished, tmp_path, capsys, audit, options, told):
+    with new_folder(tmp_path / "out") as folder:
+        write_text(folder / "README.md", "# run")
+        write_json(folder / "audit.json", {"adapter_sha256": sha256(finished / "adapter" / "adapter_model.safetensors"), **audit})
+    arguments = [*options, str(finished), "--out", str(tmp_path / "out")]
+    if told:
+        assert told in refused(arguments)
+    else:
+        export.main([*arguments, "--push", "ann/orders", "--dry-run"])
+        assert "Nothing was sent (--dry-run)." in capsys.readouterr().out
+
+
+def write_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").write_text(json.dumps({path.name: sha256(path) for path in folder.iterdir()}))
 
