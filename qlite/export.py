@@ -46,44 +46,22 @@ from qlite.units import GIB, format_bytes
 from qlite.verb import let_call, run_verb
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+COUNTS = {
+    **dict.fromkeys(("dtype", "shard-gib"), ("--merge",)),
+    **dict.fromkeys(("onto", "audit-rows", "most-kl"), ("--merge", "--gguf")),
+}
+"""Options that only some forms of export take, and which."""
 
 
 def main(argv: list[str]) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qlite.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", nargs="?", help="run folder; without it the newest finished one under runs/")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--merge", action="store_true", help="dequantise, merge, write a Hugging Face model folder")
-    what.add_argument("--adapter", action="store_true", help="write PEFT's adapter_config.json and adapter_model.safetensors")
-    what.add_argument("--gguf", metavar="TYPE", help="merge, quantise to TYPE, write one GGUF file and Ollama's Modelfile")
-    what.add_argument("--gguf-adapter", action="store_true", help="write the adapter as a GGUF file")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the merged weights")
-    parser.add_argument("--out", type=Path, help="folder to write; by default inside the run's")
-    parser.add_argument(
-        "--onto", choices=("dequantised", "original"), help="what to merge over; by default whichever answers more like the run"
-    )
-    parser.add_argument("--audit-rows", type=int, default=Merge.rows, help="held-out rows on which merged model and run are compared")
-    most = "nats a token between both beyond which nothing is written (0.1; of less than 8 bits 1)"
-    parser.add_argument("--most-kl", type=float, default=Merge.most_kl, help=most)
-    parser.add_argument("--shard-gib", type=float, default=SHARD_BYTES / GIB, help="largest weight file")
-    parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
-    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
-    parser.add_argument(
-        "--push", metavar="ORG/NAME", help="send the folder to this repository of the Hugging Face hub; one that exists as it is"
-    )
-    parser.add_argument("--public", action="store_true", help="with --push: a new repository can be read by anybody, not by you alone")
-    parser.add_argument("--dry-run", action="store_true", help="with --push: say what would be sent, and send nothing")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     require_push(args.push, args.public, args.dry_run)
-    if not args.shard_gib > 0:
-        raise RecipeError(f"--shard-gib {args.shard_gib}: should be more than 0")
-    how = Merge(DTYPES[args.dtype], args.onto, args.audit_rows, args.most_kl, int(args.shard_gib * GIB))
-    merge = how if args.merge or args.gguf else None
+    _require_counting(args)
+    merge = _asked_merge(args) if args.merge or args.gguf is not None else None
     adapter = "peft" if args.adapter else "gguf" if args.gguf_adapter else None
     run = find_run(args.run)
-    as_type = gguf_type(args.gguf) if args.gguf else None
+    as_type = None if args.gguf is None else gguf_type(args.gguf)
     out = args.out or run.path / _folder_name(merge, as_type, adapter)
     is_there = args.push and out.exists() and not args.force
     if is_there:
@@ -95,11 +73,66 @@ def main(argv: list[str]) -> None:
     if args.push:
         parcel = pack(out, run.recipe(), args.push, args.public)
         if is_there:
-            form = f"--gguf {as_type.name}" if as_type else f"--merge --dtype {args.dtype}" if merge else None
-            require_asked(out, run, form or ("--adapter" if args.adapter else "--gguf-adapter"), args.onto)
+            more = f" {as_type.name}" if as_type else f" --dtype {_dtype_name(merge)}" if merge else ""
+            require_asked(out, run, _form(args) + more, args.onto)
         push(parcel, args.dry_run)
     elif args.merge:
         print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return what the command line may say. What only some forms take has no default here: so it is known what was given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qlite.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="?", help="run folder; without it the newest finished one under runs/")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--merge", action="store_true", help="dequantise, merge, write a Hugging Face model folder")
+    what.add_argument("--adapter", action="store_true", help="write PEFT's adapter_config.json and adapter_model.safetensors")
+    what.add_argument("--gguf", metavar="TYPE", help="merge, quantise to TYPE, write one GGUF file and Ollama's Modelfile")
+    what.add_argument("--gguf-adapter", action="store_true", help="write the adapter as a GGUF file")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights; by default fp16")
+    parser.add_argument("--out", type=Path, help="folder to write; by default inside the run's")
+    parser.add_argument(
+        "--onto", choices=("dequantised", "original"), help="what to merge over; by default whichever answers more like the run"
+    )
+    rows = f"held-out rows on which merged model and run are compared; by default {Merge.rows}"
+    parser.add_argument("--audit-rows", type=int, help=rows)
+    most = "nats a token between both beyond which nothing is written (0.1; of less than 8 bits 1)"
+    parser.add_argument("--most-kl", type=float, help=most)
+    parser.add_argument("--shard-gib", type=float, help=f"largest weight file; by default {SHARD_BYTES / GIB:g}")
+    parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="send the folder to this repository of the Hugging Face hub; one that exists as it is"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository can be read by anybody, not by you alone")
+    parser.add_argument("--dry-run", action="store_true", help="with --push: say what would be sent, and send nothing")
+    return parser
+
+
+def _form(args: argparse.Namespace) -> str:
+    return "--merge" if args.merge else "--gguf" if args.gguf is not None else "--adapter" if args.adapter else "--gguf-adapter"
+
+
+def _require_counting(args: argparse.Namespace) -> None:
+    """Raise RecipeError if an option is given that the form of export which is asked for does not take."""
+    form = _form(args)
+    problems = [
+        f"--{option}: counts with {' or '.join(where)}, and this is {form}"
+        for option, where in COUNTS.items()
+        if getattr(args, option.replace("-", "_")) is not None and form not in where
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _asked_merge(args: argparse.Namespace) -> Merge:
+    shard_gib = SHARD_BYTES / GIB if args.shard_gib is None else args.shard_gib
+    if not shard_gib > 0:
+        raise RecipeError(f"--shard-gib {shard_gib}: should be more than 0")
+    rows = Merge.rows if args.audit_rows is None else args.audit_rows
+    return Merge(DTYPES[args.dtype or "fp16"], args.onto, rows, args.most_kl, int(shard_gib * GIB))
 
 
 def require_push(repository: str | None, is_public: bool, is_dry: bool) -> None:
@@ -208,8 +241,12 @@ def _folder_name(how: Merge | None, as_type: GgufType | None, adapter: str | Non
     if as_type:
         return f"gguf-{as_type.name}"
     if how:
-        return f"merged-{next(name for name, dtype in DTYPES.items() if dtype == how.dtype)}"
+        return f"merged-{_dtype_name(how)}"
     return "gguf-adapter" if adapter == "gguf" else "peft"
+
+
+def _dtype_name(how: Merge) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == how.dtype)
 
 
 def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: RunConsole) -> Export:

@@ -112,6 +112,24 @@ def test_the_adapter_is_written_as_pefts_two_files(finished, tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["--adapter", "--onto", "original", "--dtype", "fp32", "--most-kl", "0.1"],
+            ["--dtype: counts with --merge", "--onto: counts with --merge or --gguf", "--most-kl: counts with --merge or --gguf"],
+        ),
+        (["--gguf-adapter", "--audit-rows", "0"], ["--audit-rows: counts with --merge or --gguf"]),
+        (["--gguf", "q8_0", "--dtype", "fp16", "--shard-gib", "4"], ["--dtype: counts with --merge", "--shard-gib: counts with --merge"]),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_and_all_of_them_at_once(options, told):
+    with pytest.raises(RecipeError) as error:
+        export.main([*options, "nowhere"])
+    form = "--gguf" if "--gguf" in options else options[0]
+    assert error.value.problems == [f"{each}, and this is {form}" for each in told]
+
+
 def test_a_batch_answers_as_each_prompt_alone(finished):
     own = open_run(RunFolder(finished), "cpu", lambda *_: None)
     own.attach()

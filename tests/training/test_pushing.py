@@ -81,7 +81,7 @@ def test_a_dry_run_shows_every_file_and_the_card_and_asks_the_hub_nothing(finish
 
 
 def test_a_merged_model_and_what_earlier_versions_wrote_lose_the_folders_on_the_way(finished, hub, capsys):
-    export.main(["--gguf-adapter", str(finished), "--audit-rows", "0"])
+    export.main(["--gguf-adapter", str(finished)])
     old = finished / "gguf-adapter"
     (old / "Modelfile").write_text(f"FROM {finished.parent}/base/x.gguf\nADAPTER ./run-lora.gguf\n")
     (old / "README.md").write_text(f'# run\ntrain = "{finished.parent}/train.jsonl"\n')
