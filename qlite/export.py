@@ -30,6 +30,7 @@ from qlite.formats.merged import SHARD_BYTES, write_company
 from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
 from qlite.hashes import sha256
 from qlite.recipe.share import local_name
+from qlite.stopping import Stopped
 from qlite.training.auditing import Audit
 from qlite.training.cards import run_card
 from qlite.training.console import RunConsole
@@ -252,7 +253,11 @@ def _dtype_name(how: Merge) -> str:
 def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: RunConsole) -> Export:
     """Write ``run``'s model, its adapter merged into the base, into ``out``."""
     with console:
-        audit = write_audited(_opened(run, device, console), out, how, console)
+        try:
+            audit = write_audited(_opened(run, device, console), out, how, console)
+        except (Stopped, KeyboardInterrupt) as stopped:
+            stopped.add_note("the same command goes on where it was")
+            raise
         _renew_report(run, out, console)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights"
@@ -335,4 +340,4 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
 let_call(__name__, export)
 
 if __name__ == "__main__":
-    run_verb(main, interrupted="interrupted; the same command goes on with a merge where it was")
+    run_verb(main)

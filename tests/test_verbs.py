@@ -15,6 +15,7 @@ from qlite.errors import MachineError, RecipeError, RunError
 from qlite.serving.answer import Sampling, answer_all, answer_batch
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder
+from qlite.verb import run_verb
 from tests.marks import slow
 from tests.tiny_run import run, tiny_recipe
 
@@ -128,6 +129,19 @@ def test_an_option_that_would_do_nothing_is_refused_and_all_of_them_at_once(opti
         export.main([*options, "nowhere"])
     form = "--gguf" if "--gguf" in options else options[0]
     assert error.value.problems == [f"{each}, and this is {form}" for each in told]
+
+
+@pytest.mark.parametrize(("form", "goes_on"), [("--merge", True), ("--gguf=f16", False), ("--gguf-adapter", False)])
+def test_only_a_stopped_merge_is_said_to_go_on(finished, tmp_path, monkeypatch, capsys, form, goes_on):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_opened", stop)
+    monkeypatch.setattr(sys, "argv", ["export", form, str(finished), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        run_verb(export.main)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted" + "; the same command goes on where it was" * goes_on
 
 
 def test_a_batch_answers_as_each_prompt_alone(finished):
