@@ -30,6 +30,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def install_line(*extras: str) -> str:
+    """Return what is typed in qlite's own folder, for it is on no package index, to install its ``extras``."""
+    return f"pip install -e '.[{','.join(extras)}]'"
+
+
 class Brief(BaseException):
     """What a notebook shows as on a terminal: its message, without the way it took through qlite."""
 

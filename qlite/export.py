@@ -28,7 +28,9 @@ from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES, write_company
 from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
+from qlite.hashes import sha256
 from qlite.recipe.share import local_name
+from qlite.stopping import Stopped
 from qlite.training.auditing import Audit
 from qlite.training.cards import run_card
 from qlite.training.console import RunConsole
@@ -36,7 +38,7 @@ from qlite.training.gguf_facts import run_modelfile
 from qlite.training.merging import Merge, write_audited, write_audited_gguf
 from qlite.training.notebook import console_for
 from qlite.training.open_run import OpenRun, open_run
-from qlite.training.pushing import pack, require_repository, send
+from qlite.training.pushing import Parcel, pack, require_asked, require_repository, send
 from qlite.training.report import Observer
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.training.run_report import leave_report
@@ -45,10 +47,42 @@ from qlite.units import GIB, format_bytes
 from qlite.verb import let_call, run_verb
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+COUNTS = {
+    **dict.fromkeys(("dtype", "shard-gib"), ("--merge",)),
+    **dict.fromkeys(("onto", "audit-rows", "most-kl"), ("--merge", "--gguf")),
+}
+"""Options that only some forms of export take, and which."""
 
 
 def main(argv: list[str]) -> None:
     """Run the command line."""
+    args = _parser().parse_args(argv)
+    require_push(args.push, args.public, args.dry_run)
+    _require_counting(args)
+    merge = _asked_merge(args) if args.merge or args.gguf is not None else None
+    adapter = "peft" if args.adapter else "gguf" if args.gguf_adapter else None
+    run = find_run(args.run)
+    as_type = None if args.gguf is None else gguf_type(args.gguf)
+    out = args.out or run.path / _folder_name(merge, as_type, adapter)
+    is_there = args.push and out.exists() and not args.force
+    if is_there:
+        require_newer(out, run)
+    else:
+        done = export(run.path, merge=merge, gguf=args.gguf, adapter=adapter, out=out, device=args.device, force=args.force)
+        for line in done.lines():
+            print(line)
+    if args.push:
+        parcel = pack(out, run.recipe(), args.push, args.public)
+        if is_there:
+            more = f" {as_type.name}" if as_type else f" --dtype {_dtype_name(merge)}" if merge else ""
+            require_asked(out, run, _form(args) + more, args.onto)
+        push(parcel, args.dry_run)
+    elif args.merge:
+        print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return what the command line may say. What only some forms take has no default here: so it is known what was given."""
     parser = argparse.ArgumentParser(
         prog="python -m qlite.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,15 +92,16 @@ def main(argv: list[str]) -> None:
     what.add_argument("--adapter", action="store_true", help="write PEFT's adapter_config.json and adapter_model.safetensors")
     what.add_argument("--gguf", metavar="TYPE", help="merge, quantise to TYPE, write one GGUF file and Ollama's Modelfile")
     what.add_argument("--gguf-adapter", action="store_true", help="write the adapter as a GGUF file")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the merged weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights; by default fp16")
     parser.add_argument("--out", type=Path, help="folder to write; by default inside the run's")
     parser.add_argument(
         "--onto", choices=("dequantised", "original"), help="what to merge over; by default whichever answers more like the run"
     )
-    parser.add_argument("--audit-rows", type=int, default=Merge.rows, help="held-out rows on which merged model and run are compared")
+    rows = f"held-out rows on which merged model and run are compared; by default {Merge.rows}"
+    parser.add_argument("--audit-rows", type=int, help=rows)
     most = "nats a token between both beyond which nothing is written (0.1; of less than 8 bits 1)"
-    parser.add_argument("--most-kl", type=float, default=Merge.most_kl, help=most)
-    parser.add_argument("--shard-gib", type=float, default=SHARD_BYTES / GIB, help="largest weight file")
+    parser.add_argument("--most-kl", type=float, help=most)
+    parser.add_argument("--shard-gib", type=float, help=f"largest weight file; by default {SHARD_BYTES / GIB:g}")
     parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     parser.add_argument(
@@ -74,25 +109,31 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--public", action="store_true", help="with --push: a new repository can be read by anybody, not by you alone")
     parser.add_argument("--dry-run", action="store_true", help="with --push: say what would be sent, and send nothing")
-    args = parser.parse_args(argv)
-    require_push(args.push, args.public, args.dry_run)
-    if not args.shard_gib > 0:
-        raise RecipeError(f"--shard-gib {args.shard_gib}: should be more than 0")
-    how = Merge(DTYPES[args.dtype], args.onto, args.audit_rows, args.most_kl, int(args.shard_gib * GIB))
-    merge = how if args.merge or args.gguf else None
-    adapter = "peft" if args.adapter else "gguf" if args.gguf_adapter else None
-    run = find_run(args.run)
-    out = args.out or run.path / _folder_name(merge, gguf_type(args.gguf) if args.gguf else None, adapter)
-    if args.push and out.exists() and not args.force:
-        require_newer(out, run)
-    else:
-        done = export(run.path, merge=merge, gguf=args.gguf, adapter=adapter, out=out, device=args.device, force=args.force)
-        for line in done.lines():
-            print(line)
-    if args.push:
-        push(run, out, args.push, args.public, args.dry_run)
-    elif args.merge:
-        print(f"\nNext:  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}'))\"")
+    return parser
+
+
+def _form(args: argparse.Namespace) -> str:
+    return "--merge" if args.merge else "--gguf" if args.gguf is not None else "--adapter" if args.adapter else "--gguf-adapter"
+
+
+def _require_counting(args: argparse.Namespace) -> None:
+    """Raise RecipeError if an option is given that the form of export which is asked for does not take."""
+    form = _form(args)
+    problems = [
+        f"--{option}: counts with {' or '.join(where)}, and this is {form}"
+        for option, where in COUNTS.items()
+        if getattr(args, option.replace("-", "_")) is not None and form not in where
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _asked_merge(args: argparse.Namespace) -> Merge:
+    shard_gib = SHARD_BYTES / GIB if args.shard_gib is None else args.shard_gib
+    if not shard_gib > 0:
+        raise RecipeError(f"--shard-gib {shard_gib}: should be more than 0")
+    rows = Merge.rows if args.audit_rows is None else args.audit_rows
+    return Merge(DTYPES[args.dtype or "fp16"], args.onto, rows, args.most_kl, int(shard_gib * GIB))
 
 
 def require_push(repository: str | None, is_public: bool, is_dry: bool) -> None:
@@ -110,9 +151,8 @@ def require_newer(out: Path, run: RunFolder) -> None:
         raise RunError(f'"{out}" is older than the end of the run in "{run.path}"; write it anew with --force')
 
 
-def push(run: RunFolder, out: Path, repository: str, is_public: bool, is_dry: bool) -> None:
-    """Send the export in ``out`` to ``repository``, or say what would be sent."""
-    parcel = pack(out, run.recipe(), repository, is_public)
+def push(parcel: Parcel, is_dry: bool) -> None:
+    """Send ``parcel``, or say what would be sent."""
     for line in parcel.lines():
         print(printable(line))
     if is_dry:
@@ -202,14 +242,22 @@ def _folder_name(how: Merge | None, as_type: GgufType | None, adapter: str | Non
     if as_type:
         return f"gguf-{as_type.name}"
     if how:
-        return f"merged-{next(name for name, dtype in DTYPES.items() if dtype == how.dtype)}"
+        return f"merged-{_dtype_name(how)}"
     return "gguf-adapter" if adapter == "gguf" else "peft"
+
+
+def _dtype_name(how: Merge) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == how.dtype)
 
 
 def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: RunConsole) -> Export:
     """Write ``run``'s model, its adapter merged into the base, into ``out``."""
     with console:
-        audit = write_audited(_opened(run, device, console), out, how, console)
+        try:
+            audit = write_audited(_opened(run, device, console), out, how, console)
+        except (Stopped, KeyboardInterrupt) as stopped:
+            stopped.add_note("the same command goes on where it was")
+            raise
         _renew_report(run, out, console)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights"
@@ -245,7 +293,8 @@ def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunC
     file = f"{name}-lora.gguf"
     with console, new_folder(out) as folder:
         opened = _opened(run, device, console)
-        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase)
+        source = sha256(run.adapter / WEIGHTS)
+        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase, source)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
         write_text(folder / "README.md", run_card(run, GGUF_ADAPTER, {"weights": "F32"}, {}))
@@ -291,4 +340,4 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
 let_call(__name__, export)
 
 if __name__ == "__main__":
-    run_verb(main, interrupted="interrupted; the same command goes on with a merge where it was")
+    run_verb(main)

@@ -36,8 +36,8 @@ SAFETENSORS_DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.bool: "BOOL",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
-LEFT_OVER = re.compile(r"\..+\.(tmp|old)-([0-9a-f]{8})-(\d+)\w*")
-"""Names of what is being made or deleted: by which machine, and by which process of it."""
+LEFT_OVER = re.compile(r"\..+\.(tmp|old)-([0-9a-f]{8})-(\d+)(?:_(\w*?)\w{8})?")
+"""Names of what is being made or deleted: by which machine, by which process of it, and under which key, before mkdtemp's characters."""
 IS_WINDOWS = os.name == "nt"
 PAUSES = (0.02, 0.05, 0.1, 0.3, 0.6, 1.0)
 """Seconds between the attempts at a rename that Windows refuses."""
@@ -248,7 +248,7 @@ def new_folder(path: Path, key: str | None = None) -> Iterator[Path]:
             raise MachineError(f'"{path}" holds files that qlite did not write there; choose another folder')
         make_folder(path.parent)
         temporary = _taken_over(path, key) if key else None
-        _clear(path)
+        _clear(path, temporary)
         temporary = temporary or Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-{_me()}_{key or ''}", dir=path.parent))
         try:
             yield temporary
@@ -318,14 +318,15 @@ def _taken_over(path: Path, key: str) -> Path | None:
     return None
 
 
-def _clear(path: Path) -> None:
-    """Delete what a process of this machine that has ended has left half made or half deleted of ``path``.
+def _clear(path: Path, keep: Path | None) -> None:
+    """Delete what is left half made or half deleted of ``path`` by ended processes of this machine, or calls of this one with a key.
 
     If it has ended between taking the old folder away and giving the new one its name, the old one is put back.
     """
     for other in path.parent.iterdir():
         found = LEFT_OVER.fullmatch(other.name)
-        if not found or not other.name.startswith(f".{path.name}.{found[1]}-") or not _is_mine(found) or not _is_left_over(other):
+        is_of_it = found and _is_mine(found) and other != keep and other.name.startswith(f".{path.name}.{found[1]}-")
+        if not is_of_it or not (_is_left_over(other) or (found[4] and found[3] == str(os.getpid()))):  # without a key: a thread's
             continue
         if found[1] == "old" and not path.exists() and is_whole(other):
             _rename(other, path)

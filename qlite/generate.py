@@ -94,7 +94,7 @@ def ask_all(args: argparse.Namespace) -> None:
         print(f"{clean_lines(name)}:")
         write_answer(encoder.decode([token for token in ids if token not in encoder.stop_ids]))
         print("\n", flush=True)
-    say_speed(f"{len(rows)} rows, {speed_of(sum(map(len, answers)), seconds)} together", meter)
+    say_speed(f"{len(rows)} row{'s' * (len(rows) > 1)}, {speed_of(sum(map(len, answers)), seconds)} together", meter)
 
 
 def answer_rows(bank: OpenBank, rows: list[tuple[str, str]], system: str | None, sampling: Sampling) -> list[list[int]]:

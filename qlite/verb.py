@@ -31,7 +31,7 @@ def run_verb(main: Callable[[list[str]], None], interrupted: str = "interrupted"
         except QliteError as error:
             message, code = str(error), error.exit_code
         except (Stopped, KeyboardInterrupt) as stopped:
-            message, code = interrupted, getattr(stopped, "exit_code", 130)
+            message, code = "; ".join([interrupted, *getattr(stopped, "__notes__", ())]), getattr(stopped, "exit_code", 130)
         except Exception as error:
             message, code = _other(error)
         print(printable(message), file=sys.stderr)

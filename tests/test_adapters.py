@@ -213,6 +213,11 @@ def test_an_answer_ends_where_the_models_context_does(folder, capsys):
     assert tokens <= 2 * 28
 
 
+def test_one_row_is_called_a_row(folder, capsys):
+    generate.main(["--prompt", "abc", *adapters(folder, "run"), *OPTIONS])
+    assert capsys.readouterr().err.startswith("[1 row, ")
+
+
 def test_a_message_that_cannot_be_answered_is_refused_as_from_one_adapter(folder):
     with pytest.raises(DataError, match="this model reads at most 2048: shorten it"):
         generate.main(["--prompt", "a" * 3000, *adapters(folder, "run", "peft"), *OPTIONS])

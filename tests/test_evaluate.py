@@ -327,7 +327,7 @@ def test_a_metric_whose_library_is_missing_is_left_out_and_the_table_says_why(fi
     record = evaluated(finished, tmp_path / "out.json", "--rows", "2")
     assert set(record["metrics"]) == {"loss", "perplexity", "exact_match", "rouge_l"}
     assert set(record["left_out"]) == {"bleu", "chrf"}
-    assert "bleu: left out; needs sacrebleu, which is not installed: pip install 'qlite[evaluate]'" in capsys.readouterr().out.replace(
+    assert "bleu: left out; needs sacrebleu, which is not installed: pip install -e '.[evaluate]'" in capsys.readouterr().out.replace(
         "\n", " "
     )
     with pytest.raises(MachineError, match=r"metric bleu: needs sacrebleu.*pip install"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,27 @@ def test_if_filling_it_fails_nothing_is_left_and_the_old_one_stays(tmp_path, err
         fill()
     assert (tmp_path / "f" / "x.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_was_stopped_in_this_process_goes_on_or_goes_when_the_folder_is_made_otherwise(tmp_path):
+    def stopped(key: str) -> None:
+        with suppress(KeyboardInterrupt), new_folder(tmp_path / "f", key) as folder:
+            write_text(folder / f"{key}.txt", key)
+            raise KeyboardInterrupt
+
+    stopped("fp16")
+    stopped("fp16")  # takes over what the first has left
+    assert len(list(tmp_path.iterdir())) == 1
+    with new_folder(tmp_path / "another", "bf16"):
+        pass
+    assert len(list(tmp_path.iterdir())) == 2
+    with new_folder(tmp_path / "f", "bf16") as folder, new_folder(tmp_path / "f.g"):  # as two threads would
+        assert not (folder / "fp16.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "f", "f.g"]
+    stopped("fp16")
+    with new_folder(tmp_path / "f") as folder:
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "f", "f.g"]
 
 
 def test_the_oldest_folders_go_first_and_what_another_process_is_doing_is_left_alone(tmp_path, monkeypatch):

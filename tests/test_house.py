@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qlite.errors import install_line
+
 PACKAGE = Path(__file__).resolve().parents[1] / "qlite"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Beside files.py: transformers writes its own files, into a folder that files.py gave; a lock is a file that nobody reads; and what is
@@ -118,3 +120,12 @@ def test_every_text_file_is_read_as_utf8(trees):
             if name in (".read_text", ".write_text") and isinstance(call.func, ast.Attribute) and "encoding" not in keywords:
                 bad.append((module, call.lineno))
     assert bad == []
+
+
+def test_extras_are_installed_as_the_readme_says():
+    """qlite is on no package index: "pip install 'qlite[wandb]'" would find nothing, or somebody else's."""
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    lines = [line for path in MODULES for line in path.read_text(encoding="utf-8").splitlines() if "pip install" in line and "[" in line]
+    assert install_line("wandb") in readme
+    assert len(lines) == 2
+    assert all("pip install -e '.[" in line for line in lines)

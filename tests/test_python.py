@@ -257,6 +257,7 @@ def test_an_export_says_where_it_is_and_how_it_was_checked(trained, tmp_path):
         ({"merge": "int8"}, 'merge = "int8": should be one of fp16, bf16, fp32, or a Merge'),
         ({"adapter": "lora"}, 'adapter = "lora": should be "peft" or "gguf"'),
         ({"gguf": "q3_k"}, "q3_k"),
+        ({"gguf": 3}, "--gguf 3: gguf .* cannot quantise to it"),
     ],
 )
 def test_an_export_of_no_known_form_is_refused(trained, options, words):

@@ -393,8 +393,8 @@ def test_what_stands_in_the_way_of_a_report_ends_no_run_and_is_told(tmp_path):
     (tmp_path / "run" / "report.html").mkdir()
     train(recipe, RunFolder(tmp_path / "run"), watcher)
     assert RunFolder(tmp_path / "run").is_finished
-    assert "the run is finished, but it has no report: " in watcher.notes[-1]
-    assert not any("no report" in record.get("text", "") for record in RunFolder(tmp_path / "run").records.read())
+    assert "all is written but the run's report: " in watcher.notes[-1]
+    assert not any("the run's report" in record.get("text", "") for record in RunFolder(tmp_path / "run").records.read())
 
 
 def test_a_flaw_in_the_drawing_ends_no_run_and_is_told(tmp_path, monkeypatch):

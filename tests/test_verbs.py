@@ -15,6 +15,7 @@ from qlite.errors import MachineError, RecipeError, RunError
 from qlite.serving.answer import Sampling, answer_all, answer_batch
 from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder
+from qlite.verb import run_verb
 from tests.marks import slow
 from tests.tiny_run import run, tiny_recipe
 
@@ -110,6 +111,37 @@ def test_the_adapter_is_written_as_pefts_two_files(finished, tmp_path):
     export.main(["--adapter", str(finished), "--out", str(out)])
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in out.iterdir()}
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["--adapter", "--onto", "original", "--dtype", "fp32", "--most-kl", "0.1"],
+            ["--dtype: counts with --merge", "--onto: counts with --merge or --gguf", "--most-kl: counts with --merge or --gguf"],
+        ),
+        (["--gguf-adapter", "--audit-rows", "0"], ["--audit-rows: counts with --merge or --gguf"]),
+        (["--gguf", "q8_0", "--dtype", "fp16", "--shard-gib", "4"], ["--dtype: counts with --merge", "--shard-gib: counts with --merge"]),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_and_all_of_them_at_once(options, told):
+    with pytest.raises(RecipeError) as error:
+        export.main([*options, "nowhere"])
+    form = "--gguf" if "--gguf" in options else options[0]
+    assert error.value.problems == [f"{each}, and this is {form}" for each in told]
+
+
+@pytest.mark.parametrize(("form", "goes_on"), [("--merge", True), ("--gguf=f16", False), ("--gguf-adapter", False)])
+def test_only_a_stopped_merge_is_said_to_go_on(finished, tmp_path, monkeypatch, capsys, form, goes_on):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_opened", stop)
+    monkeypatch.setattr(sys, "argv", ["export", form, str(finished), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        run_verb(export.main)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted" + "; the same command goes on where it was" * goes_on
 
 
 def test_a_batch_answers_as_each_prompt_alone(finished):

@@ -21,11 +21,15 @@ from qlite.model.wheel import Progress
 from qlite.room import require_space
 from qlite.units import format_bytes
 
+SOURCE = "qlite.adapter_sha256"
+"""Key of a GGUF adapter's metadata; llama.cpp passes over those that it does not know."""
 
-def write_adapter_gguf(path: Path, base: LoadedBase, alpha: float, name: str, progress: Progress) -> int:
+
+def write_adapter_gguf(path: Path, base: LoadedBase, alpha: float, name: str, progress: Progress, source: str | None = None) -> int:
     """Write the adapter on ``base``'s model as the GGUF file ``path``, in a folder that is being made; return its bytes.
 
-    ``alpha``: the method's, which the file says. Matrices are float32: exact, whatever was folded into B.
+    ``alpha``: the method's, which the file says. Matrices are float32: exact, whatever was folded into B. ``source``: the SHA-256 of the
+    file that the adapter is from, which this one then says.
 
     Raises:
         ExportError: it is no plain LoRA, or adapts what llama.cpp's base has no tensor of.
@@ -46,7 +50,7 @@ def write_adapter_gguf(path: Path, base: LoadedBase, alpha: float, name: str, pr
     if not tensors:
         raise ExportError("the run adapts no linear layer, so there is nothing for llama.cpp to put on; use --adapter")
     fields: dict[str, Value] = general_fields(name, "adapter", base, written.architecture)
-    fields |= {"adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
+    fields |= {"adapter.type": "lora", "adapter.lora.alpha": float(alpha), **({SOURCE: source} if source else {})}
     total = sum(padded(tensor.nbytes) for tensor in tensors)
     require_space(path, total, f"{format_bytes(total)} of adapter weights")
     write_gguf(path, fields, tensors, lambda done: progress("write adapter", done, total))

@@ -54,6 +54,7 @@ TYPES = {
 
 def gguf_type(name: str) -> GgufType:
     """Return the type called ``name``, in either case. Raises RecipeError, naming those there are."""
+    name = str(name)  # Python's caller may give anything
     found = TYPES.get(name.lower())
     if found is None:
         raise RecipeError(

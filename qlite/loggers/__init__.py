@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-from qlite.errors import RecipeError
+from qlite.errors import RecipeError, install_line
 from qlite.loggers.base import Logger
 from qlite.loggers.mlflow import MLflow
 from qlite.loggers.tensorboard import TensorBoard
@@ -17,6 +17,5 @@ def require_loggers(names: Iterable[str]) -> None:
     """Raise RecipeError if a package that ``names`` need is not installed; nothing is imported."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        extras = ",".join(missing)
         told = "package is" if len(missing) == 1 else "packages are"
-        raise RecipeError(f"output.loggers: the {told} not installed ({', '.join(missing)}): pip install 'qlite[{extras}]'")
+        raise RecipeError(f"output.loggers: the {told} not installed ({', '.join(missing)}): {install_line(*missing)}")

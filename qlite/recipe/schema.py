@@ -123,7 +123,7 @@ class Output(Table):
     """The adapter that the run ends with: that of the last step, or that of the lowest held-out loss."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Tools that get the run's figures, texts and recipe, beside the files that a run always writes; each is an extra of qlite's:
-    pip install 'qlite[tensorboard]'. To look at: tensorboard --logdir runs. WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI and the other
+    pip install -e '.[tensorboard]'. To look at: tensorboard --logdir runs. WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI and the other
     variables of these tools hold."""
 
 

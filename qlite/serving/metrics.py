@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import zip_longest
 
-from qlite.errors import MachineError
+from qlite.errors import MachineError, install_line
 
-INSTALL = "pip install 'qlite[evaluate]'"
+INSTALL = install_line("evaluate")
 References = list[list[str]]
 
 

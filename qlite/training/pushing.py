@@ -3,24 +3,33 @@
 Source: huggingface_hub 2.4, hf_api.py (create_repo, create_commit) and errors.py.
 """
 
+import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlite.errors import ExportError, MachineError, QliteError, RecipeError, shown
+from qlite.errors import ExportError, MachineError, QliteError, RecipeError, RunError, shown
 from qlite.files import MANIFEST, is_whole
+from qlite.formats.gguf_lora import SOURCE
+from qlite.formats.peft import WEIGHTS
+from qlite.hashes import sha256
+from qlite.model.gguf_header import read_header
 from qlite.recipe.schema import Recipe
 from qlite.recipe.share import without_folders
-from qlite.units import MIB, format_bytes
+from qlite.training.auditing import FILE
+from qlite.training.run_folder import RunFolder
+from qlite.units import format_bytes
 
-TEXTS = (".md", ".json", ".jinja", "Modelfile")
-"""Ends of names of files in which a folder of this machine may stand."""
-MOST_TEXT_BYTES = 4 * MIB
-"""Of such a file; a tokenizer's tables are larger, and hold no paths."""
+CARD = "README.md"
+TEXTS = {CARD, "Modelfile", "adapter_config.json", "config.json", "generation_config.json", "audit.json"}
+"""Files in which a folder of this machine may stand. A tokenizer's and its template are none of them: "../" is a token there."""
 CARD_LINES = 24
 """Of the card's head, as it is shown before it is sent."""
-CARD = "README.md"
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+"""What --dtype calls the types that an audit names."""
+SOURCE_IN_AUDIT = "adapter_sha256"
 HUBS_OWN = {".gitattributes"}
 """What a hub puts into a new repository."""
 
@@ -70,15 +79,48 @@ def pack(folder: Path, recipe: Recipe, repository: str, is_public: bool) -> Parc
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
     if CARD not in files:
         raise ExportError(f'"{folder}" has no {CARD}, which earlier versions did not write. Write it anew with --force')
-    texts = {name: text for name, path in files.items() if (text := _cleaned(path, recipe)) is not None}
+    texts = {name: text for name in sorted(TEXTS & files.keys()) if (text := _cleaned(files[name], recipe)) is not None}
     sizes = {name: len(texts[name]) if name in texts else path.stat().st_size for name, path in files.items()}
     return Parcel(repository, is_public, folder, texts, sizes)
 
 
+def require_asked(folder: Path, run: RunFolder, asked: str, onto: str | None) -> None:
+    """Raise RunError unless the whole export in ``folder`` is ``run``'s adapter as the options ``asked`` write it.
+
+    ``onto``: over which weights it is to be merged; None: over either.
+    """
+    audit = {}
+    with suppress(OSError, ValueError):
+        audit = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    found, source = _written_by(folder, audit)
+    if found != asked:
+        wrong = (
+            f"was written with {found}, and this asks for {asked}" if found else f"is no export that this knows, and {asked} is asked for"
+        )
+    elif onto is not None and audit.get("onto") != onto:
+        wrong = f"is merged over the {audit.get('onto')} weights, and this asks for --onto {onto}"
+    elif source != sha256(run.adapter / WEIGHTS):
+        wrong = f'holds another adapter than "{run.path}" does' if source else f'does not say whether it is of the run in "{run.path}"'
+    else:
+        return
+    raise RunError(f'"{folder}" {wrong}; --force writes it anew, or give another --out')
+
+
+def _written_by(folder: Path, audit: dict) -> tuple[str | None, str | None]:
+    """Return the options with which the export in ``folder`` was written, and the SHA-256 of the adapter it was made of; None: not said."""
+    if "dtype" in audit:
+        return f"--merge --dtype {DTYPES.get(audit['dtype'], audit['dtype'])}", audit.get(SOURCE_IN_AUDIT)
+    if "type" in audit:
+        return f"--gguf {audit['type']}", audit.get(SOURCE_IN_AUDIT)
+    if (folder / WEIGHTS).is_file():
+        return "--adapter", sha256(folder / WEIGHTS)
+    if (file := next(folder.glob("*.gguf"), None)) is not None:
+        return "--gguf-adapter", read_header(file).metadata.get(SOURCE)
+    return None, None
+
+
 def _cleaned(path: Path, recipe: Recipe) -> bytes | None:
     """Return what is sent in the place of ``path``; None: the file itself."""
-    if not path.name.endswith(TEXTS) or path.stat().st_size > MOST_TEXT_BYTES:
-        return None
     text = path.read_bytes().decode("utf-8")
     clean = text
     if path.name == "Modelfile":  # where its weights lie: for who has fetched all, beside it

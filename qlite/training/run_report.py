@@ -22,9 +22,9 @@ def leave_report(run: RunFolder, note: Callable[[str], None]) -> None:
     try:
         write_report(run)
     except QliteError as error:
-        note(f"the run is finished, but it has no report: {error}")
+        note(f"all is written but the run's report: {error}")
     except Exception as error:  # A flaw in the drawing must not make hours of training look failed.
-        note(f"the run is finished, but it has no report: this is a mistake of qlite's own ({error!r}); please report it")
+        note(f"all is written but the run's report: this is a mistake of qlite's own ({error!r}); please report it")
 
 
 def write_report(run: RunFolder, out: Path | None = None) -> Path:

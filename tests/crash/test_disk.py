@@ -86,7 +86,7 @@ def test_a_disk_that_fills_up_at_the_report_leaves_a_finished_run(server, whole,
     assert not (folder / "run" / "report.html").exists()
     assert sums(folder) == sums(whole)
     *_, line = said(folder / "told")
-    assert line.startswith("the run is finished, but it has no report: cannot write")
+    assert line.startswith("all is written but the run's report: cannot write")
     assert "No space left on device" in line
 
 

@@ -64,7 +64,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_tensorboard_shows_each_figure_once(tmp_path, recipe):
-    pytest.importorskip("tensorboard", reason="pip install 'qlite[tensorboard]'")
+    pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]'")
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -84,8 +84,8 @@ def test_tensorboard_shows_each_figure_once(tmp_path, recipe):
 
 
 def test_mlflow_has_each_figure_once(tmp_path, recipe, monkeypatch):
-    pytest.importorskip("mlflow", reason="pip install 'qlite[mlflow]'")
-    pytest.importorskip("sqlalchemy", reason="pip install 'qlite[mlflow]'")
+    pytest.importorskip("mlflow", reason="pip install -e '.[mlflow]'")
+    pytest.importorskip("sqlalchemy", reason="pip install -e '.[mlflow]'")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     assert stopped_and_gone_on(recipe("mlflow")) == []
@@ -129,7 +129,7 @@ def wandb_records(path: Path) -> Iterator[object]:
 
 
 def test_wandb_offline_has_each_figure_once_in_one_run_and_changes_nothing_of_the_process(tmp_path, recipe, monkeypatch, request):
-    wandb = pytest.importorskip("wandb", reason="pip install 'qlite[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     request.addfinalizer(wandb.teardown)  # it reads its settings once in a process
     before = sys.exit, sys.excepthook
@@ -153,7 +153,7 @@ def test_wandb_offline_has_each_figure_once_in_one_run_and_changes_nothing_of_th
 
 
 def test_nobody_is_asked_for_a_key_of_wandb(tmp_path, recipe, monkeypatch):
-    pytest.importorskip("wandb", reason="pip install 'qlite[wandb]'")
+    pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -117,6 +117,6 @@ def test_a_metric_whose_library_is_missing_says_what_to_type(monkeypatch, metric
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == metrics.LIBRARIES[metric][0] else found(name))
     assert metrics.missing_library(metric) == library
-    with pytest.raises(MachineError, match=rf"metric {metric}: needs {library}, .*pip install 'qlite\[evaluate\]'"):
+    with pytest.raises(MachineError, match=rf"metric {metric}: needs {library}, .*pip install -e '\.\[evaluate\]'"):
         metrics.METRICS[metric](["a"], [["a"]])
     assert metrics.missing_library("exact_match") is None

@@ -223,7 +223,7 @@ def test_a_missing_package_is_an_error_before_anything_is_loaded_or_written(tmp_
     with pytest.raises(RecipeError) as error:
         train(recipe, RunFolder(tmp_path / "run"), Watcher())
     assert str(error.value) == (
-        "output.loggers: the packages are not installed (wandb, tensorboard): pip install 'qlite[wandb,tensorboard]'"
+        "output.loggers: the packages are not installed (wandb, tensorboard): pip install -e '.[wandb,tensorboard]'"
     )
     assert not (tmp_path / "run").exists()
 

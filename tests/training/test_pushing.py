@@ -11,6 +11,10 @@ import pytest
 
 from qlite import export
 from qlite.errors import ExportError, MachineError, RecipeError, RunError
+from qlite.files import new_folder, write_json, write_text
+from qlite.hashes import sha256
+from qlite.training.pushing import pack
+from qlite.training.run_folder import RunFolder
 from tests.hub_server import TOKEN, Hub, hub_server
 from tests.tiny_run import run, tiny_recipe
 
@@ -21,6 +25,14 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("secret-place")
     run(tiny_recipe(folder, train={"steps": 2, "accumulation": 1}))
     export.main(["--adapter", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A run with the same recipe but for its seed, finished before the exports that the tests make."""
+    folder = tmp_path_factory.mktemp("another")
+    run(tiny_recipe(folder, train={"steps": 2, "accumulation": 1, "seed": 5}))
     return folder / "run"
 
 
@@ -69,7 +81,7 @@ def test_a_dry_run_shows_every_file_and_the_card_and_asks_the_hub_nothing(finish
 
 
 def test_a_merged_model_and_what_earlier_versions_wrote_lose_the_folders_on_the_way(finished, hub, capsys):
-    export.main(["--gguf-adapter", str(finished), "--audit-rows", "0"])
+    export.main(["--gguf-adapter", str(finished)])
     old = finished / "gguf-adapter"
     (old / "Modelfile").write_text(f"FROM {finished.parent}/base/x.gguf\nADAPTER ./run-lora.gguf\n")
     (old / "README.md").write_text(f'# run\ntrain = "{finished.parent}/train.jsonl"\n')
@@ -83,9 +95,73 @@ def test_a_merged_model_and_what_earlier_versions_wrote_lose_the_folders_on_the_
     shutil.rmtree(old)
 
 
-def write_manifest(folder: Path) -> None:
-    from qlite.hashes import sha256
+def test_a_tokenizer_is_sent_as_it_is_wherever_the_command_is_typed(finished, tmp_path, monkeypatch):
+    work = tmp_path / "home" / "work"
+    work.mkdir(parents=True)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.chdir(work)  # one level below: messages have the home folder as ".."
+    texts = dict.fromkeys(
+        ("tokenizer.json", "vocab.json", "tokenizer_config.json", "x/config.json"), '{"../": 1, "../../": 2, "\\n../": 3}'
+    )
+    texts |= {"merges.txt": "../ ..", "chat_template.jinja": "see ../x", "audit.json": '{"x": "../x"}', "README.md": "see ../x"}
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "x").mkdir()
+        for name, text in texts.items():
+            write_text(folder / name, text)
+    parcel = pack(tmp_path / "out", RunFolder(finished).recipe(), "ann/orders", is_public=False)
+    assert set(parcel.sizes) == set(texts)
+    assert parcel.texts == {"README.md": b"see x", "audit.json": b'{"x": "x"}'}
 
+
+def refused(arguments: list[str]) -> str:
+    with pytest.raises(RunError) as error:
+        export.main([*arguments, "--push", "ann/orders", "--dry-run"])
+    assert "--force writes it anew, or give another --out" in str(error.value)
+    return str(error.value)
+
+
+def test_only_the_run_that_is_named_is_sent_in_the_form_that_is_asked_for(finished, other, tmp_path, capsys):
+    peft, lora = tmp_path / "peft", tmp_path / "lora"
+    export.main(["--adapter", str(other), "--out", str(peft)])
+    export.main(["--gguf-adapter", str(other), "--out", str(lora)])
+    assert "was written with --adapter, and this asks for --gguf q8_0" in refused(["--gguf", "Q8_0", str(finished), "--out", str(peft)])
+    assert "was written with --gguf-adapter, and this asks for --adapter" in refused(["--adapter", str(other), "--out", str(lora)])
+    for form, out in (("--adapter", peft), ("--gguf-adapter", lora)):
+        assert f'holds another adapter than "{finished}" does' in refused([form, str(finished), "--out", str(out)])
+        export.main([form, str(other), "--out", str(out), "--push", "ann/orders", "--dry-run"])
+        assert capsys.readouterr().out.endswith("Nothing was sent (--dry-run).\n")
+
+
+@pytest.mark.parametrize(
+    ("audit", "options", "told"),
+    [
+        ({"dtype": "float16", "onto": "original"}, ["--merge"], None),
+        ({"dtype": "float16", "onto": "original"}, ["--merge", "--onto", "original"], None),
+        (
+            {"dtype": "bfloat16", "onto": "original"},
+            ["--merge"],
+            "was written with --merge --dtype bf16, and this asks for --merge --dtype fp16",
+        ),
+        ({"dtype": "float16", "onto": "dequantised"}, ["--merge", "--onto", "original"], "is merged over the dequantised weights"),
+        ({"type": "q8_0", "onto": "original"}, ["--gguf", "q4_0"], "was written with --gguf q8_0, and this asks for --gguf q4_0"),
+        ({"type": "q8_0", "onto": "original", "adapter_sha256": "0"}, ["--gguf", "q8_0"], "holds another adapter than"),
+        ({"type": "q8_0", "onto": "original", "adapter_sha256": None}, ["--gguf", "q8_0"], "does not say whether it is of the run"),
+        ({}, ["--merge"], "is no export that this knows"),
+    ],
+)
+def test_what_an_audit_says_of_an_export_decides_whether_it_is_sent(finished, tmp_path, capsys, audit, options, told):
+    with new_folder(tmp_path / "out") as folder:
+        write_text(folder / "README.md", "# run")
+        write_json(folder / "audit.json", {"adapter_sha256": sha256(finished / "adapter" / "adapter_model.safetensors"), **audit})
+    arguments = [*options, str(finished), "--out", str(tmp_path / "out")]
+    if told:
+        assert told in refused(arguments)
+    else:
+        export.main([*arguments, "--push", "ann/orders", "--dry-run"])
+        assert "Nothing was sent (--dry-run)." in capsys.readouterr().out
+
+
+def write_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").write_text(json.dumps({path.name: sha256(path) for path in folder.iterdir()}))
 
