@@ -330,6 +330,7 @@ def test_threads_generators_environment_and_handlers_are_what_they_were(tmp_path
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
+@pytest.mark.slow
 def test_no_model_stays_in_memory_neither_after_a_call_nor_with_an_error_that_is_kept(tmp_path, monkeypatch):
     before = models_alive()
     result = qlite.train(tiny(tmp_path, train={"steps": 2}), quiet=True)
@@ -399,6 +400,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_the_same_call_goes_on(trained, tmp
     assert adapter_sum(qlite.train(recipe, quiet=True).folder) == adapter_sum(trained[1].folder)
 
 
+@pytest.mark.slow
 def test_another_signal_is_handed_on_to_who_answered_it_before(tmp_path, monkeypatch):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append((number, (tmp_path / "run" / "checkpoints").is_dir())))
@@ -411,6 +413,7 @@ def test_another_signal_is_handed_on_to_who_answered_it_before(tmp_path, monkeyp
     assert heard == [(signal.SIGTERM, True)]
 
 
+@pytest.mark.slow
 def test_another_thread_trains_the_same_bytes(trained, tmp_path):
     found = []
     thread = threading.Thread(target=lambda: found.append(qlite.train(tiny(tmp_path), quiet=True)))
@@ -419,6 +422,7 @@ def test_another_thread_trains_the_same_bytes(trained, tmp_path):
     assert adapter_sum(found[0].folder) == adapter_sum(trained[1].folder)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_that_this_process_trains_in_is_refused(tmp_path, monkeypatch):
     recipe, found = tiny(tmp_path), []
 

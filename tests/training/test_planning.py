@@ -133,6 +133,7 @@ def test_the_meter_tells_the_console_what_a_step_took(folder):
     assert record["process_peak"] > record["measured"][STEP]["bytes"]
 
 
+@pytest.mark.slow
 def test_fit_takes_the_fastest_that_fits_and_says_why(folder):
     recipe = recipe_of(folder, train={"micro_batch": 2, "accumulation": 4, "tokens": 128})
     shapes = base_shapes(recipe.base, lambda *_: None)

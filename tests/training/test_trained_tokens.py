@@ -136,7 +136,7 @@ def test_the_merge_tool_writes_the_tokenizer_of_training_from_the_runs_own_folde
     assert AutoTokenizer.from_pretrained(tmp_path / "again").convert_tokens_to_ids("<tool>") == TOOL
 
 
-@pytest.mark.parametrize("tied", [True, slow(False)])
+@pytest.mark.parametrize("tied", [slow(True), slow(False)])
 def test_a_run_with_rows_measures_what_was_planned(tied, tmp_path):
     run(recipe_of(tmp_path, TOKENS, tied=tied, memory={"plan": "require"}))
     record = json.loads((tmp_path / "run" / "memory.json").read_text())
