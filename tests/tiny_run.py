@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
+from qlite.training.open_run import OpenRun, open_run
 from qlite.training.report import EvalReport, StepReport
 from qlite.training.run import train
 from qlite.training.run_folder import RunFolder
@@ -97,3 +98,10 @@ def run(recipe: Recipe, stop_after: int | None = None) -> Watcher:
     except KeyboardInterrupt:
         assert stop_after is not None
     return watcher
+
+
+def opened_run(folder: Path) -> OpenRun:
+    """Open the finished run of ``tiny_recipe(folder)`` on the CPU, its adapter on."""
+    opened = open_run(RunFolder(folder / "run"), "cpu", lambda *_: None)
+    opened.attach()
+    return opened

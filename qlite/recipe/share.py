@@ -10,7 +10,7 @@ from qlite.data.sources import Source
 from qlite.files import cache_folder
 from qlite.recipe.schema import Recipe
 
-# "/home/ann/rows.jsonl", "~/rows.jsonl", "C:\\rows.jsonl", "\\server\rows.jsonl", "../rows.jsonl": nobody else's hub id begins so.
+# What begins with a slash, "~", a drive's letter or "..", as no hub id does.
 LOCAL = re.compile(r"[/\\~]|\.\.?[/\\]|[A-Za-z]:[/\\]")
 
 

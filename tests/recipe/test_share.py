@@ -13,9 +13,9 @@ from tests.tiny_run import tiny_recipe
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        ("/home/ann/rows.jsonl", "rows.jsonl"),
-        ("/home/ann/rows/", "rows"),
-        ("/home/ann/rows/*.jsonl", "*.jsonl"),
+        ("/data/ann/rows.jsonl", "rows.jsonl"),
+        ("/data/ann/rows/", "rows"),
+        ("/data/ann/rows/*.jsonl", "*.jsonl"),
         ("~/rows.jsonl", "rows.jsonl"),
         ("../secret/rows.jsonl", "rows.jsonl"),
         (r"C:\Users\ann\rows.jsonl", "rows.jsonl"),

@@ -13,10 +13,10 @@ from qlite.errors import ModelError, RecipeError
 from qlite.formats.peft import CONFIG, PREFIX, WEIGHTS
 from qlite.methods.base import adapters_off
 from qlite.training.merging import Merge, write_audited
-from qlite.training.open_run import OpenRun, open_run
+from qlite.training.open_run import open_run
 from qlite.training.run_folder import RunFolder
 from tests.marks import slow
-from tests.tiny_run import Watcher, run, save_tiny_base, tiny_recipe
+from tests.tiny_run import Watcher, opened_run, run, save_tiny_base, tiny_recipe
 
 WHOLE = {"modules_to_save": ["lm_head", "embed_tokens", "model.norm"]}
 NAMES = {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
@@ -27,12 +27,6 @@ CASES = {
     "head in 8 bit, embedding in 4, packed lines": {"base": {"head_bits": 8, "embedding_bits": 4}, "train": {"packing": True}},
     "base on the host": {"memory": {"base": "host"}},
 }
-
-
-def opened_run(folder: Path) -> OpenRun:
-    opened = open_run(RunFolder(folder / "run"), "cpu", lambda *_: None)
-    opened.attach()
-    return opened
 
 
 @torch.no_grad()

@@ -15,12 +15,12 @@ from qlite.formats.peft import PREFIX, WEIGHTS
 from qlite.methods.base import adapters_off
 from qlite.training.forecast import PHASES
 from qlite.training.merging import Merge, write_audited
-from qlite.training.open_run import OpenRun, open_run
+from qlite.training.open_run import open_run
 from qlite.training.planning import planned_and_measured
 from qlite.training.run_folder import RunFolder
 from tests.marks import slow
 from tests.tiny import tiny_llama
-from tests.tiny_run import Watcher, run, tiny_recipe
+from tests.tiny_run import Watcher, opened_run, run, tiny_recipe
 from tests.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
 from tools.merge import main as merge_tool
 
@@ -50,12 +50,6 @@ def recipe_of(folder: Path, method: dict, tied: bool = False, **changes: dict):
     tables = {"train": {"exact_match_rows": 0, "eval_every": 0}, **changes}
     tables["train"] = {"exact_match_rows": 0, "eval_every": 0, **tables["train"]}
     return tiny_recipe(folder, method=method, **tables)
-
-
-def opened_run(folder: Path) -> OpenRun:
-    opened = open_run(RunFolder(folder / "run"), "cpu", lambda *_: None)
-    opened.attach()
-    return opened
 
 
 @torch.no_grad()
