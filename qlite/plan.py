@@ -224,7 +224,7 @@ def _head(recipe: Recipe, origin: str) -> Iterator[Text]:
     train = recipe.train
     kind = f"{recipe.base.bits} bit" + (f" ({recipe.base.quant_type})" if recipe.base.bits == 4 else "")
     line = f"{train.micro_batch} x {train.tokens} tokens{' packed' if train.packing else ''}"
-    yield Text(clean(f"{recipe.base.model}, {kind}, {recipe.method.name}"))
+    yield Text(clean(f"{recipe.base.model}, {kind}, {recipe.method.words}"))
     kept = recipe.memory.checkpointing if recipe.memory.checkpointing != "auto" else "auto (no card is named: as block)"
     yield Text(f"{line} a micro-batch, all rows as long as train.tokens: the most there can be; checkpointing {kept}", "dim")
     yield Text(f"shapes from {origin}\n", "dim")

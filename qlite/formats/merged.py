@@ -167,7 +167,7 @@ def merged_tensors(model: PreTrainedModel, originals: Originals | None = None) -
 
 
 def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Originals | None) -> Iterator[Dense]:
-    linear = module.base if isinstance(module, AdaptedLinear | RowsEmbedding) else module
+    linear = module.frozen if isinstance(module, AdaptedLinear) else module.base if isinstance(module, RowsEmbedding) else module
     dot = f"{prefix}." if prefix else ""
     weight = f"{dot}weight"
 
@@ -184,7 +184,9 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
         yield Dense(weight, (matrix.out_features, matrix.in_features), lambda: frozen(weight, lambda: _by_rows(matrix)))
     if isinstance(module, AdaptedLinear | RowsEmbedding | QuantLinear | QuantEmbedding):
         if getattr(linear, "bias", None) is not None:
-            yield Dense(f"{dot}bias", tuple(linear.bias.shape), lambda: frozen(f"{dot}bias", lambda: [linear.bias]))
+            yield Dense(f"{dot}bias", tuple(linear.bias.shape), lambda: _merged_bias(module, frozen(f"{dot}bias", lambda: [linear.bias])))
+        elif isinstance(module, AdaptedLinear) and module.merged_bias(None) is not None:
+            raise NotMergeable(f"{prefix} has got a bias, and this family's has none; export it with --adapter instead of --merge")
         return
 
     def own_value(name: str, tensor: Tensor) -> Iterable[Tensor]:
@@ -199,7 +201,15 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
 
 
 def _merged(module: AdaptedLinear | RowsEmbedding, parts: Iterable[Tensor]) -> Tensor:
-    return module.merged_weight(joined(part.to(module.base.weight.device, torch.float32) for part in parts))
+    if isinstance(module, RowsEmbedding):
+        return module.merged_weight(joined(part.to(module.weight.device, torch.float32) for part in parts))
+    return module.merged(joined(part.to(module.frozen.weight.device, torch.float32) for part in parts))
+
+
+def _merged_bias(module: nn.Module, parts: Iterable[Tensor]) -> Iterable[Tensor]:
+    if not isinstance(module, AdaptedLinear):
+        return parts
+    return [module.merged_bias(joined(part.to(module.frozen.bias.device, torch.float32) for part in parts))]
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:

@@ -8,16 +8,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlite.errors import AdapterError, shown, some_of
-from qlite.files import write_json, write_tensors
+from qlite.files import make_folder, write_json, write_tensors
 from qlite.given import require_sound_table
-from qlite.methods.base import Method, adapted_linears, stand_ins, trainable_tensors
+from qlite.methods.base import Method, adapted_linears, saved_tensors, stand_ins
 from qlite.methods.lora import LoRA, LoRALinear
 from qlite.methods.low_rank import LowRank
 from qlite.methods.token_rows import RowsEmbedding, RowsLinear
 from qlite.methods.whole import Whole
 
 PREFIX, LORA_A, LORA_B, LENGTHS = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, PEFT = "adapter_model.safetensors", "adapter_config.json", "peft"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_PROBLEMS = 5
@@ -31,16 +31,28 @@ def full_name(layer: str, part: str) -> str:
     return shown(f"{PREFIX}{layer}.{part}", SHOWN_NAME)
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all that a method has trained, under the names of PEFT's files."""
-    return {PREFIX + name: p for name, p in trainable_tensors(model).items()}
+def adapter_tensors(model: nn.Module, resumable: bool = False) -> dict[str, Tensor]:
+    """Return all that a method has learned, under the names of PEFT's files; ``resumable``: as a checkpoint has it."""
+    return {PREFIX + name: p for name, p in saved_tensors(model, resumable).items()}
 
 
 def write_adapter(folder: Path, model: nn.Module, method: Method, base_name: str, metadata: dict[str, str] | None = None) -> None:
-    """Write ``model``'s adapter into ``folder``, with ``metadata``; adapter_config.json only where PEFT has the method's type."""
-    write_tensors(folder / WEIGHTS, adapter_tensors(model), metadata)
+    """Write ``model``'s adapter into ``folder``, with ``metadata``; adapter_config.json only where PEFT has the method's type.
+
+    Where PEFT has other tensors than the model, its two files stand in the folder PEFT beneath.
+    """
+    own = adapter_tensors(model)
+    write_tensors(folder / WEIGHTS, own, metadata)
     if isinstance(method, LoRA):
         write_json(folder / CONFIG, peft_config(model, method, base_name))
+    elif (found := method.peft(model)) is not None:
+        config, tensors = found
+        is_same = tensors.keys() == own.keys()
+        place = folder if is_same else folder / PEFT
+        if not is_same:
+            make_folder(place)
+            write_tensors(place / WEIGHTS, tensors, metadata)
+        write_json(place / CONFIG, {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True, **config})
 
 
 def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
@@ -108,13 +120,13 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
     copy_adapter(read_tensors(folder), model, folder)
 
 
-def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path) -> None:
-    """Copy ``tensors`` into what is attached to ``model``; ``origin`` is only named in messages.
+def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path, resumable: bool = False) -> None:
+    """Copy ``tensors`` into what is attached to ``model``; ``origin`` is only named in messages; ``resumable``: a checkpoint's.
 
     Raises:
         AdapterError: names or shapes differ from what is attached; all of them in one message.
     """
-    own = adapter_tensors(model)
+    own = adapter_tensors(model, resumable)
     problems = [f"lacks {name}" for name in own.keys() - tensors.keys()]
     problems += [f"has {shown(name, SHOWN_NAME)}, which nothing here takes" for name in tensors.keys() - own.keys()]
     problems += [

@@ -1,25 +1,37 @@
 """What every method of adapting a frozen model has in common.
 
 A ``Method`` is a frozen dataclass: its fields are the keys of the recipe's [method] table. It keeps no state. All that
-it learns are tensors inside the model, so saving, resuming, planning and counting need no method's help.
+it learns are tensors inside the model, so saving, resuming, planning and counting need no method's help. These are the trained
+parameters and, where a module says so, buffers: ``saved_buffers`` belong to the adapter, ``resumed_buffers`` to checkpoints alone.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import NotMergeable, RecipeError, shown
-from qlite.quant.linear import is_linear
+from qlite.quant.linear import compute_dtype, is_linear
 from qlite.table import Table
 
 Targets = str | tuple[str, ...]
+Original = Callable[[str], Tensor]
+"""Gives a frozen linear's weight [out, in] in float32 as the base's own files have it, by the linear's dotted name in the plain model.
+
+Raises ModelError where they have none: a base that was quantised before."""
+
+
+class Stepping(Protocol):
+    """What a method sees of the optimizer between backward pass and update."""
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Return each trained parameter's summed float32 gradient, of its shape: the sum itself, no copy."""
 
 
 class StandIn:
@@ -28,15 +40,39 @@ class StandIn:
     base: nn.Module
 
 
+class Beside(nn.Module):
+    """What a method has put beside the model's own modules; while ``is_off`` it does nothing."""
+
+    is_off = False
+
+
 class AdaptedLinear(StandIn, nn.Module):
     """A frozen linear and the trainable tensors that one method adds to it.
 
-    ``base`` may be stored in 4, 8 or 16 bit; a subclass only ever calls it.
+    ``base`` may be stored in 4, 8 or 16 bit, and may be adapted by another method already; a subclass only ever calls it.
     """
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def frozen(self) -> nn.Module:
+        """The linear of the model's own, whatever stands between."""
+        return self.base.frozen if isinstance(self.base, AdaptedLinear) else self.base
+
+    def merged(self, dense: Tensor) -> Tensor:
+        """Return the one weight equal to this module and all it stands on, [out, in] float32, given the ``frozen`` linear's weight.
+
+        Raises:
+            NotMergeable: the module is not a linear map.
+        """
+        return self.merged_weight(self.base.merged(dense) if isinstance(self.base, AdaptedLinear) else dense)
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return the one bias [out] equal to this module's, given the ``frozen`` linear's, if it has one. Default: that one."""
+        return self.base.merged_bias(bias) if isinstance(self.base, AdaptedLinear) else bias
 
     def merged_weight(self, dense: Tensor) -> Tensor:
         """Return the one weight equal to this module, [out, in] float32, given the base's ``dense`` weight (float32).
@@ -52,6 +88,21 @@ class Method(Table):
     """One way to adapt a frozen model. A subclass must write ``attach``; the other hooks have defaults."""
 
     name: ClassVar[str]
+    needs_plain_linears: ClassVar[bool] = False
+    """Whether it computes with a linear's own weight, and so has to stand nearest to it where it is combined with others."""
+
+    @property
+    def words(self) -> str:
+        """What it is called where people read."""
+        return self.name
+
+    def having(self, key: str, value: object) -> "Method":
+        """Return the same method with another value of ``key``."""
+        return replace(self, **{key: value})
+
+    def get(self, key: str) -> object:
+        """Return the value of ``key``."""
+        return getattr(self, key)
 
     def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "Method":
         """Return the method with the ids of the tokens that it names; tokens that it makes are added to ``tokenizer``.
@@ -64,21 +115,62 @@ class Method(Table):
         """Put the trainable tensors into ``model``, whose own parameters are frozen already."""
         raise NotImplementedError
 
+    def start(self, model: nn.Module, original: Original) -> None:
+        """Give what is attached its first values, where these depend on the base's own weights. Once, in a run that begins."""
+
+    def settle(self, model: nn.Module, original: Original) -> None:
+        """Bring the base into the state that the tensors in ``model`` were trained over; after each loading of them, before any pass."""
+
+    def options_of(self, name: str, tensor: nn.Parameter) -> dict[str, object]:
+        """Return what the optimizer is to do otherwise for the trained ``tensor``: {"lr_ratio": 16.0}. Default: nothing."""
+        return {}
+
     def param_groups(self, model: nn.Module, lr: float) -> list[dict]:
-        """Return the optimizer's groups. Default: every trainable tensor at ``lr``."""
-        return [{"params": list(trainable_tensors(model).values()), "lr": lr}]
+        """Return the optimizer's groups: the trained tensors with the same options together, each at ``lr`` times its "lr_ratio"."""
+        groups: dict[tuple, dict] = {}
+        for name, tensor in trainable_tensors(model).items():
+            options = self.options_of(name, tensor)
+            group = groups.setdefault(tuple(sorted(options.items())), {"params": [], "lr": lr * options.pop("lr_ratio", 1.0), **options})
+            group["params"].append(tensor)
+        return list(groups.values())
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """Return what the learning rate of ``step``, counted from 1, is multiplied by beside its schedule's factor."""
+        return 1.0
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return a term to add to the loss of a step, or None."""
         return None
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Run after optimizer step number ``step``, counted from 1."""
+    def before_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
+        """Run before optimizer step number ``step`` of ``steps``, counted from 1; its gradients are summed and clipped."""
+
+    def after_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
+        """Run after optimizer step number ``step`` of ``steps``, counted from 1."""
+
+    def peft(self, model: nn.Module) -> tuple[dict, dict[str, Tensor]] | None:
+        """Return what is attached in PEFT's format: the fields of its adapter_config.json and its tensors by name, without prefix.
+
+        None where PEFT has no such type.
+        """
+        return None
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what a method has put into ``model`` to be trained, by dotted name, in model order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def saved_tensors(model: nn.Module, resumable: bool = False) -> dict[str, Tensor]:
+    """Return all that a method has learned in ``model``, by dotted name: an adapter or, if ``resumable``, what a checkpoint has of one."""
+    kinds = ("saved_buffers", "resumed_buffers") if resumable else ("saved_buffers",)
+    buffers = {
+        f"{prefix}.{name}" if prefix else name: module.get_buffer(name)
+        for prefix, module in model.named_modules()
+        for kind in kinds
+        for name in getattr(type(module), kind, ())
+    }
+    return {**trainable_tensors(model), **buffers}
 
 
 def trainable_count(model: nn.Module) -> int:
@@ -92,8 +184,18 @@ def stand_ins(model: nn.Module) -> Iterator[tuple[str, StandIn]]:
 
 
 def adapted_linears(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Yield (dotted name, module) for every adapted linear, in model order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+    """Yield (dotted name, module) for every adapted linear, in model order; where one stands on another, the outer one."""
+    return ((name, module) for name, module in outer_modules(model) if isinstance(module, AdaptedLinear))
+
+
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (dotted name, module) for every module, in model order, but for what is inside a stand-in."""
+    inner: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module not in inner:
+            if isinstance(module, StandIn):
+                inner |= set(module.modules())
+            yield name, module
 
 
 @contextmanager
@@ -102,6 +204,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     Nothing is copied or loaded. Inside another ``adapters_off`` nothing is left to switch, and the outer one switches back.
     """
+    beside = [module for module in model.modules() if isinstance(module, Beside) and not module.is_off]
     found = list(stand_ins(model))
     inner = {each for _, module in found for each in module.modules() if each is not module}
     places = [
@@ -110,8 +213,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     try:
         for owner, leaf, module in places:
             setattr(owner, leaf, _frozen(module))
+        for module in beside:
+            module.is_off = True
         yield
     finally:
+        for module in beside:
+            module.is_off = False
         for owner, leaf, module in places:
             # model.train() and model.eval() did not reach what was taken out; the base heard them.
             setattr(owner, leaf, module.train(_frozen(module).training))
@@ -132,6 +239,12 @@ def adapt_linears(model: nn.Module, targets: Targets, wrap: Callable[[str, nn.Mo
         put_module(model, name, wrap(name, model.get_submodule(name)))
 
 
+def dtype_and_device(linear: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype that ``linear``, of any storage or adapted already, computes in, and where its weight lies."""
+    own = linear.frozen if isinstance(linear, AdaptedLinear) else linear
+    return compute_dtype(own), own.weight.device
+
+
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` into ``model`` in the place of what has the dotted ``name``."""
     parent, _, leaf = name.rpartition(".")
@@ -147,7 +260,7 @@ def select_linears(model: nn.Module, targets: Targets) -> list[str]:
     Raises:
         RecipeError: a target names no linear of this model.
     """
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    linears = [name for name, module in outer_modules(model) if is_linear(module) or isinstance(module, AdaptedLinear)]
     head = model.get_output_embeddings()
     inside = [name for name in linears if model.get_submodule(name) is not head]
     if targets == "all-linear":

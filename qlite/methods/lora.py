@@ -18,7 +18,7 @@ from qlite.methods.base import AdaptedLinear, Method, Targets, adapt_linears, ma
 from qlite.methods.lora_product import Adapted, lora_products
 from qlite.methods.token_rows import rows_to_train, token_ids, train_rows
 from qlite.methods.whole import select_whole, train_whole
-from qlite.quant.linear import compute_dtype, dense_weight
+from qlite.quant.linear import compute_dtype, dense_weight, is_linear
 
 # Children of one module that are given the same input, by the names that transformers' families give them.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -153,6 +153,7 @@ class LoRA(Method):
     """Low-rank matrices beside the chosen linears of the frozen base."""
 
     name: ClassVar[str] = "lora"
+    needs_plain_linears: ClassVar[bool] = True
     rank: Annotated[int, Field(ge=1)] = 16
     """Rank r of the update B A."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -169,6 +170,8 @@ class LoRA(Method):
     """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732, section 3)."""
     dora: bool = False
     """Train each row's length apart from its direction (DoRA, arXiv:2402.09353, section 4.1)."""
+    b_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """B's learning rate over A's, which is optimizer.lr (LoRA+, arXiv:2402.12354, section 4; there 16)."""
     modules_to_save: tuple[str, ...] = ()
     """Layers that are trained whole, each a dense copy in the place of the frozen one: names or patterns, ["lm_head", "embed_tokens"].
     Where the model has one tensor for embedding and head, each that is named gets its own."""
@@ -198,7 +201,12 @@ class LoRA(Method):
         train_whole(model, whole)
         train_rows(model, rows)
 
+    def options_of(self, name: str, tensor: nn.Parameter) -> dict[str, object]:
+        return {"lr_ratio": self.b_lr_ratio} if self.b_lr_ratio != 1 and name.endswith(".lora_B.weight") else {}
+
     def _adapt(self, name: str, base: nn.Module) -> LoRALinear:
+        if not is_linear(base):
+            raise RecipeError(f"method.name: {name} is adapted by another of the methods already, and LoRA needs its own weight")
         rank = self.rank_of(name)
         smaller = min(base.in_features, base.out_features)
         if rank > smaller:

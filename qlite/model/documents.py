@@ -140,10 +140,14 @@ def documents_attention(
     """Return the attention's output [B, T, H, D] for ``query`` [B, H, T, D] and ``key``, ``value`` [B, H or fewer, T, D].
 
     Without ``documents``, or with a term that is added to the scores, this is SDPA under the whole mask. A mask that is a
-    tensor (a sliding window) holds inside documents, too.
+    tensor (a sliding window) holds inside documents, too. What a method has put beside the attention (``module.side``) has its say.
     """
+    side = module._modules.get("side")
     with attending(draws=bool(options.get("dropout", 0.0))):
-        return _attention(module, query, key, value, attention_mask, documents, options), None
+        if side is None or side.is_off:
+            return _attention(module, query, key, value, attention_mask, documents, options), None
+        attend = partial(_attention, module, options=options)
+        return side(attend, query, key, value, attention_mask, documents), None
 
 
 def _attention(

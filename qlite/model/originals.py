@@ -1,11 +1,12 @@
 """The weights of a base model's own files, one at a time, under the names that the loaded model gives them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlite.model.load import own_names
+from qlite.model.load import LoadedBase, dense_shapes, own_names
 
 
 class Originals:
@@ -31,6 +32,19 @@ class Originals:
         To be read only: they may be windows on the file.
         """
         return self._checkpoint.parts(self._source[name])
+
+
+def original_weights(base: LoadedBase) -> Callable[[str], Tensor]:
+    """Return what gives the weight [out, in] of a linear of ``base`` by its dotted name: float32, on the CPU, as its files have it.
+
+    To be called before a method is attached; what it returns may be called afterwards.
+    """
+    originals = Originals(base.model, base.checkpoint, dense_shapes(base.model))
+
+    def original(linear: str) -> Tensor:
+        return torch.cat([part.to(torch.float32) for part in originals.parts(f"{linear}.weight")])
+
+    return original
 
 
 def _name_of(model: PreTrainedModel, wanted: object) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import bitsandbytes as bnb
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlite.device import supports_paging
@@ -79,6 +79,10 @@ class FlatOptimizer:
         for group, lr in zip(self.inner.param_groups, self._base_lr, strict=True):
             group["lr"] = lr * factor
         return self.inner.param_groups[0]["lr"]
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Return each parameter's summed float32 gradient, of its shape: the sum itself, no copy. It is zeros but for before a step."""
+        return {p: part for flat in self.flats for p, part in flat.gradients()}
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their common L2 norm is at most ``max_norm`` (0: leave them); return the norm before.
@@ -183,7 +187,7 @@ class FlatOptimizer:
             raise
 
 
-def _flatten(params: list[torch.nn.Parameter]) -> list[FlatParameters]:
+def _flatten(params: list[nn.Parameter]) -> list[FlatParameters]:
     """Return one flat buffer per dtype, in order of first appearance."""
     by_dtype: dict[torch.dtype, list] = {}
     for p in params:

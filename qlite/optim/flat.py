@@ -43,13 +43,14 @@ class FlatParameters:
         self.grad = torch.zeros(self.size, dtype=torch.float32, device=first.device)
         self.remainder = torch.zeros(self.size, dtype=torch.int16, device=first.device) if first.dtype == torch.bfloat16 else None
         self.master = nn.Parameter(torch.empty(0, dtype=torch.float32, device=first.device))
-        start = 0
-        for p in params:
-            view = self.weight[start : start + p.numel()].view_as(p)
+        for p, view, total in zip(params, self._views(self.weight), self._views(self.grad), strict=True):
             view.copy_(p.data)
             p.data = view
-            p.register_post_accumulate_grad_hook(_adder(self.grad[start : start + p.numel()].view_as(p)))
-            start += p.numel()
+            p.register_post_accumulate_grad_hook(_adder(total))
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield (parameter, its part of ``grad`` as a view of its shape)."""
+        return zip(self.params, self._views(self.grad), strict=True)
 
     @torch.no_grad()
     def open(self) -> None:
@@ -78,6 +79,11 @@ class FlatParameters:
         """Set ``master`` empty, with what has been done to it; a float32 parameter itself keeps it."""
         self.master.grad = None
         self.master.data = self.grad.new_empty(0)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """Return ``flat`` [N] as a view of each parameter's shape."""
+        parts = flat.split([p.numel() for p in self.params])
+        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield matching parts of master, weight and remainder: the conversions' temporaries are as large as one part."""

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from qlite.errors import RecipeError, shown
 from qlite.given import read_given
-from qlite.methods import METHODS
+from qlite.methods import METHODS, Combined, Method
 from qlite.recipe.keys import closest, describe, one_of, table_adapter, table_in_list, table_keys, table_schema, toml_key, toml_value
+from qlite.recipe.other_names import OTHER_NAMES
 from qlite.recipe.schema import TABLES, Recipe, is_utf8, table_class
 from qlite.recipe.write import plain
 from qlite.units import KIB
@@ -27,51 +28,6 @@ MOST_RECIPE_BYTES = 64 * KIB
 # So it does for a key of thousands of parts; none of a recipe's has more than four. Whether it stands in a text is not asked.
 LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*"|'[^'\n]*')[ \t]*+\.[ \t]*+){100}""")
 
-# What other trainers call our keys (PEFT, transformers, alpaca-lora, axolotl), where letters alone would not lead there.
-OTHER_NAMES = {
-    "added_tokens": "method.new_tokens",
-    "alpha_pattern": "method.alpha_per_target",
-    "batch_size": "train.micro_batch",
-    "attn_implementation": "base.attention",
-    "additional_target": "method.modules_to_save",
-    "bf16": "base.dtype",
-    "chat_template": "data.template",
-    "cutoff_len": "train.tokens",
-    "dataset": "data.train",
-    "dataset_name": "data.train",
-    "datasets": "data.train",
-    "early_stopping_patience": "train.patience",
-    "gradient_accumulation_steps": "train.accumulation",
-    "gradient_checkpointing": "memory.checkpointing",
-    "learning_rate": "optimizer.lr",
-    "load_best_model_at_end": "output.adapter",
-    "load_in_4bit": "base.bits",
-    "load_in_8bit": "base.bits",
-    "lora_modules_to_save": "method.modules_to_save",
-    "lr_scheduler": "schedule.name",
-    "max_grad_norm": "train.clip_norm",
-    "max_length": "train.tokens",
-    "max_seq_length": "train.tokens",
-    "max_steps": "train.steps",
-    "model_name_or_path": "base.model",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "optim": "optimizer.name",
-    "per_device_train_batch_size": "train.micro_batch",
-    "pad_to_sequence_len": "train.packing",
-    "r": "method.rank",
-    "rank_pattern": "method.rank_per_target",
-    "report_to": "output.loggers",
-    "sample_packing": "train.packing",
-    "sequence_len": "train.tokens",
-    "target_modules": "method.targets",
-    "train_on_inputs": "data.loss_on",
-    "train_on_responses_only": "data.loss_on",
-    "trainable_token_indices": "method.trained_tokens",
-    "use_dora": "method.dora",
-    "use_rslora": "method.rslora",
-    "val_set_size": "data.held_out_rows",
-}
 # A part of tomllib's message -> what to do about it.
 TOML_HINTS = {
     "Invalid value": 'text stands in "quotes", true and false in small letters',
@@ -144,18 +100,49 @@ def build_recipe(tables: dict, path: str, problems: list[str] = (), default_dir:
 
 def _read_table(table: str, values: object, wrong: dict[str, str]) -> object:
     """Return the table's object; what is wrong goes into ``wrong`` by key, and such a key has its default in the object."""
+    if table == "method":
+        return _read_method(values, wrong)
+    return _read_as(table, table_class(table, values), values, wrong)
+
+
+def _read_method(values: object, wrong: dict[str, str]) -> Method:
+    """Return what [method] says, or ``method = ["lora", "prefix"]``: one method or several, each with a table of its own then."""
+    if isinstance(values, str) or (isinstance(values, list) and all(isinstance(each, str) for each in values)):
+        values = {"name": values}
+    names = values.get("name", "lora") if isinstance(values, dict) else "lora"
+    single = names if isinstance(names, list) else [names]
+    for number, name in enumerate(single):
+        if not (isinstance(name, str) and name in METHODS):
+            near = closest(name, METHODS) if isinstance(name, str) else None
+            fix = f'did you mean "{near}"?' if near else f"should be {one_of(METHODS)}"
+            wrong["method.name"] = f"method.name = {_shown(names)}: no such method{_which(name, names)}; {fix}"
+        elif name in single[:number]:
+            wrong["method.name"] = f'method.name = {_shown(names)}: "{name}" stands twice; leave it out once'
+    if not single:
+        wrong["method.name"] = f"method.name = []: names no method; should be {one_of(METHODS)}, or several of them"
+    if "method.name" in wrong:
+        return METHODS["lora"]()  # its keys cannot be judged without knowing the method
+    if not isinstance(names, list):
+        own = {key: value for key, value in values.items() if key != "name"} if isinstance(values, dict) else values
+        return _read_as("method", METHODS[names], own, wrong)
+    for key in values.keys() - {"name", *names}:
+        fields = [name for name in names if key in {field.name for field in dataclasses.fields(METHODS[name])}]
+        fix = f"it stands in [method.{fields[0]}]" if fields else f"[method] has: name, {', '.join(names)}"
+        wrong[f"method.{key}"] = f"method.{shown(toml_key(key))} = {_shown(values[key])}: no such key; {fix}"
+    parts = tuple(_read_as(f"method.{name}", METHODS[name], values.get(name, {}), wrong) for name in names)
+    return parts[0] if len(parts) == 1 else Combined(parts=parts)
+
+
+def _which(name: object, names: object) -> str:
+    return f" as {_shown(name)}" if isinstance(names, list) else ""
+
+
+def _read_as(table: str, cls: type, values: object, wrong: dict[str, str]) -> object:
+    """Return the ``cls`` that ``values`` of ``table`` describe; what is wrong goes into ``wrong`` as above."""
     if not isinstance(values, dict):
         once = f"write [{table}] once, in single brackets" if isinstance(values, list) else f"write [{table}] and its keys below"
         wrong[table] = f"{table} = {_shown(values)}: this is a table; {once}"
         values = {}
-    name = values.get("name", "lora")
-    if table == "method" and not (isinstance(name, str) and name in METHODS):
-        near = closest(name, METHODS) if isinstance(name, str) else None
-        fix = f'did you mean "{near}"?' if near else f"should be {one_of(METHODS)}"
-        wrong["method.name"] = f"method.name = {_shown(name)}: no such method; {fix}"
-        return METHODS["lora"]()  # its keys cannot be judged without knowing the method
-    cls = table_class(table, values)
-    values = {key: value for key, value in values.items() if not (table == "method" and key == "name")}
     try:
         # By way of JSON: strict about types there, yet a list may be a tuple and a table a dataclass.
         return table_adapter(cls).validate_json(json.dumps(_as_json(values)))
@@ -240,9 +227,14 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 def _right_key(table: str, own: list[str], name: str) -> str:
     """Return where the key ``name``, which ``table`` does not have, should probably stand, or what ``table`` has."""
-    elsewhere = _tables_with(name)
-    if name.lower() in OTHER_NAMES:
-        return f"here it is called {OTHER_NAMES[name.lower()]}"
+    top = table.partition(".")[0]
+    elsewhere = [other for other in _tables_with(name) if other != top]
+    others = [other for other, cls in METHODS.items() if name in {f.name for f in dataclasses.fields(cls)}] if top == "method" else []
+    if others:
+        return f"only {one_of(others)} has it, and this is another method"
+    owner, _, known = OTHER_NAMES.get(name.lower(), "").partition(".")
+    if known and not (owner == top == "method" and known not in own):
+        return f"here it is called {table if owner == top else owner}.{known}"
     if elsewhere:
         return f"it stands in [{elsewhere[0]}]"
     near = closest(name, own)

@@ -15,7 +15,7 @@ from qlite.data.dataset import Data, DataSet
 from qlite.data.formats import FIELDS, ROLE_NAMES
 from qlite.data.sources import FILE_SUFFIXES, Source, is_hub
 from qlite.data.template import SUFFIXES, TEMPLATES, is_template_name
-from qlite.methods import METHODS, Method
+from qlite.methods import METHODS, Combined, Method
 from qlite.model.load import Base
 from qlite.optim.build import Optimizer
 from qlite.optim.schedule import Schedule
@@ -198,10 +198,18 @@ class Recipe:
             yield "train.steps and train.epochs: neither is given; say how long to train, for example train.epochs = 3"
         if train.steps and warmup >= train.steps:
             yield f"schedule.warmup_steps = {warmup}: not less than train.steps = {train.steps}; lower it"
-        if getattr(self.method, "targets", None) == ():
-            yield 'method.targets = []: names no layer, so nothing would be trained; remove it or write "all-linear"'
+        for key, part in self._methods():
+            if getattr(part, "targets", None) == ():
+                yield f'{key}.targets = []: names no layer, so nothing would be trained; remove it or write "all-linear"'
         if not self.base.model:
             yield 'base.model = "": is empty; give a folder, a .gguf file or a hub id like "Qwen/Qwen2.5-0.5B-Instruct"'
+
+    def _methods(self) -> Iterator[tuple[str, Method]]:
+        """Yield the table's full name and what it made, for each method there is."""
+        if isinstance(self.method, Combined):
+            yield from ((f"method.{part.name}", part) for part in self.method.parts)
+        else:
+            yield "method", self.method
 
     def _data_problems(self) -> Iterator[str]:
         train, data = self.train, self.data
@@ -282,13 +290,16 @@ class Recipe:
         recipe = self
         for name, value in keys.items():
             table, _, key = name.partition(".")
-            recipe = dataclasses.replace(recipe, **{table: dataclasses.replace(getattr(recipe, table), **{key: value})})
+            old = getattr(recipe, table)
+            new = old.having(key, value) if isinstance(old, Method) else dataclasses.replace(old, **{key: value})
+            recipe = dataclasses.replace(recipe, **{table: new})
         return recipe
 
     def get(self, name: str) -> object:
         """Return the value of the key with the full ``name``."""
         table, _, key = name.partition(".")
-        return getattr(getattr(self, table), key)
+        found = getattr(self, table)
+        return found.get(key) if isinstance(found, Method) else getattr(found, key)
 
     def with_absolute_paths(self) -> "Recipe":
         """Return the same recipe with local paths made absolute, so that it means the same from every folder."""

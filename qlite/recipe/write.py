@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import tomli_w
 
-from qlite.methods import Method
+from qlite.methods import Combined, Method
 from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import TABLES, Recipe
 from qlite.table import Table
@@ -22,14 +22,21 @@ def plain(value: object) -> object:
 
     What is None is left out, as TOML has no null.
     """
+    if isinstance(value, Combined):
+        names = [part.name for part in value.parts]
+        return {"name": names, **{part.name: _fields(part) for part in value.parts}}
     if isinstance(value, Table):
         named = {"name": value.name} if isinstance(value, Method) else {}
-        return named | plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        return named | _fields(value)
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items() if part is not None}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _fields(table: Table) -> dict:
+    return plain({field.name: getattr(table, field.name) for field in dataclasses.fields(table)})
 
 
 def recipe_toml(recipe: Recipe) -> str:

@@ -197,7 +197,7 @@ def _standing_in(model: nn.Module, weights: Weights, measured: dict[str, tuple[f
             elif isinstance(module, RowsEmbedding) or is_embedding(module):
                 forward = partial(_looked_up, module, _shell(module), f"{name}.weight", weights)
             elif is_linear(module):
-                forward = partial(_product, module, f"{name}.weight", weights)
+                forward = partial(_product, module.bias, f"{name}.weight", weights)
             else:
                 continue
             inner |= set(module.modules())
@@ -212,7 +212,7 @@ def _standing_in(model: nn.Module, weights: Weights, measured: dict[str, tuple[f
 
 
 def _adapted(module: AdaptedLinear, name: str, weights: Weights, measured: dict[str, tuple[float, float]] | None, x: Tensor) -> Tensor:
-    y = _product(module.base, f"{name}.weight", weights, x)
+    y = _product(module.merged_bias(module.frozen.bias), f"{name}.weight", weights, x)
     if measured is not None:
         live = type(module).forward(module, x)
         difference, whole = measured.get(name, (0.0, 0.0))
@@ -220,10 +220,10 @@ def _adapted(module: AdaptedLinear, name: str, weights: Weights, measured: dict[
     return y
 
 
-def _product(linear: nn.Module, name: str, weights: Weights, x: Tensor) -> Tensor:
+def _product(bias: Tensor | None, name: str, weights: Weights, x: Tensor) -> Tensor:
     wide = x.float()
     y = torch.cat([wide @ rows.to(x.device, torch.float32).T for rows in weights(name)], -1)
-    return (y if linear.bias is None else y + linear.bias.float()).to(x.dtype)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _shell(embedding: nn.Module) -> nn.Embedding | None:

@@ -11,7 +11,7 @@ from qlite.training.run_folder import RunFolder
 def run_card(run: RunFolder, kind: Kind, facts: Mapping[str, str], sections: Mapping[str, Sequence[str]]) -> str:
     """Return the card of an export of the finished ``run``; ``facts`` stand behind the run's own."""
     recipe = shareable(run.recipe())
-    method = f"{recipe.method.name}, rank {recipe.method.rank}" if hasattr(recipe.method, "rank") else recipe.method.name
+    method = f"{recipe.method.words}, rank {recipe.method.rank}" if hasattr(recipe.method, "rank") else recipe.method.words
     own = {"base": recipe.base.model, "method": method, "trained over": f"{recipe.base.bits}-bit weights", **facts, **_reached(run.result)}
     return model_card(kind, run.path.resolve().name, recipe.base.model, own, sections, recipe_toml(recipe))
 

@@ -46,7 +46,7 @@ def _facts(recipe: Recipe, shapes: BaseShapes, work: Workload) -> dict:
     tables = {table: asdict(getattr(recipe, table)) for table in ("base", "method", "optimizer", "train", "memory")}
     return {
         "code": _code(),
-        "recipe": {**tables, "method_name": recipe.method.name},
+        "recipe": {**tables, "method_name": recipe.method.words},
         # Its dtype is what it was last built in; that of the tensors is the recipe's.
         "config": {key: value for key, value in shapes.config.to_dict().items() if key != "dtype"},
         "dtypes": shapes.dtypes,

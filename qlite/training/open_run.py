@@ -13,6 +13,7 @@ from qlite.formats.peft import load_adapter
 from qlite.methods.base import Method
 from qlite.model.load import LoadedBase
 from qlite.model.lowering import lower_memory
+from qlite.model.originals import original_weights
 from qlite.model.wheel import Progress
 from qlite.recipe.schema import Recipe
 from qlite.training.provenance import other_company, require_same_base, require_same_keys
@@ -33,8 +34,10 @@ class OpenRun:
 
     def attach(self) -> None:
         """Put the trained adapter on the base. Raises AdapterError if it does not fit."""
+        original = original_weights(self.base)
         self.method.attach(self.base.model)
         load_adapter(self.run.adapter, self.base.model)
+        self.method.settle(self.base.model, original)
         lower_memory(self.base.model, self.recipe.memory, self.device)
         self.base.model.requires_grad_(False).eval()
 

@@ -1,6 +1,8 @@
 """The main path: recipe -> base (quantised, frozen) -> method -> data -> steps -> adapter. Read this file first."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -15,6 +17,7 @@ from qlite.lock import held
 from qlite.loggers import require_loggers
 from qlite.methods.base import trainable_count
 from qlite.model.lowering import lower_memory
+from qlite.model.originals import original_weights
 from qlite.model.packing import check_packing
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.schema import Recipe
@@ -72,6 +75,8 @@ class Parts:
     recipe: Recipe
     """The run's own, with what "auto" has chosen."""
     model: PreTrainedModel
+    settle: Callable[[], None]
+    """Brings the base into the state that the method's tensors, once loaded, say."""
     data: DataSet
     batches: TokenBatches
     steps: int
@@ -113,6 +118,7 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
     for difference in differences:
         observer.note(f"since the run began the recipe has changed: {difference}")
     if state.step:
+        parts.settle()
         # The smallest chunk that a full memory has asked for, unless the user now asks for another.
         learned = 0 if any(text.startswith("memory.loss_chunk:") for text in differences) else state.loss_chunk
         parts.stepper.limits = Limits(learned or recipe.memory.loss_chunk, state.most_tokens)
@@ -163,11 +169,13 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     model, identity = base.model, {**data.identity, "base.model": base.identity}
     kernels = recipe.base.compile(where, console.phase)
     device.seed_all(plan.seed)
+    original = original_weights(base)
     with meter.attaching():
         method.attach(model)
+        method.start(model, original)
     if "not compiled" in kernels:
         notes.append(f"norms, rotary positions and SwiGLU are {kernels}")
-    notes.append(f"{device.describe(where)}; {recipe.method.name}: {format_count(trainable_count(model))} trained parameters")
+    notes.append(f"{device.describe(where)}; {recipe.method.words}: {format_count(trainable_count(model))} trained parameters")
     lower_memory(model, recipe.memory, where)
     if plan.packing:
         check_packing(model)
@@ -177,4 +185,5 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     disk.require_room(recipe.output, disk.checkpoint_bytes(model, optimizer))
     machine = {"device": device.describe(where), "threads": threads, "kernels": kernels}
     told = provenance(recipe, base, identity)
-    return Parts(recipe, model, data, batches, steps, stepper, optimizer, meter, machine, identity, told, notes)
+    settle = partial(method.settle, model, original)
+    return Parts(recipe, model, settle, data, batches, steps, stepper, optimizer, meter, machine, identity, told, notes)

@@ -215,7 +215,7 @@ class RunFolder:
         if is_whole(path):
             return
         tensors, numbers = optimizer.state()
-        weights = adapter_tensors(model)
+        weights = adapter_tensors(model, resumable=True)
         self._require_finite({**weights, **tensors}, state.step)
         if path.exists():
             set_aside(path)
@@ -278,7 +278,7 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             # The sums are right, so qlite never wrote it: another version did, or somebody else.
             raise RunError(f'"{folder}" is no checkpoint of this version ({error}); start afresh with --fresh') from error
-        copy_adapter(read_tensors(folder), model, folder)
+        copy_adapter(read_tensors(folder), model, folder, resumable=True)
         optimizer.load_state(tensors, numbers)
         return state
 

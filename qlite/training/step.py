@@ -61,6 +61,8 @@ class Stepper:
         """Hears what ran out of memory and how it was gone on with."""
         self.updating: Callable[[], AbstractContextManager] = nullcontext
         """Is entered around the optimizer's step: a meter counts it apart."""
+        self.before_update: Callable[[], None] = lambda: None
+        """Is called before the optimizer's step, with its gradients summed and clipped."""
         self.between: Callable[[], None] = lambda: None
         """Is called before every micro-batch of a step, and may raise: the parameters are as before the step then."""
         self._doing: tuple[str, Batch] | None = None
@@ -98,6 +100,7 @@ class Stepper:
             optimizer.zero_grad()
             raise Diverged(f"loss {loss:.4g} is more than train.spike_factor allows, {most_loss:.4g}")
         self._report(accidents, "the step was made again", self.limits)
+        self.before_update()
         retries = len(accidents) + self._update(optimizer)
         return StepResult(loss, grad_norm, sum(batch.tokens for batch in batches), trained_tokens(batches), retries)
 

@@ -90,7 +90,9 @@ def is_to_be_saved(recipe: Recipe, parts: "Parts", state: TrainState) -> bool:
 def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch]) -> TrainState:
     """Make the step after ``state``, or skip it where its loss or gradient is no number; return the state then."""
     plan, step, started = recipe.train, state.step + 1, time.perf_counter()
-    lr, seed = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps)), (plan.seed, step)
+    method, hooked = recipe.method, (parts.model, parts.optimizer, step, parts.steps)
+    lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps) * method.lr_factor(step, parts.steps))
+    parts.stepper.before_update, seed = partial(method.before_step, *hooked), (plan.seed, step)
     try:
         with parts.meter.step():
             most_loss = divergence.most_loss(plan, state)
@@ -101,7 +103,7 @@ def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, 
         state, told = divergence.after_fault(plan, state, fault, rows, run)
         observer.note(told)
         return state
-    recipe.method.after_step(parts.model, parts.optimizer, step)
+    method.after_step(*hooked)
     seconds, epoch = time.perf_counter() - started, step / parts.batches.steps_per_epoch
     report = StepReport(**vars(result), step=step, steps=parts.steps, epoch=epoch, lr=lr, seconds=seconds, memory=parts.meter.read())
     observer.step(report)

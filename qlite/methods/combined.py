@@ -1,0 +1,70 @@
+"""Several methods on one model, as the LoRA paper says that they can be: "orthogonal to many prior methods" (arXiv:2106.09685, section 1).
+
+Each puts its own tensors into the model; where two adapt one linear, the later stands on the earlier.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from qlite.methods.base import Method, Original, Stepping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined(Method):
+    """Several methods at once."""
+
+    name: ClassVar[str] = "combined"
+    parts: tuple[Method, ...]
+    """No two of one name."""
+
+    @property
+    def words(self) -> str:
+        return " + ".join(part.words for part in self.parts)
+
+    def having(self, key: str, value: object) -> "Combined":
+        owner, _, rest = key.partition(".")
+        return replace(self, parts=tuple(part.having(rest, value) if part.name == owner else part for part in self.parts))
+
+    def get(self, key: str) -> object:
+        owner, _, rest = key.partition(".")
+        return next(part for part in self.parts if part.name == owner).get(rest)
+
+    def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "Combined":
+        return replace(self, parts=tuple(part.resolved(tokenizer) for part in self.parts))
+
+    def attach(self, model: nn.Module) -> None:
+        # What computes with a frozen linear's own weight stands nearest to it.
+        for part in sorted(self.parts, key=lambda part: not part.needs_plain_linears):
+            part.attach(model)
+
+    def start(self, model: nn.Module, original: Original) -> None:
+        for part in self.parts:
+            part.start(model, original)
+
+    def settle(self, model: nn.Module, original: Original) -> None:
+        for part in self.parts:
+            part.settle(model, original)
+
+    def options_of(self, name: str, tensor: nn.Parameter) -> dict[str, object]:
+        return {key: value for part in self.parts for key, value in part.options_of(name, tensor).items()}
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        factor = 1.0
+        for part in self.parts:
+            factor *= part.lr_factor(step, steps)
+        return factor
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        found = [term for part in self.parts if (term := part.penalty(model)) is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def before_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
+        for part in self.parts:
+            part.before_step(model, optimizer, step, steps)
+
+    def after_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
+        for part in self.parts:
+            part.after_step(model, optimizer, step, steps)
