@@ -19,7 +19,7 @@ from qlite.training.run_folder import UNEVALUATED, RunFolder
 from qlite.training.state import TrainState
 
 if TYPE_CHECKING:
-    from qlite.training.run import Parts
+    from qlite.training.parts import Parts
 
 
 def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
