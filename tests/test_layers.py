@@ -14,7 +14,7 @@ LAYER = {
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats", "loggers"), 1),
     "recipe": 2,
     **dict.fromkeys(("serving", "training", "memory", "reporting"), 3),
-    **dict.fromkeys(("train", "export", "generate", "evaluate", "preview", "plan", "report", "combine", "swap"), 4),
+    **dict.fromkeys(("train", "export", "generate", "evaluate", "preview", "plan", "report", "combine", "swap", "sweep"), 4),
     "chat": 5,  # generate, turn after turn
 }
 # What may be imported sideways, within one layer.

@@ -6,14 +6,16 @@ packed weight is made dense once for as many adapters as are trained, and a grad
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlite.errors import RecipeError
-from qlite.methods.base import AdaptedLinear, adapted_linears, put_module, stand_ins
+from qlite.methods.base import AdaptedLinear, Method, adapted_linears, put_module, stand_ins
 from qlite.methods.lora import LoRALinear
+from qlite.methods.views import view_of
 from qlite.quant.linear import grad_of_input, kept_dense, product
 
 
@@ -27,7 +29,8 @@ class Groups:
 
     def sizes(self, count: int) -> list[int]:
         """Return the tokens of each group, of ``count`` in all: lines are equally long."""
-        return [rows * count // sum(self.rows) for rows in self.rows]
+        *first, last = [rows * count // sum(self.rows) for rows in self.rows]
+        return [*first, last + count - sum(first) - last]  # where a plan evaluates fewer rows, whose they are does not matter
 
 
 def join(model: nn.Module, views: Sequence[nn.Module]) -> Groups:
@@ -43,6 +46,30 @@ def join(model: nn.Module, views: Sequence[nn.Module]) -> Groups:
     for name in dict.fromkeys(name for adapted in found for name in adapted):
         put_module(model, name, GroupedLinear(model.get_submodule(name), [adapted.get(name) for adapted in found], groups))
     return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several(Method):
+    """The adapters of several runs over one base: what a memory plan attaches in the place of one method."""
+
+    name: ClassVar[str] = "several"
+    parts: tuple[Method, ...]
+    rows: tuple[int, ...]
+    """Of each run's micro-batch."""
+
+    @property
+    def words(self) -> str:
+        return " | ".join(part.words for part in self.parts)
+
+    def attach(self, model: nn.Module) -> None:
+        views = [view_of(model) for _ in self.parts]
+        for part, view in zip(self.parts, views, strict=True):
+            part.attach(view)
+        groups = join(model, views)
+        groups.rows, groups.members = self.rows, tuple(range(len(self.rows)))
+
+    def options_of(self, name: str, tensor: nn.Parameter) -> dict[str, object]:
+        return {"run": int(name.partition(".parts.")[2].partition(".")[0])}  # an optimizer each
 
 
 class GroupedLinear(AdaptedLinear):

@@ -46,7 +46,7 @@ def read_recipe(path: Path, overrides: list[str] = (), changes: Mapping[str, obj
     Raises:
         RecipeError: with every problem: key, value seen, fix.
     """
-    tables = _parse(path)
+    tables = parse_toml(path)
     problems = [problem for text in overrides if (problem := _override(tables, text))]
     problems += _change(tables, changes)
     return build_recipe(tables, str(path), problems, default_dir=f"runs/{path.stem}")
@@ -273,7 +273,8 @@ def _shown(value: object) -> str:
 # The file, the command line and Python
 
 
-def _parse(path: Path) -> dict:
+def parse_toml(path: Path) -> dict:
+    """Return the tables of the TOML file ``path``. Raises RecipeError."""
     try:
         # utf-8-sig: editors on Windows put a byte order mark in front.
         text = read_given(path, MOST_RECIPE_BYTES).decode("utf-8-sig")

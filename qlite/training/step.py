@@ -74,15 +74,18 @@ class Stepper:
         clip_norm: float,
         seed: tuple[int, ...] = (),
         most_loss: float = math.inf,
+        summed: Tensor | None = None,
     ) -> StepResult:
         """Make one optimizer step over ``batches``. Every try begins with the generators seeded from ``seed``, if there is any.
+
+        ``summed``: the loss, where the gradients of ``batches`` are summed already.
 
         Raises:
             Diverged: loss or gradient is not finite, or the loss is more than ``most_loss``; the parameters are as before.
             OutOfMemory: a single document does not fit, with the smallest loss chunk.
             MachineError: the optimizer's step does not fit. Some parameters may have been updated, and others not.
         """
-        loss, accidents = None, []
+        loss, accidents = summed, []
         while loss is None:
             if seed:
                 device.seed_all(*seed)

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from qlite.data.ahead import Ahead
 from qlite.data.batches import Batch
@@ -29,29 +31,15 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
         Stopped: a signal asked for it; what was learned is in a checkpoint.
         Diverged: too many steps in a row could not be made.
     """
-    plan, batches = recipe.train, Ahead(parts.batches, parts.steps)
+    batches = Ahead(parts.batches, parts.steps)
     run.records.may_lose_lines = recipe.output.on_full_disk == "continue"
-    with stopping_softly(partial(_announce, observer)) as stop:
+    with stopping_softly(partial(announce, observer)) as stop:
         parts.stepper.between = stop.check
         observer = Broadcast(observer, StopWatch(stop.check))
         try:
-            if is_unevaluated(recipe, parts, state):
-                state = measure(recipe, parts, run, observer, state)
-                if is_to_be_saved(recipe, parts, state):
-                    save(recipe, parts, run, observer, state)
-            for step in range(state.step + 1, parts.steps + 1):
-                if has_lost_patience(recipe, state):
-                    told = f"{state.stale} evaluations without a lower held-out loss (train.patience)"
-                    observer.note(f"stopped after step {state.step}: {told}")
-                    break
-                limits = replace(parts.stepper.limits)
-                state = advance(recipe, parts, run, observer, state, batches.step(step))
-                if is_due(plan.eval_every, step, parts.steps):
-                    state = measure(recipe, parts, run, observer, state)
-                # What was learned of the machine is kept at once: it decides how the next steps are cut, and so their bits.
-                has_learned = parts.stepper.limits != limits
-                if has_learned or is_to_be_saved(recipe, parts, state):
-                    save(recipe, parts, run, observer, state)
+            state = catch_up(recipe, parts, run, observer, state)
+            while goes_on(recipe, parts, observer, state):
+                state = whole_step(recipe, parts, run, observer, state, batches.step(state.step + 1))
             stop.check()  # what came during the last step is heard, too
         except StoppedAtOnce:
             raise
@@ -65,7 +53,52 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
     return state
 
 
-def _announce(observer: Observer, name: str) -> None:
+def catch_up(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState) -> TrainState:
+    """Make the evaluation that was due after ``state`` when the run was stopped, if it was; return the state then."""
+    if not is_unevaluated(recipe, parts, state):
+        return state
+    state = measure(recipe, parts, run, observer, state)
+    if is_to_be_saved(recipe, parts, state):
+        save(recipe, parts, run, observer, state)
+    return state
+
+
+def goes_on(recipe: Recipe, parts: "Parts", observer: Observer, state: TrainState) -> bool:
+    """Return whether there is a step after ``state``; ``observer`` hears why not, if it is not the last."""
+    if state.step >= parts.steps:
+        return False
+    if has_lost_patience(recipe, state):
+        told = f"{state.stale} evaluations without a lower held-out loss (train.patience)"
+        observer.note(f"stopped after step {state.step}: {told}")
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A step whose gradients are summed already, together with other runs'."""
+
+    loss: Tensor
+    at: float
+    """When its computation began, by ``time.perf_counter``."""
+
+
+def whole_step(
+    recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch], begun: Begun | None = None
+) -> TrainState:
+    """Make the step after ``state``, with the evaluation and the checkpoint that are due then; return the state then."""
+    limits = replace(parts.stepper.limits)
+    state = advance(recipe, parts, run, observer, state, batches, begun)
+    if is_due(recipe.train.eval_every, state.step, parts.steps):
+        state = measure(recipe, parts, run, observer, state)
+    # What was learned of the machine is kept at once: it decides how the next steps are cut, and so their bits.
+    has_learned = parts.stepper.limits != limits
+    if has_learned or is_to_be_saved(recipe, parts, state):
+        save(recipe, parts, run, observer, state)
+    return state
+
+
+def announce(observer: Observer, name: str) -> None:
     """Say that a signal was heard: until the micro-batch ends nothing else would show it."""
     with suppress(QliteError):  # a full disk, which will be told where it matters
         after = "stopping after this micro-batch, with a checkpoint of the last whole step, if there is one"
@@ -87,16 +120,18 @@ def is_to_be_saved(recipe: Recipe, parts: "Parts", state: TrainState) -> bool:
     return has_lost_patience(recipe, state) or is_due(recipe.output.save_every, state.step, parts.steps)
 
 
-def advance(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch]) -> TrainState:
+def advance(
+    recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch], begun: Begun | None
+) -> TrainState:
     """Make the step after ``state``, or skip it where its loss or gradient is no number; return the state then."""
-    plan, step, started = recipe.train, state.step + 1, time.perf_counter()
+    plan, step, started = recipe.train, state.step + 1, begun.at if begun else time.perf_counter()
     method, hooked = recipe.method, (parts.model, parts.optimizer, step, parts.steps)
     lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps) * method.lr_factor(step, parts.steps))
     parts.stepper.before_update, seed = partial(method.before_step, *hooked), (plan.seed, step)
     try:
         with parts.meter.step():
             most_loss = divergence.most_loss(plan, state)
-            result = parts.stepper.step(batches, parts.optimizer, plan.clip_norm, seed, most_loss)
+            result = parts.stepper.step(batches, parts.optimizer, plan.clip_norm, seed, most_loss, begun and begun.loss)
     except Diverged as fault:
         rows = divergence.rows_of(step, parts.batches, parts.data)
         state = replace(state, step=step, **vars(parts.stepper.limits))

@@ -7,10 +7,10 @@ from qlite.errors import RecipeError
 from qlite.methods import METHODS
 from qlite.methods.base import adapted_linears, trainable_tensors
 from qlite.methods.together import join
+from qlite.methods.views import view_of
 from qlite.model.checkpointing import checkpoint_blocks
 from qlite.model.documents import attend_by_documents
 from qlite.model.fusing import fuse
-from qlite.model.views import view_of
 from tests.tiny import tiny_llama
 
 LORA = METHODS["lora"]
