@@ -36,7 +36,7 @@ from qlite.training.run_report import leave_report
 from qlite.training.step import Stepper
 from qlite.training.steps import answer, take_steps
 from qlite.training.summary import summarise
-from qlite.units import format_count
+from qlite.units import format_bytes, format_count
 
 
 def begin(recipe: Recipe, fresh: bool, console: RunConsole) -> RunFolder:
@@ -183,6 +183,9 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
     meter.follow(stepper, optimizer)
     disk.require_room(recipe.output, disk.checkpoint_bytes(model, optimizer))
+    if method.trains_base:
+        model_bytes, state_bytes = map(format_bytes, disk.checkpoint_bytes(model, optimizer))
+        notes.append(f"{method.words}: the adapter is the whole model, {model_bytes}; each checkpoint holds it and {state_bytes} more")
     machine = {"device": device.describe(where), "threads": threads, "kernels": kernels}
     told = provenance(recipe, base, identity)
     settle = partial(method.settle, model, original)
