@@ -23,6 +23,7 @@ from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_tables
 from qlite.training.step import Stepper
+from tests.marks import slow
 from tests.tiny import STORAGES, one_batch, tiny_llama
 
 # Every method a recipe can name, as itself and with the options that change its mathematics.
@@ -57,7 +58,9 @@ NO_WAY_BACK: set[str] = {"full", "galore"}
 UNMERGEABLE: set[str] = {"bottleneck"}
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
-variants = pytest.mark.parametrize("name", VARIANTS)
+# What differs from another variant by its keys alone.
+LATER = {"ia3, all linears", "bottleneck, pfeiffer", "galore, some linears", "ia3 + lora + bottleneck"}
+variants = pytest.mark.parametrize("name", [slow(name) if name in LATER else name for name in VARIANTS])
 storages = pytest.mark.parametrize("storage", STORAGES)
 
 
