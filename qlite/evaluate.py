@@ -145,12 +145,14 @@ def _evaluate(named: str | os.PathLike[str] | None, asked: Asked, where: str, is
         # What is wrong with a file shows before minutes of loading.
         talks = None if asked.data is None else read_given(recipe.data, asked.data, asked.format, asked.rows, console)
         opened = open_run(run, where, console.phase, console.note)
-        opened.attach()
         material = held_out(opened, asked.rows, console) if talks is None else Material.of(talks, opened)
         metrics, left_out = applicable(wanted, material)
         require_room(opened, material, metrics, sampling)
         examination = Examination(opened, material, metrics, sampling, console)
-        base = examination.of_base() if asked.base else None
+        # Where the base's own weights were trained, they are gone as soon as the trained ones are put into their places.
+        base = examination.measure("base") if asked.base and opened.method.trains_base else None
+        opened.attach()
+        base = examination.of_base() if asked.base and base is None else base
         adapter = examination.measure("adapter")
     settings = {
         "run": run_name(run),

@@ -27,8 +27,9 @@ from qlite.formats.card import ADAPTER, GGUF_ADAPTER
 from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES, write_company
-from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
+from qlite.formats.peft import CONFIG, PEFT, WEIGHTS, read_metadata, read_tensors
 from qlite.hashes import sha256
+from qlite.methods.lora import LoRA
 from qlite.recipe.share import local_name
 from qlite.stopping import Stopped
 from qlite.training.auditing import Audit
@@ -260,8 +261,12 @@ def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: R
             raise
         _renew_report(run, out, console)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights"
+    what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights{_over(run, audit)}"
     return Export(out, what, size, audit=audit)
+
+
+def _over(run: RunFolder, audit: Audit) -> str:
+    return "" if run.recipe().method.trains_base else f", merged over the {audit.onto} base weights"
 
 
 def audit_lines(audit: Audit) -> list[str]:
@@ -284,17 +289,21 @@ def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, dev
         audit = write_audited_gguf(_opened(run, device, console), out, file, as_type, how, console)
         _renew_report(run, out, console)
     size = (out / file).stat().st_size
-    return Export(out, f"{format_bytes(size)}, merged over the {audit.onto} base weights", size, out / file, audit)
+    return Export(out, f"{format_bytes(size)}{_over(run, audit)}", size, out / file, audit)
 
 
 def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunConsole) -> Export:
     """Write ``run``'s adapter into the folder ``out`` as one GGUF file."""
-    name = run.path.resolve().name
+    name, method = run.path.resolve().name, run.recipe().method
+    if not isinstance(method, LoRA):
+        raise ExportError(
+            f"llama.cpp's adapters are LoRA's, and this run has trained by {method.words}; --gguf f16 merges what can be merged"
+        )
     file = f"{name}-lora.gguf"
     with console, new_folder(out) as folder:
         opened = _opened(run, device, console)
         source = sha256(run.adapter / WEIGHTS)
-        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase, source)
+        size = write_adapter_gguf(folder / file, opened.base, method.alpha, name, console.phase, source)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
         write_text(folder / "README.md", run_card(run, GGUF_ADAPTER, {"weights": "F32"}, {}))
@@ -320,16 +329,19 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
     Raises:
         ExportError: PEFT has no such method.
     """
-    if not (run.adapter / CONFIG).is_file():
-        raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
     recipe = run.recipe()
+    # Where PEFT has other tensors than the model, its files lie in a folder of their own.
+    source = run.adapter if (run.adapter / CONFIG).is_file() else run.adapter / PEFT
+    if not (source / CONFIG).is_file():
+        held = f"the run's own tensors are in {run.adapter / WEIGHTS}"
+        raise ExportError(f"PEFT has no adapter of this kind ({recipe.method.words}); {held}, and --merge writes what can be merged")
     with new_folder(out) as folder:
-        write_tensors(folder / WEIGHTS, read_tensors(run.adapter), read_metadata(run.adapter))
-        config = json.loads((run.adapter / CONFIG).read_text(encoding="utf-8"))
+        write_tensors(folder / WEIGHTS, read_tensors(source), read_metadata(source))
+        config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
         # PEFT's own reader of it asks for the base by name; where it lies on this machine is nobody else's.
         write_json(folder / CONFIG, {**config, "base_model_name_or_path": local_name(config["base_model_name_or_path"])})
         write_text(folder / "README.md", run_card(run, ADAPTER, {}, {}))
-        if recipe.method.new_tokens:
+        if isinstance(recipe.method, LoRA) and recipe.method.new_tokens:
             tokenizer = recipe.base.tokenizer(lambda *_: None)
             recipe.method.resolved(tokenizer)
             tokenizer.chat_template = run.template or tokenizer.chat_template

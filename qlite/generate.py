@@ -20,7 +20,7 @@ from rich.text import Text
 
 from qlite.calls import called
 from qlite.device import MemoryMeter, peak_process_bytes, seed_all
-from qlite.errors import DataError
+from qlite.errors import DataError, RunError
 from qlite.model.wheel import Progress
 from qlite.serving.answer import Sampling, answer_all, answer_ids
 from qlite.serving.bank import BASE
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
         ask_all(args)
         return
     run = find_run(args.run)
+    if args.base:
+        require_base(run)
     dialogue = dialogue_of(run, args)
     for prompt in args.prompt:
         show_prompt(prompt, args)
@@ -63,6 +65,16 @@ def main(argv: list[str]) -> None:
             print(f"\n{run.path}:", flush=True)
         ask(dialogue, prompt, args)
         dialogue.reset()
+
+
+def require_base(run: RunFolder) -> None:
+    """Raise RunError if the untuned model is not in what ``run`` has trained."""
+    method = run.recipe().method
+    if method.trains_base:
+        raise RunError(
+            f'--base: "{run.path}" has trained the model\'s own weights ({method.words}), so the base is not in it; '
+            "python -m qlite.evaluate measures both"
+        )
 
 
 def ask(dialogue: Dialogue, prompt: str, args: argparse.Namespace) -> None:
@@ -148,6 +160,8 @@ def generate(
         raise DataError("generate: prompts should be a text, or a list of texts that is not empty")
     with called():
         own = find_run(run)
+        if base:
+            require_base(own)
         with console_for(f"qlite generate  {own.path}", quiet) as console:
             dialogue = open_dialogue(own, sampling, system, device, console.phase)
             seed_all(seed)

@@ -16,8 +16,9 @@ def test_every_side_has_its_row_and_the_base_is_1_to_itself(capsys):
     out = capsys.readouterr().out
     tables = dict(zip(*[iter(re.split(r"batch of (\d+)\n", out.partition("8 rows over")[0])[1:])] * 2, strict=True))
     rows = {batch: [line.strip() for line in text.splitlines()[1:] if line.strip()] for batch, text in tables.items()}
-    assert len(rows["1"]) == 3 * 3 + 1
-    assert len(rows["8"]) == 3 * 4 + 1
+    assert len(rows["1"]) == 3 * 4 + 1
+    assert len(rows["8"]) == 3 * 5 + 1
+    assert sum("bottleneck" in row for row in rows["8"]) == 3
     assert sum("merged" in row for row in rows["8"]) == 1
     for row in rows["8"]:
         assert len(re.findall(r"\d+\.\d\d  \d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", row)) == 2

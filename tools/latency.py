@@ -1,4 +1,4 @@
-"""What an adapter costs when a model answers: merged, beside the base, or several mixed in one batch, over 16-, 8- and 4-bit bases.
+"""What an adapter costs when a model answers: merged, beside the base, in series, or several mixed, over 16-, 8- and 4-bit bases.
 
     python tools/latency.py                                              # a tiny random Llama: whether it works
     python tools/latency.py --recipe recipes/quickstart.toml --rounds 20 # SmolLM2-135M
@@ -6,7 +6,8 @@
 The question of table 1 in Hu et al. 2021, arXiv:2106.09685. All sides are held at once and take turns, round for round; a figure is the
 median of the rounds, and what it is to the base's is the median of each round's ratio, with the lowest and the highest. Each round reads
 a prompt of random tokens ("first": until the first new token is chosen) and then decodes with a cache ("token": each one after it).
-Adapters are random and on all linears: what is computed does not depend on their values.
+LoRA's adapters are random and on all linears, what is computed does not depend on their values; bottleneck adapters stand behind each
+attention and each MLP (Houlsby), in series with them, which is what that table compares LoRA with.
 
 The second table: the same rows answered by 8 adapters mixed in one batch, by the 8 one after another (swapped in between), and by the base
 alone in one batch; new tokens a second in all.
@@ -27,6 +28,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from qlite import device
 from qlite.formats.swapped import swapped
 from qlite.methods.base import select_linears
+from qlite.methods.bottleneck import Bottleneck
 from qlite.methods.low_rank import LowRank
 from qlite.model.load import Base
 from qlite.quant.linear import store_weight
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> None:
         base = read_recipe(args.recipe).base if args.recipe else _tiny_base(Path(folder))
         print(f"{base.model}, {base.dtype}, {device.describe(where)}; prompt {args.prompt}, {args.rounds} rounds", flush=True)
         banks = {bits: open_bank(replace(base, bits=bits), where) for bits in args.bits}
-        sides = [side for bits, bank in banks.items() for side in sides_of(bits, bank)]
+        sides = [side for bits, bank in banks.items() for side in (*sides_of(bits, bank), bottleneck(replace(base, bits=bits), where))]
         if 16 in banks:
             sides.insert(1, Side(16, "merged", merged_model(replace(base, bits=16), where)))
         for rows in args.batches:
@@ -118,6 +120,13 @@ def merged_model(base: Base, where: torch.device) -> PreTrainedModel:
         linear = model.get_submodule(layer)
         store_weight(linear, swapped(linear.weight.cpu(), None, update).to(where))
     return model
+
+
+def bottleneck(base: Base, where: torch.device) -> "Side":
+    """Return the side of a base with bottleneck adapters of width 64."""
+    model = base.load(where, lambda *_: None).model
+    Bottleneck(width=64).attach(model)
+    return Side(base.bits, "bottleneck, width 64", model.eval())
 
 
 def sides_of(bits: int, bank: AdapterBank) -> Iterator[Side]:

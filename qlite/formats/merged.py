@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qlite.errors import ExportError, NotMergeable
 from qlite.files import write_json, write_tensor_file
 from qlite.formats.unfinished import Unfinished, unfinished_folder
-from qlite.methods.base import AdaptedLinear, StandIn, stand_ins, trainable_tensors
+from qlite.methods.base import AdaptedLinear, StandIn, adapted_linears, is_itself_trained, stand_ins, trainable_tensors
 from qlite.methods.token_rows import RowsEmbedding, RowsLinear
 from qlite.methods.whole import Whole
 from qlite.model.load import file_names
@@ -156,6 +156,7 @@ def merged_tensors(model: PreTrainedModel, originals: Originals | None = None) -
     """
     adapted = tuple(f"{name}." for name, _ in stand_ins(model))
     _refuse_the_rest(model, adapted)
+    assert originals is None or not is_itself_trained(model), "what was trained has no other original"
     seen: set[int] = set()
     inner: set[nn.Module] = set()
     for prefix, module in model.named_modules():
@@ -226,6 +227,8 @@ def _refuse_the_rest(model: PreTrainedModel, adapted: tuple[str, ...]) -> None:
     with torch.device("meta"):
         plain = set(type(model)(model.config).state_dict())
     extra = [name for name in trainable_tensors(model) if not name.startswith(adapted) and name not in plain]
+    for _, module in adapted_linears(model):
+        module.require_mergeable()
     if extra:
         raise NotMergeable(f"{extra[0]} is no weight of the base model; export it with --adapter instead of --merge")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qlite.errors import AdapterError, shown, some_of
 from qlite.files import make_folder, write_json, write_tensors
 from qlite.given import require_sound_table
-from qlite.methods.base import Method, adapted_linears, saved_tensors, stand_ins
+from qlite.methods.base import Method, adapted_linears, saved_tensors, short_names, stand_ins
 from qlite.methods.lora import LoRA, LoRALinear
 from qlite.methods.low_rank import LowRank
 from qlite.methods.token_rows import RowsEmbedding, RowsLinear
@@ -58,10 +58,7 @@ def write_adapter(folder: Path, model: nn.Module, method: Method, base_name: str
 def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:
     """Return the content of PEFT's adapter_config.json for ``model``'s LoRA layers."""
     layers = {name: layer for name, layer in adapted_linears(model) if isinstance(layer, LoRALinear)}
-    leaves = {name.rpartition(".")[2] for name in layers}
-    # Leaf names where they say exactly which layers are meant; else every layer by its whole name.
-    same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
-    targets = sorted(leaves) if len(same_leaf) == len(layers) else list(layers)
+    targets = short_names(model, list(layers))
     ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != method.rank}
     alphas = {name: method.alpha_of(name) for name in layers if method.alpha_of(name) != method.alpha}
     # Whole names: PEFT takes whatever ends with one of them, and "norm" alone would be every norm of every block.

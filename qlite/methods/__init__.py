@@ -1,9 +1,13 @@
 """The methods a recipe can name. To add one: write its file, add it here, and pass tests/methods/test_contract.py."""
 
 from qlite.methods.base import Method
+from qlite.methods.bottleneck import Bottleneck
 from qlite.methods.combined import Combined
+from qlite.methods.full import Full
+from qlite.methods.galore import GaLore
+from qlite.methods.ia3 import IA3
 from qlite.methods.lora import LoRA
 
 __all__ = ["METHODS", "Combined", "Method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, IA3, Bottleneck, Full, GaLore)}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from qlite.errors import NotMergeable, RecipeError, shown
-from qlite.quant.linear import compute_dtype, is_linear
+from qlite.errors import ModelError, NotMergeable, RecipeError, shown
+from qlite.quant.linear import Packed, compute_dtype, is_linear
 from qlite.table import Table
 
 Targets = str | tuple[str, ...]
@@ -57,6 +57,13 @@ class AdaptedLinear(StandIn, nn.Module):
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
 
+    def require_mergeable(self) -> None:
+        """Raise NotMergeable where this module, or one that it stands on, is no linear map."""
+        if type(self).merged_weight is AdaptedLinear.merged_weight:
+            self.merged_weight(torch.empty(0))
+        if isinstance(self.base, AdaptedLinear):
+            self.base.require_mergeable()
+
     @property
     def frozen(self) -> nn.Module:
         """The linear of the model's own, whatever stands between."""
@@ -90,6 +97,13 @@ class Method(Table):
     name: ClassVar[str]
     needs_plain_linears: ClassVar[bool] = False
     """Whether it computes with a linear's own weight, and so has to stand nearest to it where it is combined with others."""
+    trains_base: ClassVar[bool] = False
+    """Whether it trains the model's own weights: these have to be dense and on the device, and afterwards there is no base any more."""
+
+    @property
+    def each(self) -> "tuple[Method, ...]":
+        """The methods that it is made of: itself, where it is no combination."""
+        return (self,)
 
     @property
     def words(self) -> str:
@@ -127,12 +141,7 @@ class Method(Table):
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict]:
         """Return the optimizer's groups: the trained tensors with the same options together, each at ``lr`` times its "lr_ratio"."""
-        groups: dict[tuple, dict] = {}
-        for name, tensor in trainable_tensors(model).items():
-            options = self.options_of(name, tensor)
-            group = groups.setdefault(tuple(sorted(options.items())), {"params": [], "lr": lr * options.pop("lr_ratio", 1.0), **options})
-            group["params"].append(tensor)
-        return list(groups.values())
+        return grouped(trainable_tensors(model), lr, self.options_of)
 
     def lr_factor(self, step: int, steps: int) -> float:
         """Return what the learning rate of ``step``, counted from 1, is multiplied by beside its schedule's factor."""
@@ -154,6 +163,16 @@ class Method(Table):
         None where PEFT has no such type.
         """
         return None
+
+
+def grouped(tensors: dict[str, nn.Parameter], lr: float, options_of: Callable[[str, nn.Parameter], dict[str, object]]) -> list[dict]:
+    """Return ``tensors`` as an optimizer's groups, those with the same options together, each at ``lr`` times its "lr_ratio"."""
+    groups: dict[tuple, dict] = {}
+    for name, tensor in tensors.items():
+        options = options_of(name, tensor)
+        group = groups.setdefault(tuple(sorted(options.items())), {"params": [], "lr": lr * options.pop("lr_ratio", 1.0), **options})
+        group["params"].append(tensor)
+    return list(groups.values())
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -203,7 +222,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     """Let ``model`` answer as its base does, bit for bit, until the context is left: what is adapted has its base in its place.
 
     Nothing is copied or loaded. Inside another ``adapters_off`` nothing is left to switch, and the outer one switches back.
+
+    Raises:
+        ModelError: the model's own weights were trained, and what they were before is gone.
     """
+    if is_itself_trained(model):
+        raise ModelError("the run has trained the model's own weights, so the base is not in it any more; qlite.evaluate measures both")
     beside = [module for module in model.modules() if isinstance(module, Beside) and not module.is_off]
     found = list(stand_ins(model))
     inner = {each for _, module in found for each in module.modules() if each is not module}
@@ -224,18 +248,39 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             setattr(owner, leaf, module.train(_frozen(module).training))
 
 
+def train_itself(model: nn.Module, named: str) -> None:
+    """Let every weight of ``model`` be trained; ``named``: the method, for messages.
+
+    Raises:
+        RecipeError: some are packed, and whole-number codes have no gradient.
+    """
+    packed = next((name for name, module in model.named_modules() if isinstance(module, Packed)), None)
+    if packed is not None:
+        raise RecipeError(
+            f'method.name = "{named}": trains the weights themselves, and those of {packed} are packed into few bits, whose codes have no '
+            "gradient; set base.bits = 16 and leave base.embedding_bits and base.head_bits at 16"
+        )
+    model.requires_grad_(True)
+    model.is_itself_trained = True
+
+
+def is_itself_trained(model: nn.Module) -> bool:
+    """Return whether ``model``'s own weights are what a method has trained."""
+    return getattr(model, "is_itself_trained", False)
+
+
 def _frozen(module: nn.Module) -> nn.Module:
     """Return the base of a stand-in, or of what that stands on."""
     return _frozen(module.base) if isinstance(module, StandIn) else module
 
 
-def adapt_linears(model: nn.Module, targets: Targets, wrap: Callable[[str, nn.Module], AdaptedLinear]) -> None:
-    """Replace every linear that ``targets`` names by ``wrap(name, linear)``.
+def adapt_linears(model: nn.Module, targets: Targets, wrap: Callable[[str, nn.Module], AdaptedLinear], key: str = "method.targets") -> None:
+    """Replace every linear that ``targets``, the value of ``key``, names by ``wrap(name, linear)``.
 
     Raises:
         RecipeError: a target names no linear of this model.
     """
-    for name in select_linears(model, targets):
+    for name in select_linears(model, targets, key):
         put_module(model, name, wrap(name, model.get_submodule(name)))
 
 
@@ -251,8 +296,8 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def select_linears(model: nn.Module, targets: Targets) -> list[str]:
-    """Return the dotted names of the linears that ``targets`` names, in model order.
+def select_linears(model: nn.Module, targets: Targets, key: str = "method.targets") -> list[str]:
+    """Return the dotted names of the linears that ``targets``, the value of ``key``, names, in model order.
 
     "all-linear": every linear inside the decoder blocks (not the output head); "attention": those of the attention
     modules; otherwise leaf names ("q_proj") or patterns with * and ? for leaf or whole names ("model.layers.1?.*").
@@ -268,7 +313,7 @@ def select_linears(model: nn.Module, targets: Targets) -> list[str]:
     if targets == "attention":
         return [name for name in inside if _in_attention(model, name)]
     wanted = (targets,) if isinstance(targets, str) else targets
-    problems = [problem for target in wanted if (problem := _unmatched(target, linears))]
+    problems = [problem for target in wanted if (problem := _unmatched(key, target, linears))]
     if problems:
         raise RecipeError(problems)
     return [name for name in linears if any(matches(name, target) for target in wanted)]
@@ -284,11 +329,18 @@ def _in_attention(model: nn.Module, name: str) -> bool:
     return "attention" in type(model.get_submodule(parent)).__name__.lower()
 
 
-def _unmatched(target: str, linears: list[str]) -> str | None:
+def short_names(model: nn.Module, layers: list[str]) -> list[str]:
+    """Return the leaf names of ``layers`` where they say exactly which layers of ``model`` are meant; else the whole names."""
+    leaves = {name.rpartition(".")[2] for name in layers}
+    same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
+    return sorted(leaves) if len(same_leaf) == len(layers) else list(layers)
+
+
+def _unmatched(key: str, target: str, linears: list[str]) -> str | None:
     """Return what is wrong with a target that names no linear, or None."""
     if any(matches(name, target) for name in linears):
         return None
     leaves = sorted({name.rpartition(".")[2] for name in linears})
     close = get_close_matches(target, [*leaves, "all-linear", "attention"], n=1)
     hint = f'did you mean "{close[0]}"?' if close else f"this model has: {', '.join(leaves)}"
-    return f'method.targets: no linear layer is called "{shown(target)}"; {hint}'
+    return f'{key}: no linear layer is called "{shown(target)}"; {hint}'

@@ -3,12 +3,16 @@
 Each puts its own tensors into the model; where two adapt one linear, the later stands on the earlier.
 """
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qlite.errors import RecipeError
 from qlite.methods.base import Method, Original, Stepping
 
 
@@ -19,6 +23,10 @@ class Combined(Method):
     name: ClassVar[str] = "combined"
     parts: tuple[Method, ...]
     """No two of one name."""
+
+    @property
+    def each(self) -> tuple[Method, ...]:
+        return self.parts
 
     @property
     def words(self) -> str:
@@ -33,12 +41,13 @@ class Combined(Method):
         return next(part for part in self.parts if part.name == owner).get(rest)
 
     def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "Combined":
-        return replace(self, parts=tuple(part.resolved(tokenizer) for part in self.parts))
+        return replace(self, parts=tuple(_resolved(part, tokenizer) for part in self.parts))
 
     def attach(self, model: nn.Module) -> None:
         # What computes with a frozen linear's own weight stands nearest to it.
         for part in sorted(self.parts, key=lambda part: not part.needs_plain_linears):
-            part.attach(model)
+            with _in_its_table(part):
+                part.attach(model)
 
     def start(self, model: nn.Module, original: Original) -> None:
         for part in self.parts:
@@ -68,3 +77,18 @@ class Combined(Method):
     def after_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
         for part in self.parts:
             part.after_step(model, optimizer, step, steps)
+
+
+def _resolved(part: Method, tokenizer: PreTrainedTokenizerBase | None) -> Method:
+    with _in_its_table(part):
+        return part.resolved(tokenizer)
+
+
+@contextmanager
+def _in_its_table(part: Method) -> Iterator[None]:
+    """Let what ``part`` says of its keys name the table in which they stand: "method.rank" is "method.lora.rank" here."""
+    keys = "|".join(field.name for field in fields(part))
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError([re.sub(rf"\bmethod\.({keys})\b", rf"method.{part.name}.\1", problem) for problem in error.problems]) from error

@@ -23,8 +23,7 @@ def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None
     embedding = model.get_input_embeddings()
     if any(p.requires_grad for p in embedding.parameters(recurse=False)):
         raise ModelError(
-            'memory.embedding = "host": the embedding is trained (method.modules_to_save), and what is trained lies on the device; '
-            'set memory.embedding = "device"'
+            'memory.embedding = "host": the embedding is trained, and what is trained lies on the device; set memory.embedding = "device"'
         )
     embedding = getattr(embedding, "base", embedding)  # single rows that are trained stay on the device
     inner = set(embedding.modules())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from qlite.errors import ModelError
 from qlite.model.blocks import decoder_blocks
 from qlite.offload import Copies, Lane, frozen_tensors, keep_on_host, put
 
@@ -20,8 +21,15 @@ def stream_blocks(model: PreTrainedModel, device: torch.device) -> None:
 
     Trained tensors stay. Needs per-block checkpointing in training: a block's products may then read its weights in both passes, and
     what autograd saves of a 16-bit weight is gone when the block's backward pass is.
+
+    Raises:
+        ModelError: nothing in the blocks is frozen.
     """
     blocks = list(decoder_blocks(model).values())
+    if not any(tensor.dim() > 1 for block in blocks for _, _, tensor in frozen_tensors(block)):
+        raise ModelError(
+            'memory.base = "host": the blocks\' weights are trained, and what is trained lies on the device; set it to "device"'
+        )
     stream = Stream(blocks, device)
     for number, block in enumerate(blocks):
         block.register_forward_pre_hook(_before_forward(stream, number))

@@ -49,7 +49,7 @@ def block_mlps(block: nn.Module) -> list[nn.Module]:
 
 
 def _holds_linears(module: nn.Module) -> bool:
-    is_one_itself = is_linear(module) or is_linear(getattr(module, "base", None))
+    is_one_itself = is_linear(module) or is_linear(getattr(module, "frozen", None))
     return not is_one_itself and any(is_linear(inner) for inner in module.modules())
 
 

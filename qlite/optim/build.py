@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qlite.device import supports_paging
 from qlite.errors import RunError
 from qlite.optim.flat import FlatParameters
+from qlite.optim.projected import ProjectedParameters
 from qlite.table import Table
 
+Flat = FlatParameters | ProjectedParameters
 Share = Annotated[float, Field(ge=0, lt=1)]
 # Where a device cannot page, the same optimizer with resident state takes over.
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw8bit": "adamw8bit"}
@@ -23,26 +25,29 @@ UNPAGED = {"paged_adamw": "adamw", "paged_adamw8bit": "adamw8bit"}
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Table):
-    """The optimizer of the adapter's parameters."""
+    """The optimizer of what is trained."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion8bit", "torch_adamw"] = "paged_adamw8bit"
     """AdamW or Lion. "8bit": state in 8 bit; "paged": state in memory that the driver may move to the host."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
     """Highest learning rate, reached after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of A and B."""
+    """Decoupled weight decay of all that is trained."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay rates of the first and second moment (Lion: of its two averages)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to AdamW's denominator."""
 
     def build(self, groups: list[dict], device: torch.device, note: Callable[[str], None] = print) -> "FlatOptimizer":
-        """Return the optimizer over ``groups`` ({"params": [...], "lr": ...}), all on ``device``."""
+        """Return the optimizer over ``groups`` ({"params": [...], "lr": ...}), all on ``device``.
+
+        A group with "rank", "update_every" and "scale" is of matrices, whose gradients are projected (``ProjectedParameters``).
+        """
         name = self.name
         if name in UNPAGED and not supports_paging(device):
             name = UNPAGED[name]
             note(f'optimizer.name = "{self.name}": there is no paged memory on {device.type}, so its unpaged twin "{name}" is used')
-        flats = [(flat, group["lr"]) for group in groups for flat in _flatten(group["params"])]
+        flats = [(flat, group["lr"]) for group in groups for flat in _flatten(group)]
         inner_groups = [{"params": [flat.master], "lr": lr, "weight_decay": self.weight_decay} for flat, lr in flats]
         with unset_fake_temporarily():  # bitsandbytes computes its code tables from their values, and a traced step has none
             inner = self._inner(name, inner_groups)
@@ -66,7 +71,7 @@ class Optimizer(Table):
 class FlatOptimizer:
     """An optimizer whose parameters are flat float32 masters, of which one at a time exists, and only during ``step``."""
 
-    def __init__(self, inner: torch.optim.Optimizer, flats: list[FlatParameters]):
+    def __init__(self, inner: torch.optim.Optimizer, flats: list[Flat]):
         self.inner, self.flats = inner, flats
         self._base_lr = [group["lr"] for group in inner.param_groups]
         self._done = 0
@@ -81,7 +86,10 @@ class FlatOptimizer:
         return self.inner.param_groups[0]["lr"]
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
-        """Return each parameter's summed float32 gradient, of its shape: the sum itself, no copy. It is zeros but for before a step."""
+        """Return each parameter's summed float32 gradient, of its shape or its projection's: the sum itself, no copy.
+
+        It is zeros but for before a step.
+        """
         return {p: part for flat in self.flats for p, part in flat.gradients()}
 
     def clip(self, max_norm: float) -> Tensor:
@@ -107,11 +115,12 @@ class FlatOptimizer:
 
         A step that ran out of memory goes on when it is called again: no parameter is ever updated twice.
         """
-        for flat in self.flats[self._done :]:
+        groups = self.inner.param_groups
+        for flat, group in zip(self.flats[self._done :], groups[self._done :], strict=True):
             if not self._is_stepped:
                 self._step_one(flat)
             self._is_stepped = True
-            flat.close()
+            flat.close(group["lr"] * group["weight_decay"])
             self._is_stepped = False
             self._done += 1
         self._done = 0
@@ -119,17 +128,13 @@ class FlatOptimizer:
     def zero_grad(self) -> None:
         """Drop what has been summed since the last step, and what a backward pass that failed has left."""
         for flat in self.flats:
-            flat.grad.zero_()
-            for param in flat.params:
-                param.grad = None
+            flat.forget()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return all state as (tensors by name, numbers by name), enough for ``load_state`` to go on with the same bits."""
         tensors, numbers = {}, {}
         for index, flat in enumerate(self.flats):
-            if flat.remainder is not None:
-                tensors[f"{index}.remainder"] = flat.remainder
-            for key, value in self.inner.state.get(flat.master, {}).items():
+            for key, value in {**flat.saved(), **self.inner.state.get(flat.master, {})}.items():
                 (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{key}"] = value
         return tensors, numbers
 
@@ -141,15 +146,15 @@ class FlatOptimizer:
         """
         for index, flat in enumerate(self.flats):
             mine = {k.partition(".")[2]: v for k, v in {**tensors, **numbers}.items() if k.startswith(f"{index}.")}
-            remainder = mine.pop("remainder", None)
-            if (remainder is None) != (flat.remainder is None) or (remainder is not None and remainder.shape != flat.remainder.shape):
+            own = flat.saved()
+            given = {key: mine.pop(key) for key in {*own, "remainder"} if key in mine}
+            if given.keys() != own.keys() or any(isinstance(v, Tensor) and v.shape != given[key].shape for key, v in own.items()):
                 raise RunError(f"optimizer state of group {index} is not of these {flat.size} parameters; start afresh with --fresh")
-            if remainder is not None:
-                flat.remainder.copy_(remainder)
+            flat.load(given)
             if mine:
                 self._load_inner(flat, mine)
 
-    def _load_inner(self, flat: FlatParameters, saved: dict) -> None:
+    def _load_inner(self, flat: Flat, saved: dict) -> None:
         """Copy the saved state into the optimizer's own, which ``build`` has allocated: paged memory cannot be handed to it."""
         state = self.inner.state[flat.master]
         for key, value in saved.items():
@@ -158,7 +163,7 @@ class FlatOptimizer:
             else:
                 state[key] = value.to(flat.grad.device) if isinstance(value, Tensor) else value
 
-    def _make_state(self, index: int, flat: FlatParameters) -> None:
+    def _make_state(self, index: int, flat: Flat) -> None:
         """Allocate the state of ``flat``, whole or not at all."""
         try:
             flat.open()
@@ -173,7 +178,7 @@ class FlatOptimizer:
         finally:
             flat.drop()
 
-    def _step_one(self, flat: FlatParameters) -> None:
+    def _step_one(self, flat: Flat) -> None:
         """Open ``flat`` and let the optimizer step it alone: of all masters only this one has a gradient."""
         state = self.inner.state[flat.master]
         count = state["step"].clone() if isinstance(state["step"], Tensor) else state["step"]
@@ -187,9 +192,12 @@ class FlatOptimizer:
             raise
 
 
-def _flatten(params: list[nn.Parameter]) -> list[FlatParameters]:
-    """Return one flat buffer per dtype, in order of first appearance."""
+def _flatten(group: dict) -> list[Flat]:
+    """Return one flat buffer per dtype of ``group``, in order of first appearance."""
     by_dtype: dict[torch.dtype, list] = {}
-    for p in params:
+    for p in group["params"]:
         by_dtype.setdefault(p.dtype, []).append(p)
+    if "update_every" in group:
+        projection = group["rank"], group["update_every"], group["scale"]
+        return [ProjectedParameters(same, *projection) for same in by_dtype.values()]
     return [FlatParameters(same) for same in by_dtype.values()]

@@ -52,6 +52,15 @@ class FlatParameters:
         """Yield (parameter, its part of ``grad`` as a view of its shape)."""
         return zip(self.params, self._views(self.grad), strict=True)
 
+    def saved(self) -> dict[str, Tensor]:
+        """Return what a checkpoint needs beside the parameters, by name."""
+        return {} if self.remainder is None else {"remainder": self.remainder}
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Take over what ``saved`` returned."""
+        if self.remainder is not None:
+            self.remainder.copy_(saved["remainder"])
+
     @torch.no_grad()
     def open(self) -> None:
         """Give ``master`` its float32 values and gradient for one optimizer step."""
@@ -64,8 +73,11 @@ class FlatParameters:
         self.master.grad = self.grad
 
     @torch.no_grad()
-    def close(self) -> None:
-        """Write the stepped ``master`` back into the parameters, set it empty, and zero the gradient sum."""
+    def close(self, decay: float = 0.0) -> None:
+        """Write the stepped ``master`` back into the parameters, set it empty, and zero the gradient sum.
+
+        ``decay``: the share by which the step shrinks a weight; the optimizer has done that to ``master``.
+        """
         if self.remainder is not None:
             for master, weight, remainder in self._chunks():
                 upper, lower = split_float32(master)
@@ -79,6 +91,12 @@ class FlatParameters:
         """Set ``master`` empty, with what has been done to it; a float32 parameter itself keeps it."""
         self.master.grad = None
         self.master.data = self.grad.new_empty(0)
+
+    def forget(self) -> None:
+        """Drop what has been summed since the last step, and what a backward pass that failed has left."""
+        self.grad.zero_()
+        for param in self.params:
+            param.grad = None
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """Return ``flat`` [N] as a view of each parameter's shape."""

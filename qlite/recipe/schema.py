@@ -175,7 +175,8 @@ class Recipe:
 
     def problems(self) -> list[str]:
         """Return what no single key shows: contradictions between keys, each with the keys' full names and the fix."""
-        return [*self._path_problems(), *self._training_problems(), *self._data_problems(), *self._memory_problems(), *self._unused_keys()]
+        found = [*self._path_problems(), *self._training_problems(), *self._data_problems(), *self._memory_problems()]
+        return [*found, *self._trained_base_problems(), *self._unused_keys()]
 
     def _path_problems(self) -> Iterator[str]:
         """Yield the paths that no file can have, or no recipe can hold."""
@@ -210,6 +211,21 @@ class Recipe:
             yield from ((f"method.{part.name}", part) for part in self.method.parts)
         else:
             yield "method", self.method
+
+    def _trained_base_problems(self) -> Iterator[str]:
+        """Yield what cannot be where the base's own weights are trained."""
+        name = next((part.name for part in self.method.each if part.trains_base), None)
+        if name is None:
+            return
+        if len(self.method.each) > 1:
+            others = ", ".join(f'"{part.name}"' for part in self.method.each if part.name != name)
+            yield f'method.name: "{name}" trains every weight, so beside it there is nothing left for {others}; leave it or them out'
+        for key in ("bits", "embedding_bits", "head_bits"):
+            if (bits := getattr(self.base, key)) < 16:
+                yield f'base.{key} = {bits}: method.name = "{name}" trains the weights themselves, and codes have no gradient; set it to 16'
+        for key in ("base", "embedding"):
+            if getattr(self.memory, key) == "host":
+                yield f'memory.{key} = "host": method.name = "{name}" trains it, and what is trained lies on the device; set it to "device"'
 
     def _data_problems(self) -> Iterator[str]:
         train, data = self.train, self.data

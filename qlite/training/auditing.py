@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlite.data.encode import Encoded
-from qlite.errors import DataError, ExportError
+from qlite.errors import DataError, ExportError, RecipeError
 from qlite.formats.merged import Dense, joined, merged_tensors
 from qlite.model.originals import Originals
 from qlite.serving.answer import Sampling, answer_ids
@@ -164,6 +164,12 @@ class Auditor:
         base, stored = self.opened.base, self.opened.recipe.base
         is_packed = min(stored.bits, stored.embedding_bits, stored.head_bits) < 16
         asked: list[Onto] = [onto] if onto else ["dequantised", "original"] if is_packed else ["dequantised"]
+        trains_base = self.opened.method.trains_base
+        if trains_base and asked[0] == "original":
+            raise RecipeError(
+                f"--onto original: this run has trained the weights themselves ({self.opened.method.words}), so there is nothing to merge "
+                "over others; leave it out"
+            )
         if not self.rows:
             return Audit(asked[0])
         found = {}
@@ -176,7 +182,8 @@ class Auditor:
                 f"merged over the {best} weights the model answers otherwise than the run: KL {found[best].kl:.3g} nats a token on "
                 f"{len(self.rows)} rows, and at most {most_kl:g} is allowed (--most-kl). Nothing was written; the adapter alone: --adapter"
             )
-        base_alone = self._live.compared_to_base(partial(self._console.phase, "the base without its adapter"))
+        told = partial(self._console.phase, "the base without its adapter")
+        base_alone = None if trains_base else self._live.compared_to_base(told)
         return Audit(best, len(self.rows), self._are_held_out, found, base_alone)
 
     def with_survival(self, audit: Audit, rounding: Rounding) -> Audit:

@@ -25,7 +25,7 @@ from qlite.training.planning import Planner
 from qlite.training.provenance import provenance
 from qlite.training.report import Observer
 from qlite.training.step import Stepper
-from qlite.units import format_count
+from qlite.units import format_bytes, format_count
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,11 @@ def assemble(rows: Rows, base: LoadedBase, model: PreTrainedModel, machine: Mach
     stepper = Stepper(model, recipe.method, recipe.memory.loss_chunk, where, rows.planner(where, console).advice)
     optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), where, notes.append)
     meter.follow(stepper, optimizer)
-    disk.require_room(recipe.output, disk.checkpoint_bytes(model, optimizer))
+    sizes = disk.checkpoint_bytes(model, optimizer)
+    disk.require_room(recipe.output, sizes)
+    if rows.method.trains_base:
+        whole, state = map(format_bytes, sizes)
+        notes.append(f"{rows.method.words}: the adapter is the whole model, {whole}; each checkpoint holds it and {state} more")
     told, settle = provenance(recipe, base, identity), partial(rows.method.settle, model, original)
     return Parts(
         recipe, model, settle, rows.data, rows.batches, rows.steps, stepper, optimizer, meter, machine.as_record(), identity, told, notes

@@ -1,6 +1,7 @@
 """Laws every method must obey, over every storage, whatever the method is. A new method is done when it passes these."""
 
 import dataclasses
+from collections.abc import Collection
 from functools import partial
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from qlite.errors import NotMergeable
+from qlite.errors import NotMergeable, QliteError
 from qlite.formats.merged import merged_tensors
 from qlite.formats.peft import adapter_tensors, copy_adapter
-from qlite.methods import METHODS
+from qlite.methods import METHODS, Combined
 from qlite.methods.base import saved_tensors, trainable_tensors
 from qlite.model.checkpointing import checkpoint_blocks
 from qlite.model.documents import attend_by_documents
@@ -22,6 +23,7 @@ from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.write import recipe_tables
 from qlite.training.step import Stepper
+from tests.marks import slow
 from tests.tiny import STORAGES, one_batch, tiny_llama
 
 # Every method a recipe can name, as itself and with the options that change its mathematics.
@@ -34,27 +36,43 @@ VARIANTS = {
     "lora, whole layers": METHODS["lora"](rank=4, modules_to_save=("lm_head", "embed_tokens", "*.0.input_layernorm")),
     # Tokens that the rows below have before a trained one: those of others get no gradient in the embedding.
     "lora, token rows": METHODS["lora"](rank=4, trained_tokens=(6, 12, 53)),
+    "ia3": METHODS["ia3"](),
+    "ia3, all linears": METHODS["ia3"](targets="all-linear", feedforward=("*.1.mlp.*",)),
+    "bottleneck": METHODS["bottleneck"](width=8),
+    "bottleneck, pfeiffer": METHODS["bottleneck"](width=8, placement="pfeiffer", activation="silu"),
+    "full": METHODS["full"](),
+    # Of a period of three steps the second checkpoint of the laws below is in the middle.
+    "galore": METHODS["galore"](rank=4, update_every=3),
+    "galore, some linears": METHODS["galore"](rank=8, update_every=1, targets=("q_proj", "*.mlp.*")),
+    "lora + ia3": Combined(parts=(METHODS["lora"](rank=4), METHODS["ia3"]())),
+    "lora + bottleneck": Combined(parts=(METHODS["bottleneck"](width=8), METHODS["lora"](rank=4, dora=True))),
+    "ia3 + lora + bottleneck": Combined(parts=(METHODS["ia3"](), METHODS["lora"](rank=4), METHODS["bottleneck"](width=8))),
 }
 # Methods whose mathematics needs the weights themselves, by the reason that they give for refusing a packed base.
-UNPACKED_ONLY: dict[str, str] = {}
+UNPACKED_ONLY: dict[str, str] = dict.fromkeys(("full", "galore"), "trains the weights themselves")
 # Methods that promise no start as the base model.
 START_ELSEWHERE: set[str] = set()
 # Methods that train the model's own tensors, so there is no base to go back to.
-NO_WAY_BACK: set[str] = set()
+NO_WAY_BACK: set[str] = {"full", "galore"}
 # Methods that are no change of the base's weights, so no merged model is equal to the adapted one.
-UNMERGEABLE: set[str] = set()
+UNMERGEABLE: set[str] = {"bottleneck"}
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
-variants = pytest.mark.parametrize("name", VARIANTS)
+# What differs from another variant by its keys alone.
+LATER = {"ia3, all linears", "bottleneck, pfeiffer", "galore, some linears", "ia3 + lora + bottleneck"}
+variants = pytest.mark.parametrize("name", [slow(name) if name in LATER else name for name in VARIANTS])
 storages = pytest.mark.parametrize("storage", STORAGES)
 
 
 def adapted(name: str, storage: str = "16 bit", moved: bool = True) -> nn.Module:
     """Return a tiny model with the method attached, its tensors moved off their start unless told otherwise."""
     method = VARIANTS[name]
-    if storage != "16 bit" and method.name in UNPACKED_ONLY:
-        pytest.skip(UNPACKED_ONLY[method.name])
     model = tiny_llama(storage)
+    for part in method.each:
+        if storage != "16 bit" and part.name in UNPACKED_ONLY:
+            with pytest.raises(QliteError, match=UNPACKED_ONLY[part.name]):
+                method.attach(model)
+            pytest.skip(UNPACKED_ONLY[part.name])
     attend_by_documents(model)
     weights = {n: dense_weight(module) for n, module in tiny_llama().named_modules() if isinstance(module, nn.Linear)}
     method.attach(model)
@@ -72,13 +90,18 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 
 def test_every_method_of_a_recipe_is_under_the_contract():
-    assert {variant.name for variant in VARIANTS.values()} == set(METHODS)
+    assert {part.name for variant in VARIANTS.values() for part in variant.each} == set(METHODS)
+
+
+def is_any(name: str, names: Collection[str]) -> bool:
+    """Return whether a part of the variant ``name`` is one of the methods ``names``."""
+    return any(part.name in names for part in VARIANTS[name].each)
 
 
 @storages
 @variants
 def test_it_starts_as_the_base_model(name, storage):
-    if VARIANTS[name].name in START_ELSEWHERE:
+    if is_any(name, START_ELSEWHERE):
         pytest.skip("starts from prompts or matrices of its own")
     want = tiny_llama(storage)(input_ids=IDS).logits
     torch.testing.assert_close(adapted(name, storage, moved=False)(input_ids=IDS).logits, want, atol=1e-6, rtol=1e-5)
@@ -118,7 +141,7 @@ def test_checkpointing_changes_no_gradient(name, storage):
 def test_the_merged_model_equals_the_adapted_one(name, storage):
     model = adapted(name, storage)
     want = model(input_ids=IDS).logits
-    if VARIANTS[name].name in UNMERGEABLE:
+    if is_any(name, UNMERGEABLE):
         with pytest.raises(NotMergeable, match="--adapter"):
             list(merged_tensors(model))
         return
@@ -180,9 +203,9 @@ def test_cached_decoding_equals_one_full_pass(name, storage):
 @storages
 @variants
 def test_attaching_on_meta_makes_the_names_and_shapes_of_a_real_attach(name, storage):
-    ghost = tiny_llama(storage).to("meta")
+    real, ghost = adapted(name, storage), tiny_llama(storage).to("meta")
     VARIANTS[name].attach(ghost)
-    facts = [{n: (p.shape, p.dtype) for n, p in trainable_tensors(m).items()} for m in (ghost, adapted(name, storage))]
+    facts = [{n: (p.shape, p.dtype) for n, p in trainable_tensors(m).items()} for m in (ghost, real)]
     assert facts[0] == facts[1]
     assert all(p.device.type == "meta" for p in ghost.parameters())
 
@@ -248,6 +271,6 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(name, storage, tmp_path):
 
 @variants
 def test_its_fields_go_through_a_recipe_and_back(name):
-    tables = {"base": {"model": "x"}, "data": {"train": "x.jsonl"}, "train": {"steps": 1}}
+    tables = {"base": {"model": "x", "bits": 16 if is_any(name, UNPACKED_ONLY) else 4}, "data": {"train": "x.jsonl"}, "train": {"steps": 1}}
     recipe: Recipe = dataclasses.replace(build_recipe(tables, "test"), method=VARIANTS[name])
     assert build_recipe(recipe_tables(recipe), "test") == recipe

@@ -63,7 +63,7 @@ def test_a_step_that_ran_out_of_memory_goes_on_where_it_stood(name, place, numbe
     def three() -> list[nn.Parameter]:
         return [*params(), *params(torch.float32)[1:]]
 
-    def run_out() -> None:
+    def run_out(*_: float) -> None:
         raise torch.OutOfMemoryError
 
     def count_and_run_out() -> None:

@@ -14,6 +14,10 @@ METHOD_KEYS = {
         "rank", "alpha", "dropout", "targets", "rank_per_target", "alpha_per_target", "rslora", "dora", "b_lr_ratio",
         "modules_to_save", "trained_tokens", "new_tokens",
     ],
+    "ia3": ["targets", "feedforward"],
+    "bottleneck": ["width", "placement", "activation", "attention_output", "mlp_output"],
+    "full": [],
+    "galore": ["rank", "update_every", "scale", "targets"],
 }
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",

@@ -463,3 +463,49 @@ def test_written_recipe_has_every_key_with_a_value():
     assert list(tables["method"]) == ["name", *(field.name for field in dataclasses.fields(LoRA))]
     assert "epochs" not in tables["train"]
     assert not any(isinstance(value, datetime.date | tuple | None) for values in tables.values() for value in values.values())
+
+
+# Several methods at once
+
+
+def combined(method: object, **base: object) -> Recipe:
+    tables = {"base": {"model": "x", **base}, "method": method, "data": {"train": "x.jsonl"}, "train": {"steps": 1}}
+    return build_recipe(tables, "x.toml")
+
+
+def test_several_methods_are_named_in_a_list_and_each_has_its_own_table():
+    recipe = combined({"name": ["lora", "ia3"], "lora": {"rank": 4}, "ia3": {"feedforward": []}})
+    assert [part.name for part in recipe.method.parts] == ["lora", "ia3"]
+    assert (recipe.method.get("lora.rank"), recipe.method.get("ia3.feedforward")) == (4, ())
+    assert combined(["lora", "ia3"]).method == combined({"name": ["lora", "ia3"]}).method
+    assert combined(["ia3"]).method == combined("ia3").method == combined({"name": "ia3"}).method
+
+
+def test_a_key_of_a_part_is_set_on_the_command_line(tmp_path):
+    path = write(
+        tmp_path,
+        '[base]\nmodel = "x"\n[method]\nname = ["lora", "bottleneck"]\n[method.lora]\nrank = 4\n[data]\ntrain = "x"\n[train]\nsteps = 1\n',
+    )
+    recipe = read_recipe(path, ["method.lora.rank=2", "method.bottleneck.width=8"])
+    assert (recipe.method.get("lora.rank"), recipe.method.get("bottleneck.width")) == (2, 8)
+    again = write(tmp_path, recipe_toml(recipe))
+    assert read_recipe(again) == recipe
+    assert recipe_differences(recipe, read_recipe(path, ["method.lora.rank=3"])) != []
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": ["lora", "ia3"], "rank": 4}, "method.rank = 4: no such key; it stands in [method.lora]"),
+        ({"name": ["lora", "ia4"]}, 'method.name = ["lora", "ia4"]: no such method as "ia4"; did you mean "ia3"?'),
+        ({"name": ["lora", "lora"]}, 'method.name = ["lora", "lora"]: "lora" stands twice; leave it out once'),
+        ({"name": ["lora", "ia3"], "ia3": {"rank": 4}}, "method.ia3.rank = 4: no such key; "),
+        ({"name": ["lora", "bottleneck"], "bottleneck": {"width": 0}}, "method.bottleneck.width = 0: should be a whole number, 1 or more"),
+        ({"name": ["lora", "ia3"], "lora": {"targets": []}}, "method.lora.targets = []: names no layer"),
+        ({"name": "lora", "width": 8}, 'method.width = 8: no such key; only "bottleneck" has it'),
+    ],
+)
+def test_what_is_wrong_with_several_methods_is_said_with_the_table(method, message):
+    with pytest.raises(RecipeError) as caught:
+        combined(method)
+    assert message in str(caught.value)

@@ -1,0 +1,143 @@
+"""Methods at once: each does what it does alone, hooks reach all of them, and messages name the table in which a key stands."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlite.errors import NotMergeable, RecipeError
+from qlite.formats.merged import merged_tensors
+from qlite.methods import Combined
+from qlite.methods.base import AdaptedLinear, Method, adapted_linears, trainable_tensors
+from qlite.methods.bottleneck import Bottleneck, BottleneckLinear
+from qlite.methods.ia3 import IA3, ScaledLinear
+from qlite.methods.lora import LoRA, LoRALinear
+from qlite.quant.linear import dense_weight
+from tests.families import FAMILIES, saved_folder
+from tests.formats.test_peft import logits_of, ours, theirs
+from tests.methods.test_contract import IDS
+from tests.tiny import tiny_llama
+
+
+def test_what_needs_a_linears_own_weight_stands_nearest_to_it_whatever_the_order():
+    model = tiny_llama()
+    Combined(parts=(IA3(), Bottleneck(width=8), LoRA(rank=4))).attach(model)
+    stands = {name: [type(layer) for layer in chain(module)] for name, module in adapted_linears(model)}
+    assert stands["model.layers.0.mlp.down_proj"] == [BottleneckLinear, ScaledLinear, LoRALinear]
+    assert stands["model.layers.1.self_attn.k_proj"] == [ScaledLinear, LoRALinear]
+    assert stands["model.layers.1.self_attn.q_proj"] == [LoRALinear]
+    assert len(stands) == 14
+
+
+def chain(module: nn.Module) -> list[AdaptedLinear]:
+    """Return the adapted linears that stand on each other, the outer one first."""
+    return [module, *chain(module.base)] if isinstance(module, AdaptedLinear) else []
+
+
+@pytest.mark.parametrize("parts", [(LoRA(rank=4), IA3()), (LoRA(rank=4, dora=True), Bottleneck(width=8))])
+def test_where_one_has_learned_nothing_the_model_is_that_of_the_other_alone(parts):
+    for kept in parts:
+        together, alone = tiny_llama(), tiny_llama()
+        Combined(parts=parts).attach(together)
+        kept.attach(alone)
+        tensors, generator = trainable_tensors(together), torch.Generator().manual_seed(1)
+        for name, own in trainable_tensors(alone).items():
+            own.data += 0.1 * torch.randn(own.shape, generator=generator)
+            (found,) = [tensor for other, tensor in tensors.items() if other.replace(".base.", ".") == name]
+            found.data.copy_(own.data)
+        torch.testing.assert_close(together(input_ids=IDS).logits, alone(input_ids=IDS).logits, atol=1e-6, rtol=1e-5)
+
+
+def test_factors_of_a_linear_with_lora_rescale_both_and_are_merged_so():
+    """y = l (W + sBA) x, written out for one linear, and the whole model with biases through the exporter's own merge."""
+    model = tiny_llama()
+    Combined(parts=(LoRA(rank=4, alpha=8.0), IA3())).attach(model)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in trainable_tensors(model).values():
+        tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
+    layer = model.model.layers[0].self_attn.v_proj
+    lora, x = layer.base, torch.randn(3, 64, generator=generator)
+    weight = dense_weight(layer.frozen) + 2.0 * lora.lora_B.weight @ lora.lora_A.weight
+    torch.testing.assert_close(layer(x), layer.ia3_l.flatten() * (x @ weight.T), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.merged(dense_weight(layer.frozen)), layer.ia3_l * weight, atol=1e-6, rtol=1e-5)
+
+
+def test_merged_over_a_family_with_biases_lora_and_ia3_are_the_adapted_model(tmp_path):
+    base = saved_folder(tmp_path, FAMILIES["qwen2"])
+    model, plain = ours(base), theirs(base)
+    Combined(parts=(IA3(targets=("q_proj", "v_proj"), feedforward=("q_proj",)), LoRA(rank=4))).attach(model)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in trainable_tensors(model).values():
+        tensor.data += 0.05 * torch.randn(tensor.shape, generator=generator)
+    plain.load_state_dict({tensor.name: tensor.whole() for tensor in merged_tensors(model)}, strict=False)
+    torch.testing.assert_close(logits_of(plain), logits_of(model), atol=1e-5, rtol=1e-4)
+
+
+def test_one_that_cannot_be_merged_keeps_all_from_it_wherever_it_stands():
+    for parts in ((Bottleneck(width=8), IA3()), (IA3(), Bottleneck(width=8))):
+        model = tiny_llama()
+        Combined(parts=parts).attach(model)
+        with pytest.raises(NotMergeable):
+            next(iter(merged_tensors(model)))
+
+
+def test_messages_name_the_table_in_which_the_key_stands():
+    with pytest.raises(RecipeError) as caught:
+        Combined(parts=(LoRA(rank=4), IA3(targets=("k_prj",)))).attach(tiny_llama())
+    assert str(caught.value) == 'method.ia3.targets: no linear layer is called "k_prj"; did you mean "k_proj"?'
+    with pytest.raises(RecipeError) as caught:
+        Combined(parts=(IA3(), LoRA(rank=99))).attach(tiny_llama())
+    assert str(caught.value).startswith("method.lora.rank: 99 is more than")
+    assert "in method.lora.rank_per_target" in str(caught.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard(Method):
+    """Notes each call of a hook."""
+
+    name: ClassVar[str] = "heard"
+    log: list
+    ratio: float = 1.0
+
+    def start(self, *_: object) -> None:
+        self.log.append("start")
+
+    def settle(self, *_: object) -> None:
+        self.log.append("settle")
+
+    def before_step(self, *_: object) -> None:
+        self.log.append("before")
+
+    def after_step(self, *_: object) -> None:
+        self.log.append("after")
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        return self.ratio * step
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        return torch.tensor(self.ratio) if self.ratio > 1 else None
+
+
+def test_every_hook_reaches_every_part_and_what_they_say_is_put_together():
+    first, second = Heard(log=[], ratio=2.0), Heard(log=[], ratio=3.0)
+    both = Combined(parts=(first, second, LoRA(b_lr_ratio=16)))
+    both.start(None, None)
+    both.settle(None, None)
+    both.before_step(None, None, 1, 2)
+    both.after_step(None, None, 1, 2)
+    assert first.log == second.log == ["start", "settle", "before", "after"]
+    assert both.lr_factor(2, 4) == 2.0 * 2 * 3.0 * 2
+    assert float(both.penalty(None)) == 5.0
+    assert Combined(parts=(LoRA(), IA3())).penalty(None) is None
+    assert both.options_of("a.lora_B.weight", None) == {"lr_ratio": 16}
+    assert both.words == "heard + heard + lora"
+
+
+def test_keys_of_a_part_are_read_and_changed_by_its_name():
+    both = Combined(parts=(LoRA(rank=4), IA3()))
+    assert both.get("lora.rank") == 4
+    changed = both.having("lora.rank", 2)
+    assert next(part for part in changed.parts if isinstance(part, LoRA)).rank == 2
+    assert changed.parts[1] == both.parts[1]
