@@ -294,7 +294,8 @@ def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunC
     with console, new_folder(out) as folder:
         opened = _opened(run, device, console)
         source = sha256(run.adapter / WEIGHTS)
-        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase, source)
+        alpha = getattr(opened.recipe.method, "alpha", 1.0)  # any would do: what is left of a linear's scaling goes into its B
+        size = write_adapter_gguf(folder / file, opened.base, alpha, name, console.phase, source)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
         write_text(folder / "README.md", run_card(run, GGUF_ADAPTER, {"weights": "F32"}, {}))
@@ -320,16 +321,17 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
     Raises:
         ExportError: PEFT has no such method.
     """
-    if not (run.adapter / CONFIG).is_file():
+    files = run.peft_adapter
+    if not (files / CONFIG).is_file():
         raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
     recipe = run.recipe()
     with new_folder(out) as folder:
-        write_tensors(folder / WEIGHTS, read_tensors(run.adapter), read_metadata(run.adapter))
-        config = json.loads((run.adapter / CONFIG).read_text(encoding="utf-8"))
+        write_tensors(folder / WEIGHTS, read_tensors(files), read_metadata(files))
+        config = json.loads((files / CONFIG).read_text(encoding="utf-8"))
         # PEFT's own reader of it asks for the base by name; where it lies on this machine is nobody else's.
         write_json(folder / CONFIG, {**config, "base_model_name_or_path": local_name(config["base_model_name_or_path"])})
         write_text(folder / "README.md", run_card(run, ADAPTER, {}, {}))
-        if recipe.method.new_tokens:
+        if getattr(recipe.method, "new_tokens", ()):
             tokenizer = recipe.base.tokenizer(lambda *_: None)
             recipe.method.resolved(tokenizer)
             tokenizer.chat_template = run.template or tokenizer.chat_template

@@ -133,6 +133,8 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         if recipe.output.adapter == "best" and state.best_step:
             run.load_best(state, parts.model)
             observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
+        for finding in recipe.method.findings(parts.model):
+            observer.note(finding)
         run.write_adapter(recipe, parts.model, parts.provenance)
         answer(recipe, parts, observer, state.step)
         compared = run.write_memory(parts.meter.compared())
@@ -157,6 +159,7 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     batches = plan.batches(data)
     steps = plan.steps or plan.epochs * batches.steps_per_epoch
     recipe.schedule.check(steps)
+    method.check(steps)
     asked, recipe = recipe, Planner(recipe, where, console.phase).settled(data, batches)
     if recipe != asked:
         notes.append(f'memory.checkpointing = "auto": "{recipe.memory.checkpointing}"')

@@ -32,11 +32,18 @@ VARIANTS = {
     "lora, ranks": METHODS["lora"](rank=4, targets=("q_proj", "*.mlp.*"), rank_per_target={"q_proj": 2}),
     "lora, alphas": METHODS["lora"](rank=4, alpha_per_target={"q_proj": 4.0, "*.1.*": 1.5}),
     "lora, whole layers": METHODS["lora"](rank=4, modules_to_save=("lm_head", "embed_tokens", "*.0.input_layernorm")),
+    "lora, pissa": METHODS["lora"](rank=4, init="pissa", targets=("q_proj", "k_proj", "v_proj", "*.mlp.*")),
+    "lora, loftq": METHODS["lora"](rank=4, init="loftq"),
+    "lora, loftq in rounds": METHODS["lora"](rank=4, init="loftq", loftq_rounds=3),
     # Tokens that the rows below have before a trained one: those of others get no gradient in the embedding.
     "lora, token rows": METHODS["lora"](rank=4, trained_tokens=(6, 12, 53)),
 }
 # Methods whose mathematics needs the weights themselves, by the reason that they give for refusing a packed base.
 UNPACKED_ONLY: dict[str, str] = {}
+# Variants that begin with what quantising takes away, by the reason that they give for refusing a base that is not quantised.
+PACKED_ONLY = dict.fromkeys(("lora, loftq", "lora, loftq in rounds"), "nothing is quantised, so there is no error to begin with")
+# Variants that start nearer to the model in the base's files than its quantised weights are.
+START_NEARER = {"lora, pissa", *PACKED_ONLY}
 # Methods that promise no start as the base model.
 START_ELSEWHERE: set[str] = set()
 # Methods that train the model's own tensors, so there is no base to go back to.
@@ -54,6 +61,8 @@ def adapted(name: str, storage: str = "16 bit", moved: bool = True) -> nn.Module
     method = VARIANTS[name]
     if storage != "16 bit" and method.name in UNPACKED_ONLY:
         pytest.skip(UNPACKED_ONLY[method.name])
+    if storage == "16 bit" and name in PACKED_ONLY:
+        pytest.skip(PACKED_ONLY[name])
     model = tiny_llama(storage)
     attend_by_documents(model)
     weights = {n: dense_weight(module) for n, module in tiny_llama().named_modules() if isinstance(module, nn.Linear)}
@@ -81,6 +90,10 @@ def test_it_starts_as_the_base_model(name, storage):
     if VARIANTS[name].name in START_ELSEWHERE:
         pytest.skip("starts from prompts or matrices of its own")
     want = tiny_llama(storage)(input_ids=IDS).logits
+    if name in START_NEARER and storage != "16 bit":
+        files, start = tiny_llama()(input_ids=IDS).logits, adapted(name, storage, moved=False)(input_ids=IDS).logits
+        assert (start - files).norm() < (want - files).norm()
+        return
     torch.testing.assert_close(adapted(name, storage, moved=False)(input_ids=IDS).logits, want, atol=1e-6, rtol=1e-5)
 
 
@@ -180,9 +193,9 @@ def test_cached_decoding_equals_one_full_pass(name, storage):
 @storages
 @variants
 def test_attaching_on_meta_makes_the_names_and_shapes_of_a_real_attach(name, storage):
-    ghost = tiny_llama(storage).to("meta")
+    real, ghost = adapted(name, storage), tiny_llama(storage).to("meta")
     VARIANTS[name].attach(ghost)
-    facts = [{n: (p.shape, p.dtype) for n, p in trainable_tensors(m).items()} for m in (ghost, adapted(name, storage))]
+    facts = [{n: (p.shape, p.dtype) for n, p in trainable_tensors(m).items()} for m in (ghost, real)]
     assert facts[0] == facts[1]
     assert all(p.device.type == "meta" for p in ghost.parameters())
 

@@ -11,8 +11,8 @@ from qlite.recipe.keys import all_keys, describe, print_keys, toml_value
 # fmt: off
 METHOD_KEYS = {
     "lora": [
-        "rank", "alpha", "dropout", "targets", "rank_per_target", "alpha_per_target", "rslora", "dora", "b_lr_ratio",
-        "modules_to_save", "trained_tokens", "new_tokens",
+        "rank", "alpha", "dropout", "targets", "rank_per_target", "alpha_per_target", "rslora", "dora", "b_lr_ratio", "init",
+        "loftq_rounds", "modules_to_save", "trained_tokens", "new_tokens",
     ],
 }
 ALL_KEYS = [
