@@ -1,9 +1,11 @@
 """The methods a recipe can name. To add one: write its file, add it here, and pass tests/methods/test_contract.py."""
 
+from qlite.methods.adalora import AdaLoRA
 from qlite.methods.base import Method
 from qlite.methods.combined import Combined
 from qlite.methods.lora import LoRA
+from qlite.methods.relora import ReLoRA
 
 __all__ = ["METHODS", "Combined", "Method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, AdaLoRA, ReLoRA)}

@@ -167,7 +167,7 @@ class Method(Table):
         """Run before optimizer step number ``step`` of ``steps``, counted from 1; its gradients are summed and clipped."""
 
     def after_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
-        """Run after optimizer step number ``step`` of ``steps``, counted from 1."""
+        """Run after optimizer step number ``step`` of ``steps``, counted from 1; also where it was skipped, its loss being no number."""
 
     def findings(self, model: nn.Module) -> list[str]:
         """Return what a user should know of what was learned, a line each. Default: nothing."""

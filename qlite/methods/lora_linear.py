@@ -35,10 +35,7 @@ class LoRALinear(AdaptedLinear):
         where, dtype = base.weight.device, compute_dtype(base)
         self.lora_A, self.lora_B = _factor(base.in_features, rank, dtype, where), _factor(rank, base.out_features, dtype, where)
         if where.type != "meta":
-            # Drawn in float32 on the CPU: the same seed gives the same adapter on every device.
-            start = torch.empty(rank, base.in_features)
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5))
-            self.lora_A.weight.data.copy_(start)
+            self.lora_A.weight.data.copy_(first_A(rank, base.in_features))
             nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,6 +60,11 @@ class LoRALinear(AdaptedLinear):
         adapted = self.adapted()
         # float32: the product of two bfloat16 factors needs more digits than either.
         return torch.addmm(dense, adapted.B.float(), adapted.A.float(), alpha=adapted.scaling)
+
+
+def first_A(rank: int, in_features: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return A [R, in] as it begins: drawn in float32 on the CPU, so that the same seed gives the same adapter on every device."""
+    return nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
 
 
 def _factor(in_features: int, out_features: int, dtype: torch.dtype, where: torch.device) -> nn.Linear:

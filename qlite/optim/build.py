@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qlite.device import supports_paging
 from qlite.errors import RunError
 from qlite.optim.flat import FlatParameters
+from qlite.optim.pruning import prune_moments
 from qlite.table import Table
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -83,6 +84,14 @@ class FlatOptimizer:
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return each parameter's summed float32 gradient, of its shape: the sum itself, no copy. It is zeros but for before a step."""
         return {p: part for flat in self.flats for p, part in flat.gradients()}
+
+    def restart(self, values: dict[nn.Parameter, Tensor], dropped: float) -> None:
+        """Let parameters be ``values``, their masters exactly, and set the share ``dropped`` of least magnitude of each's state to zero."""
+        for flat in self.flats:
+            for param in flat.params:
+                if param in values:
+                    flat.write(param, values[param])
+                    prune_moments(self.inner.state[flat.master], flat.place(param), dropped)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their common L2 norm is at most ``max_norm`` (0: leave them); return the norm before.

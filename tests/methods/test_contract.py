@@ -37,6 +37,9 @@ VARIANTS = {
     "lora, loftq in rounds": METHODS["lora"](rank=4, init="loftq", loftq_rounds=3),
     # Tokens that the rows below have before a trained one: those of others get no gradient in the embedding.
     "lora, token rows": METHODS["lora"](rank=4, trained_tokens=(6, 12, 53)),
+    # So that of the 4 steps below the second masks, and the third, after a stop, too.
+    "adalora": METHODS["adalora"](rank=2, start_rank=4, interval=1, start_share=0.25, final_share=0.25),
+    "relora": METHODS["relora"](rank=4, resets=1, warmup=1),
 }
 # Methods whose mathematics needs the weights themselves, by the reason that they give for refusing a packed base.
 UNPACKED_ONLY: dict[str, str] = {}

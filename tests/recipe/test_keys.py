@@ -14,6 +14,10 @@ METHOD_KEYS = {
         "rank", "alpha", "dropout", "targets", "rank_per_target", "alpha_per_target", "rslora", "dora", "b_lr_ratio", "init",
         "loftq_rounds", "modules_to_save", "trained_tokens", "new_tokens",
     ],
+    "adalora": [
+        "rank", "start_rank", "alpha", "dropout", "targets", "orthogonality", "betas", "start_share", "final_share", "interval",
+    ],
+    "relora": ["rank", "alpha", "dropout", "targets", "resets", "warmup", "pruned"],
 }
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",
