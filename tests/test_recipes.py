@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ from qlite.recipe.read import read_recipe
 from qlite.training.forecast import STEP, Workload, forecast, worst_workload
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+OWN = sorted((ROOT / "recipes").glob("*.toml"))
+BASELINES = sorted((ROOT / "recipes" / "baselines").glob("*.toml"))
+RECIPES = [*OWN, *BASELINES]
 CARDS = [path for path in RECIPES if re.search(r"_\d+gb$", path.stem)]
 GIB = 1024**3
 
 
 def test_these_are_all_the_recipes():
-    assert [path.stem for path in RECIPES] == [
+    assert [path.stem for path in OWN] == [
         "e2e",
         "instruct",
         "llama13b_24gb",
@@ -42,6 +45,17 @@ def test_these_are_all_the_recipes():
         "snips",
     ]
     assert len(CARDS) == 11
+    assert [path.stem for path in BASELINES] == ["adalora", "loftq", "pissa", "relora"]
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_is_the_quickstart_with_another_method(path):
+    """So that a table of methods is a loop over files: all else that decides is the same."""
+    own, quickstart = read_recipe(path), read_recipe(ROOT / "recipes" / "quickstart.toml")
+    assert path.stem in (own.method.name, getattr(own.method, "init", None))
+    assert replace(own.optimizer, lr=quickstart.optimizer.lr) == quickstart.optimizer
+    for table in ("base", "schedule", "data", "train", "memory", "parallel"):
+        assert getattr(own, table) == getattr(quickstart, table)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -101,7 +115,7 @@ def test_alpaca_recipe_is_the_original_run():
 
 def test_recipes_state_few_defaults():
     """A key that repeats its default is noise, but for those that a reader looks for."""
-    wanted = {"base.bits", "base.quant_type", "base.double_quant", "method.rank", "method.alpha", "schedule.name"}
+    wanted = {"base.bits", "base.quant_type", "base.double_quant", "method.name", "method.rank", "method.alpha", "schedule.name"}
     wanted |= {"train.micro_batch", "train.accumulation", "train.tokens"}
     for path in RECIPES:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -159,10 +159,24 @@ def principal(matrix: Tensor, rank: int, scaling: float) -> Factors:
     tall = matrix.T if is_wide else matrix
     width = min(rank + OVERSAMPLING, tall.shape[1])
     drawn = torch.randn(tall.shape[1], width, generator=torch.Generator().manual_seed(0)).to(matrix)
-    basis = torch.linalg.qr(tall @ drawn).Q
+    basis = _orthonormal(tall @ drawn)
     for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(tall @ torch.linalg.qr(tall.T @ basis).Q).Q
-    U, sigma, V = torch.linalg.svd(basis.T @ tall, full_matrices=False)
-    roots = (sigma[:rank] / scaling).sqrt()
-    left, right = (basis @ U[:, :rank]) * roots, roots[:, None] * V[:rank]
+        basis = _orthonormal(tall @ _orthonormal(tall.T @ basis))
+    core = (basis.T @ tall).double()
+    squares, U = (each.flip(-1)[..., :rank] for each in torch.linalg.eigh(core @ core.T))
+    sigma = squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    roots = (sigma / scaling).sqrt()
+    left, right = basis.double() @ U * roots, (roots / sigma)[:, None] * (U.T @ core)
+    left, right = left.float(), right.float()
     return Factors(left.T.contiguous(), right.T.contiguous()) if is_wide else Factors(right, left)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis [N, K] of what ``columns`` [N, K] span, float32; a direction too many is 0.
+
+    By the eigenvectors of the small C^T C, in float64: as quick as LAPACK's QR, and several times as quick on cores that others use, too.
+    """
+    wide = columns.double()
+    squares, V = torch.linalg.eigh(wide.T @ wide)
+    inverse = squares.clamp(min=0).rsqrt().where(squares > 1e-13 * squares[-1], 0.0)
+    return (wide @ V * inverse).float()

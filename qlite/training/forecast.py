@@ -24,7 +24,7 @@ from qlite.memory import terms
 from qlite.memory.kernels import WholeKernels
 from qlite.memory.ledger import Ledger, Moment, Peak, name_of_block
 from qlite.memory.work import Work
-from qlite.methods.base import trainable_tensors
+from qlite.methods.base import saved_tensors
 from qlite.model.blocks import decoder_blocks
 from qlite.model.documents import documents_told
 from qlite.model.load import fill
@@ -203,11 +203,12 @@ def _with_whole_optimizer(recipe: Recipe, model: nn.Module, moments: dict[Moment
     """
     ledger = Ledger()
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, ledger.phase(OPTIMIZER_STEP, terms.OPTIMIZER):
-        for name, tensor in trainable_tensors(model).items():
+        for name, tensor in saved_tensors(model, resumable=True).items():
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")))
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(empty) if tensor.requires_grad else empty)
         optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), torch.device("cpu"), lambda _: None)
-        ledger.adopt(trainable_tensors(model).values(), terms.ADAPTER)
+        ledger.adopt(saved_tensors(model, resumable=True).values(), terms.ADAPTER)
         ledger.adopt([flat.grad for flat in optimizer.flats], terms.GRADIENTS)
         lasting = {terms.OPTIMIZER: ledger.now[terms.OPTIMIZER]}
         ledger.moments.clear()
