@@ -27,7 +27,7 @@ from qlite.formats.card import ADAPTER, GGUF_ADAPTER
 from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES, write_company
-from qlite.formats.peft import CONFIG, PEFT, WEIGHTS, read_metadata, read_tensors
+from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
 from qlite.hashes import sha256
 from qlite.methods.lora import LoRA
 from qlite.recipe.share import local_name
@@ -295,7 +295,7 @@ def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, dev
 def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunConsole) -> Export:
     """Write ``run``'s adapter into the folder ``out`` as one GGUF file."""
     name, method = run.path.resolve().name, run.recipe().method
-    if not isinstance(method, LoRA):
+    if not hasattr(method, "alpha"):
         raise ExportError(
             f"llama.cpp's adapters are LoRA's, and this run has trained by {method.words}; --gguf f16 merges what can be merged"
         )
@@ -330,8 +330,7 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
         ExportError: PEFT has no such method.
     """
     recipe = run.recipe()
-    # Where PEFT has other tensors than the model, its files lie in a folder of their own.
-    source = run.adapter if (run.adapter / CONFIG).is_file() else run.adapter / PEFT
+    source = run.peft_adapter
     if not (source / CONFIG).is_file():
         held = f"the run's own tensors are in {run.adapter / WEIGHTS}"
         raise ExportError(f"PEFT has no adapter of this kind ({recipe.method.words}); {held}, and --merge writes what can be merged")

@@ -90,10 +90,19 @@ def keep_on_host(module: nn.Module, device: torch.device) -> None:
 
 
 def frozen_tensors(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Return (owner, name, tensor) for all that is not trained in ``module`` and its children."""
+    """Return (owner, name, tensor) for all that is the base's in ``module`` and its children: what is neither trained nor learned."""
     owners = list(module.modules())
     own = [(owner, *pair) for owner in owners for pair in (*owner._parameters.items(), *owner._buffers.items())]
-    return [(owner, name, tensor) for owner, name, tensor in own if tensor is not None and not tensor.requires_grad]
+    return [
+        (owner, name, tensor)
+        for owner, name, tensor in own
+        if tensor is not None and not tensor.requires_grad and name not in learned_buffers(owner)
+    ]
+
+
+def learned_buffers(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of those of ``module``'s buffers that a method writes to: copies of them would not do."""
+    return (*getattr(type(module), "saved_buffers", ()), *getattr(type(module), "resumed_buffers", ()))
 
 
 def put(owner: nn.Module, name: str, tensor: Tensor) -> None:

@@ -58,9 +58,9 @@ def write_adapter_gguf(path: Path, base: LoadedBase, alpha: float, name: str, pr
 
 
 def _pair(place: str, module: LoRALinear, alpha: float, in_rows: Callable[[Tensor], Tensor]) -> list[GgufTensor]:
-    A, B = module.lora_A.weight.float(), module.lora_B.weight.float()
-    scaled = B * (module.scaling * module.rank / alpha)
-    return [_tensor(f"{place}.lora_a", A), _tensor(f"{place}.lora_b", in_rows(scaled))]
+    update = module.update()
+    scaled = update.B.float() * (update.scaling * update.rank / alpha)
+    return [_tensor(f"{place}.lora_a", update.A.float()), _tensor(f"{place}.lora_b", in_rows(scaled))]
 
 
 def _tensor(name: str, values: Tensor) -> GgufTensor:
@@ -69,7 +69,7 @@ def _tensor(name: str, values: Tensor) -> GgufTensor:
 
 def _require_plain(layer: str, module: AdaptedLinear) -> None:
     """Raise ExportError for an adapted linear that B A does not say everything about."""
-    if type(module) is LoRALinear:
+    if isinstance(module, LoRALinear) and module.only_adds:
         return
     what = "DoRA's magnitudes" if "lora_magnitude_vector" in dict(module.named_parameters()) else type(module).__name__
     raise ExportError(f"{layer}: llama.cpp's adapters have no place for {what}; use --gguf f16, which merges them")

@@ -179,7 +179,8 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
     if isinstance(module, RowsLinear) and module.is_tied:
         pass  # the embedding's tensor is the head's
     elif isinstance(module, AdaptedLinear | RowsEmbedding):
-        yield Dense(weight, matrix_shape(linear), lambda: [_merged(module, frozen(weight, lambda: [dense_matrix(linear)]))])
+        is_original = originals is not None and weight in originals
+        yield Dense(weight, matrix_shape(linear), lambda: [_merged(module, frozen(weight, lambda: [dense_matrix(linear)]), is_original)])
     elif (matrix := matrix_of(module)) is not None and id(matrix.weight) not in seen:
         seen.add(id(matrix.weight))
         yield Dense(weight, (matrix.out_features, matrix.in_features), lambda: frozen(weight, lambda: _by_rows(matrix)))
@@ -201,10 +202,11 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
             yield Dense(dot + name, tuple(tensor.shape), partial(own_value, dot + name, tensor), _whole(tensor))
 
 
-def _merged(module: AdaptedLinear | RowsEmbedding, parts: Iterable[Tensor]) -> Tensor:
+def _merged(module: AdaptedLinear | RowsEmbedding, parts: Iterable[Tensor], is_original: bool) -> Tensor:
     if isinstance(module, RowsEmbedding):
         return module.merged_weight(joined(part.to(module.weight.device, torch.float32) for part in parts))
-    return module.merged(joined(part.to(module.frozen.weight.device, torch.float32) for part in parts))
+    dense = joined(part.to(module.frozen.weight.device, torch.float32) for part in parts)
+    return module.merged(module.unquantised(dense) if is_original else dense)
 
 
 def _merged_bias(module: nn.Module, parts: Iterable[Tensor]) -> Iterable[Tensor]:

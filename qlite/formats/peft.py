@@ -43,16 +43,17 @@ def write_adapter(folder: Path, model: nn.Module, method: Method, base_name: str
     """
     own = adapter_tensors(model)
     write_tensors(folder / WEIGHTS, own, metadata)
-    if isinstance(method, LoRA):
-        write_json(folder / CONFIG, peft_config(model, method, base_name))
-    elif (found := method.peft(model)) is not None:
-        config, tensors = found
-        is_same = tensors.keys() == own.keys()
-        place = folder if is_same else folder / PEFT
-        if not is_same:
-            make_folder(place)
-            write_tensors(place / WEIGHTS, tensors, metadata)
-        write_json(place / CONFIG, {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True, **config})
+    found = method.peft(model)
+    if found is None and not isinstance(method, LoRA):
+        return
+    fields, tensors = ({}, own) if found is None else (found[0], {PREFIX + name: tensor for name, tensor in found[1].items()})
+    is_same = tensors.keys() == own.keys()
+    place = folder if is_same else folder / PEFT
+    if not is_same:
+        make_folder(place)
+        write_tensors(place / WEIGHTS, tensors, metadata)
+    general = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
+    write_json(place / CONFIG, {**(peft_config(model, method, base_name) if isinstance(method, LoRA) else general), **fields})
 
 
 def peft_config(model: nn.Module, method: LoRA, base_name: str) -> dict:

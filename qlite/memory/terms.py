@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from qlite.offload import learned_buffers
 from qlite.quant.linear import QuantLinear
 
 Terms = dict[str, int]
@@ -37,7 +38,7 @@ def of_model(model: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def _term(module: nn.Module, name: str, tensor: Tensor, is_vocabulary: bool) -> str:
-    if tensor.requires_grad:
+    if tensor.requires_grad or name in learned_buffers(module):
         return ADAPTER
     if is_vocabulary:
         return VOCABULARY

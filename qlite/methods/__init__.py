@@ -1,5 +1,6 @@
 """The methods a recipe can name. To add one: write its file, add it here, and pass tests/methods/test_contract.py."""
 
+from qlite.methods.adalora import AdaLoRA
 from qlite.methods.base import Method
 from qlite.methods.bottleneck import Bottleneck
 from qlite.methods.combined import Combined
@@ -7,7 +8,8 @@ from qlite.methods.full import Full
 from qlite.methods.galore import GaLore
 from qlite.methods.ia3 import IA3
 from qlite.methods.lora import LoRA
+from qlite.methods.relora import ReLoRA
 
 __all__ = ["METHODS", "Combined", "Method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, IA3, Bottleneck, Full, GaLore)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, AdaLoRA, ReLoRA, IA3, Bottleneck, Full, GaLore)}

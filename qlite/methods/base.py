@@ -28,16 +28,23 @@ Raises ModelError where they have none: a base that was quantised before."""
 
 
 class Stepping(Protocol):
-    """What a method sees of the optimizer between backward pass and update."""
+    """What a method sees of the optimizer around an update."""
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return each trained parameter's summed float32 gradient, of its shape: the sum itself, no copy."""
+
+    def restart(self, values: dict[nn.Parameter, Tensor], dropped: float) -> None:
+        """Let parameters be ``values``, exactly, and set that share of the optimizer's state of each to zero: what is smallest of it."""
 
 
 class StandIn:
     """What a method has put in the place of a frozen module, which it keeps as ``base``: put back, that makes the model its own again."""
 
     base: nn.Module
+
+    def off(self) -> nn.Module:
+        """Return what answers in this module's place as if nothing had been trained: the model's own, bit for bit, unless it says so."""
+        return self.base.off() if isinstance(self.base, StandIn) else self.base
 
 
 class Beside(nn.Module):
@@ -76,6 +83,17 @@ class AdaptedLinear(StandIn, nn.Module):
             NotMergeable: the module is not a linear map.
         """
         return self.merged_weight(self.base.merged(dense) if isinstance(self.base, AdaptedLinear) else dense)
+
+    def unquantised(self, original: Tensor) -> Tensor:
+        """Return what the ``frozen`` linear's weight would be with all its digits, given its ``original`` in the base's own files.
+
+        That itself, unless a method trains over another weight than the files': [out, in] float32, both.
+        """
+        return self.base.unquantised(original) if isinstance(self.base, AdaptedLinear) else original
+
+    def untrained(self, dense: Tensor) -> Tensor:
+        """Return the one weight equal to this module before it was trained, given the ``frozen`` linear's: [out, in] float32, both."""
+        return self.base.untrained(dense) if isinstance(self.base, AdaptedLinear) else dense
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """Return the one bias [out] equal to this module's, given the ``frozen`` linear's, if it has one. Default: that one."""
@@ -125,6 +143,9 @@ class Method(Table):
         """
         return self
 
+    def check(self, steps: int) -> None:
+        """Raise RecipeError if it cannot be trained in a run of ``steps`` steps."""
+
     def attach(self, model: nn.Module) -> None:
         """Put the trainable tensors into ``model``, whose own parameters are frozen already."""
         raise NotImplementedError
@@ -155,7 +176,11 @@ class Method(Table):
         """Run before optimizer step number ``step`` of ``steps``, counted from 1; its gradients are summed and clipped."""
 
     def after_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
-        """Run after optimizer step number ``step`` of ``steps``, counted from 1."""
+        """Run after optimizer step number ``step`` of ``steps``, counted from 1; also where it was skipped, its loss being no number."""
+
+    def findings(self, model: nn.Module) -> list[str]:
+        """Return what a user should know of what was learned, a line each. Default: nothing."""
+        return []
 
     def peft(self, model: nn.Module) -> tuple[dict, dict[str, Tensor]] | None:
         """Return what is attached in PEFT's format: the fields of its adapter_config.json and its tensors by name, without prefix.
@@ -219,7 +244,7 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` answer as its base does, bit for bit, until the context is left: what is adapted has its base in its place.
+    """Let ``model`` answer as its base does until the context is left: what is adapted has its base in its place (``StandIn.off``).
 
     Nothing is copied or loaded. Inside another ``adapters_off`` nothing is left to switch, and the outer one switches back.
 
@@ -231,21 +256,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     beside = [module for module in model.modules() if isinstance(module, Beside) and not module.is_off]
     found = list(stand_ins(model))
     inner = {each for _, module in found for each in module.modules() if each is not module}
-    places = [
-        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module) for name, module in found if module not in inner
-    ]
+    outer = [(*name.rpartition("."), module) for name, module in found if module not in inner]
+    places = [(model.get_submodule(parent), leaf, module, module.off()) for parent, _, leaf, module in outer]
     try:
-        for owner, leaf, module in places:
-            setattr(owner, leaf, _frozen(module))
+        for owner, leaf, _, off in places:
+            setattr(owner, leaf, off)
         for module in beside:
             module.is_off = True
         yield
     finally:
         for module in beside:
             module.is_off = False
-        for owner, leaf, module in places:
-            # model.train() and model.eval() did not reach what was taken out; the base heard them.
-            setattr(owner, leaf, module.train(_frozen(module).training))
+        for owner, leaf, module, off in places:
+            # model.train() and model.eval() did not reach what was taken out; what stood there heard them.
+            setattr(owner, leaf, module.train(off.training))
 
 
 def train_itself(model: nn.Module, named: str) -> None:
@@ -267,11 +291,6 @@ def train_itself(model: nn.Module, named: str) -> None:
 def is_itself_trained(model: nn.Module) -> bool:
     """Return whether ``model``'s own weights are what a method has trained."""
     return getattr(model, "is_itself_trained", False)
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    """Return the base of a stand-in, or of what that stands on."""
-    return _frozen(module.base) if isinstance(module, StandIn) else module
 
 
 def adapt_linears(model: nn.Module, targets: Targets, wrap: Callable[[str, nn.Module], AdaptedLinear], key: str = "method.targets") -> None:

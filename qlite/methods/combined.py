@@ -43,6 +43,10 @@ class Combined(Method):
     def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "Combined":
         return replace(self, parts=tuple(_resolved(part, tokenizer) for part in self.parts))
 
+    def check(self, steps: int) -> None:
+        for part in self.parts:
+            part.check(steps)
+
     def attach(self, model: nn.Module) -> None:
         # What computes with a frozen linear's own weight stands nearest to it.
         for part in sorted(self.parts, key=lambda part: not part.needs_plain_linears):
@@ -77,6 +81,9 @@ class Combined(Method):
     def after_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
         for part in self.parts:
             part.after_step(model, optimizer, step, steps)
+
+    def findings(self, model: nn.Module) -> list[str]:
+        return [line for part in self.parts for line in part.findings(model)]
 
 
 def _resolved(part: Method, tokenizer: PreTrainedTokenizerBase | None) -> Method:

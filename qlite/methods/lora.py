@@ -6,146 +6,20 @@ readable by PEFT as it is.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import RecipeError
-from qlite.methods.base import AdaptedLinear, Method, Targets, adapt_linears, matches, select_linears
-from qlite.methods.lora_product import Adapted, lora_products
-from qlite.methods.token_rows import rows_to_train, token_ids, train_rows
+from qlite.methods.base import Method, Original, Targets, adapt_linears, matches, saved_tensors, select_linears
+from qlite.methods.lora_init import BegunLinear, LoftqLinear, LoftqRoundsLinear, PissaLinear, begun_linears
+from qlite.methods.lora_linear import DoRALinear, LoRALinear, join_siblings
+from qlite.methods.low_rank import peft_updates
+from qlite.methods.token_rows import head_tied_to, rows_to_train, token_ids, train_rows
 from qlite.methods.whole import select_whole, train_whole
-from qlite.quant.linear import compute_dtype, dense_weight, is_linear
-
-# Children of one module that are given the same input, by the names that transformers' families give them.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-class LoRALinear(AdaptedLinear):
-    """A frozen linear plus scaling * B A, with A [R, in] and B [out, R] in the dtype that the base computes in.
-
-    B starts at zero, so the adapted model starts as the base model.
-    """
-
-    def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float):
-        super().__init__(base)
-        self.rank, self.scaling = rank, scaling
-        self.siblings: Siblings | None = None
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        where, dtype = base.weight.device, compute_dtype(base)
-        self.lora_A, self.lora_B = _factor(base.in_features, rank, dtype, where), _factor(rank, base.out_features, dtype, where)
-        if where.type != "meta":
-            # Drawn in float32 on the CPU: the same seed gives the same adapter on every device.
-            start = torch.empty(rank, base.in_features)
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5))
-            self.lora_A.weight.data.copy_(start)
-            nn.init.zeros_(self.lora_B.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., in] to [..., out], in x's dtype."""
-        return self.siblings(self, x) if self.siblings else lora_products(x, [self.adapted()], self.dropped_share)[0]
-
-    def adapted(self) -> Adapted:
-        """Return what a joint product needs of this module, as it is now."""
-        return Adapted(self.base, self.lora_A.weight, self.lora_B.weight, self.scaling)
-
-    @property
-    def dropped_share(self) -> float:
-        """The share of A's input that is dropped now: none outside of training."""
-        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
-
-    def merged_weight(self, dense: Tensor) -> Tensor:
-        # float32: the product of two bfloat16 factors needs more digits than either.
-        return torch.addmm(dense, self.lora_B.weight.float(), self.lora_A.weight.float(), alpha=self.scaling)
-
-
-def _factor(in_features: int, out_features: int, dtype: torch.dtype, where: torch.device) -> nn.Linear:
-    """Return a linear on ``where``, made on the CPU: a module draws numbers where it is made, and all are to be the same everywhere."""
-    linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype, device=where if where.type == "meta" else "cpu")
-    linear.weight = nn.Parameter(linear.weight.detach().to(where))
-    return linear
-
-
-class Siblings:
-    """Linears of one parent that are given the same x, one after the other: the first to be called computes all of them."""
-
-    def __init__(self, linears: list[LoRALinear]):
-        self.linears = linears
-        self._x: Tensor | None = None
-        self._waiting: dict[LoRALinear, Tensor] = {}
-        for linear in linears:
-            linear.siblings = self
-
-    def __call__(self, linear: LoRALinear, x: Tensor) -> Tensor:
-        """Return what ``linear``, one of them, makes of x."""
-        if self._x is not x or linear not in self._waiting:
-            outputs = lora_products(x, [each.adapted() for each in self.linears], linear.dropped_share)
-            self._x, self._waiting = x, dict(zip(self.linears, outputs, strict=True))
-        y = self._waiting.pop(linear)
-        if not self._waiting:
-            self._x = None
-        return y
-
-    def parent_is_done(self, _parent: nn.Module, _args: tuple, output: object) -> None:
-        """Let go of what nobody has asked for. Called after each forward pass of the parent, with ``output`` None where it failed."""
-        if self._waiting and output is not None:
-            # Not siblings, whatever their names: each is computed for itself from now on.
-            for linear in self.linears:
-                linear.siblings = None
-        self._x, self._waiting = None, {}
-
-
-def join_siblings(model: nn.Module) -> None:
-    """Let plain LoRA's linears that see one input be computed together: those of an attention and those of an MLP."""
-    for parent in model.modules():
-        for names in SIBLINGS:
-            linears = [getattr(parent, name, None) for name in names]
-            if all(type(each) is LoRALinear for each in linears):
-                parent.register_forward_hook(Siblings(linears).parent_is_done, always_call=True)
-
-
-class DoRALinear(LoRALinear):
-    """LoRA on the weight's direction, with each row's length m trained apart: W' = m (W + sBA) / ||W + sBA||_row.
-
-    Liu et al. 2024, arXiv:2402.09353, section 4.1; the norm counts as a constant in the gradient (section 4.3).
-    """
-
-    def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float):
-        super().__init__(base, rank, scaling, dropout)
-        square = dense_weight(base).square().sum(dim=1)
-        self.register_buffer("weight_square", square, persistent=False)
-        # float32: rounded to bfloat16 the rows would start up to 0.2 % off, and the model would not start as its base.
-        self.lora_magnitude_vector = nn.Parameter(square.sqrt())
-
-    def forward(self, x: Tensor) -> Tensor:
-        dropped = self.dropout(x)
-        # Dropout belongs to the whole adapted term, so the base is asked again where dropout changes x.
-        y = self.base(x)
-        bias = 0 if self.base.bias is None else self.base.bias
-        plain = (y if dropped is x else self.base(dropped)) - bias
-        gain = self.lora_magnitude_vector / self.row_norm()
-        update = self.lora_B(self.lora_A(dropped)) * self.scaling
-        return y + plain * (gain - 1).to(x.dtype) + update * gain.to(x.dtype)
-
-    @torch.no_grad()
-    def row_norm(self) -> Tensor:
-        """Return ||W + sBA|| of each row, [out] float32, without forming W + sBA: |w|^2 + 2s (W A^T) b + s^2 b (A A^T) b."""
-        A, B = self.lora_A.weight.float(), self.lora_B.weight.float()
-        cross = (self._base_times(A) * B).sum(dim=1)
-        own = (B @ (A @ A.T) * B).sum(dim=1)
-        return (self.weight_square + 2 * self.scaling * cross + self.scaling**2 * own).clamp(min=0).sqrt()
-
-    def _base_times(self, A: Tensor) -> Tensor:
-        """Return W A^T, [out, R] float32."""
-        dense = dense_weight(self.base, compute_dtype(self.base))
-        return (dense @ A.T.to(dense.dtype)).float()
-
-    def merged_weight(self, dense: Tensor) -> Tensor:
-        adapted = super().merged_weight(dense)
-        return adapted * (self.lora_magnitude_vector / adapted.norm(dim=1)).unsqueeze(1)
+from qlite.quant.linear import QuantLinear, is_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +46,11 @@ class LoRA(Method):
     """Train each row's length apart from its direction (DoRA, arXiv:2402.09353, section 4.1)."""
     b_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
     """B's learning rate over A's, which is optimizer.lr (LoRA+, arXiv:2402.12354, section 4; there 16)."""
+    init: Literal["zero", "pissa", "loftq"] = "zero"
+    """What A and B begin as. "zero": B is 0. "pissa": the weight's largest singular directions, over the quantised rest (arXiv:2404.02948,
+    section 3). "loftq": those of what quantising takes away (arXiv:2310.08659, algorithm 1)."""
+    loftq_rounds: Annotated[int, Field(ge=1)] = 1
+    """With init = "loftq": how often quantising and factors take turns. More than 1 changes the frozen base."""
     modules_to_save: tuple[str, ...] = ()
     """Layers that are trained whole, each a dense copy in the place of the frozen one: names or patterns, ["lm_head", "embed_tokens"].
     Where the model has one tensor for embedding and head, each that is named gets its own."""
@@ -194,6 +73,7 @@ class LoRA(Method):
         if unused:
             raise RecipeError([f'method.{key}: "{p}" matches none of the {len(chosen)} target layers; remove it' for key, p in unused])
         whole = select_whole(model, self.modules_to_save, set(chosen))
+        self._require_fitting_init(model, chosen)
         assert not any(isinstance(token, str) for token in (*self.trained_tokens, *self.new_tokens)), "resolved() was not called"
         rows = rows_to_train(model, self.trained_tokens, {*chosen, *whole}) if self.trained_tokens else {}
         adapt_linears(model, self.targets, self._adapt)
@@ -213,7 +93,47 @@ class LoRA(Method):
             raise RecipeError(
                 f"method.rank: {rank} is more than {name} can have ({smaller}); lower it, or set it apart in method.rank_per_target"
             )
-        return (DoRALinear if self.dora else LoRALinear)(base, rank, self.scaling_of(name, rank), self.dropout)
+        return self._kind(base, rank, self.scaling_of(name, rank), self.dropout)
+
+    @property
+    def _kind(self) -> type[LoRALinear]:
+        loftq_kind = LoftqLinear if self.loftq_rounds == 1 else LoftqRoundsLinear
+        return {"zero": DoRALinear if self.dora else LoRALinear, "pissa": PissaLinear, "loftq": loftq_kind}[self.init]
+
+    def _require_fitting_init(self, model: nn.Module, chosen: list[str]) -> None:
+        """Raise RecipeError if ``init`` is not to be had with the other keys, or for one of the ``chosen`` linears of ``model``."""
+        problems, key = [], f'method.init = "{self.init}"'
+        if self.loftq_rounds > 1 and self.init != "loftq":
+            problems.append(f'method.loftq_rounds = {self.loftq_rounds}: counts with method.init = "loftq" alone; remove one of the two')
+        if self.init != "zero" and self.dora:
+            problems.append(f"{key}: DoRA's lengths of rows are those of the base, and this changes it; set method.dora = false")
+        tied = head_tied_to(model)
+        if tied in chosen and issubclass(self._kind, BegunLinear) and self._kind is not LoftqLinear:
+            problems.append(f"{key}: {tied} is the embedding's own tensor, and it would change that, too; leave it out of method.targets")
+        plain = [name for name in chosen if not isinstance(model.get_submodule(name), QuantLinear)]
+        if self.init == "loftq" and plain:
+            which = "base.bits = 16" if len(plain) == len(chosen) else f"{plain[0]} is held in 16 bit"
+            problems.append(f'{key}: {which}, where nothing is quantised and there is no error to begin with; set it to "pissa" or "zero"')
+        if problems:
+            raise RecipeError(problems)
+
+    def start(self, model: nn.Module, original: Original) -> None:
+        for name, layer in begun_linears(model):
+            layer.begin(original(name), self.loftq_rounds)
+
+    def settle(self, model: nn.Module, original: Original) -> None:
+        for name, layer in begun_linears(model):
+            if layer.moved is not None:
+                layer.settle(original(name))
+
+    def peft(self, model: nn.Module) -> tuple[dict, dict[str, Tensor]] | None:
+        """Return PiSSA's and LoftQ's adapter as a LoRA of twice the rank over the original weights; None: it is one as it is."""
+        begun = dict(begun_linears(model))
+        if not begun:
+            return None
+        fields, tensors = peft_updates({name: layer.update() for name, layer in begun.items()})
+        others = {name: tensor for name, tensor in saved_tensors(model).items() if not name.startswith(tuple(f"{each}." for each in begun))}
+        return {**fields, "use_rslora": False}, {**tensors, **others}
 
     def scaling_of(self, name: str, rank: int) -> float:
         """Return what B A is multiplied by in the linear with dotted name ``name`` and ``rank``."""

@@ -54,6 +54,28 @@ def weighted_sum(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
     return LowRank(A, B, 1.0)
 
 
+def peft_updates(updates: dict[str, LowRank]) -> tuple[dict, dict[str, Tensor]]:
+    """Return ``updates``, what an adapter adds to each linear by its dotted name, as PEFT's LoRA: fields of its config, and tensors.
+
+    Each linear has a rank and an alpha of its own, so nothing of a scaling has to be rounded into a factor. The names are without prefix.
+    """
+    first = next(iter(updates.values()))
+    alphas = {name: update.scaling * update.rank for name, update in updates.items()}
+    fields = {
+        "peft_type": "LORA",
+        "r": first.rank,
+        "lora_alpha": first.scaling * first.rank,
+        "target_modules": list(updates),
+        "rank_pattern": {name: update.rank for name, update in updates.items() if update.rank != first.rank},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != first.scaling * first.rank},
+    }
+    tensors = {}
+    for name, update in updates.items():
+        assert update.lengths is None, "rows' lengths would need DoRA's file"
+        tensors |= {f"{name}.lora_A.weight": update.A, f"{name}.lora_B.weight": update.B}
+    return fields, tensors
+
+
 @dataclass(frozen=True)
 class Resized:
     """An update of a smaller rank, and how far it is from what it was."""

@@ -11,6 +11,7 @@ from qlite.model.checkpointing import SavedInputs, checkpoint_blocks
 from qlite.model.host_embedding import keep_embedding_on_host
 from qlite.model.streaming import stream_blocks
 from qlite.model.tiling import tile_mlps
+from qlite.offload import learned_buffers
 
 
 class MemoryKeys(Protocol):
@@ -29,10 +30,13 @@ def lower_memory(model: PreTrainedModel, memory: MemoryKeys, device: torch.devic
     Raises:
         ModelError: the model has no part that a key is for.
     """
+    # What a method has made lies beside a base weight, which may lie on the host already.
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # Made beside a base weight, which may lie on the host already.
             parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name in learned_buffers(module):
+            setattr(module, name, module.get_buffer(name).to(device))
     if memory.embedding == "host":
         keep_embedding_on_host(model, device)
     if memory.mlp_chunk:

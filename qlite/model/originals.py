@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlite.errors import ModelError
 from qlite.model.load import LoadedBase, dense_shapes, own_names
 
 
@@ -42,6 +43,8 @@ def original_weights(base: LoadedBase) -> Callable[[str], Tensor]:
     originals = Originals(base.model, base.checkpoint, dense_shapes(base.model))
 
     def original(linear: str) -> Tensor:
+        if f"{linear}.weight" not in originals:
+            raise ModelError(f"base.model: its files hold no weight of {linear} alone, which the method begins with; choose another base")
         return torch.cat([part.to(torch.float32) for part in originals.parts(f"{linear}.weight")])
 
     return original

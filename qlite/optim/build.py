@@ -15,6 +15,7 @@ from qlite.device import supports_paging
 from qlite.errors import RunError
 from qlite.optim.flat import FlatParameters
 from qlite.optim.projected import ProjectedParameters
+from qlite.optim.pruning import prune_moments
 from qlite.table import Table
 
 Flat = FlatParameters | ProjectedParameters
@@ -91,6 +92,14 @@ class FlatOptimizer:
         It is zeros but for before a step.
         """
         return {p: part for flat in self.flats for p, part in flat.gradients()}
+
+    def restart(self, values: dict[nn.Parameter, Tensor], dropped: float) -> None:
+        """Let parameters be ``values``, their masters exactly, and set the share ``dropped`` of least magnitude of each's state to zero."""
+        for flat in self.flats:
+            for param in flat.params:
+                if param in values:
+                    flat.write(param, values[param])
+                    prune_moments(self.inner.state[flat.master], flat.place(param), dropped)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their common L2 norm is at most ``max_norm`` (0: leave them); return the norm before.

@@ -61,6 +61,26 @@ class FlatParameters:
         if self.remainder is not None:
             self.remainder.copy_(saved["remainder"])
 
+    def place(self, param: nn.Parameter) -> slice:
+        """Return where ``param``'s numbers are in the flat buffers."""
+        start = 0
+        for each in self.params:
+            if each is param:
+                return slice(start, start + param.numel())
+            start += each.numel()
+        raise KeyError("no parameter of this buffer")
+
+    @torch.no_grad()
+    def write(self, param: nn.Parameter, value: Tensor) -> None:
+        """Let ``param`` and its master be ``value`` [of its shape], float32, exactly."""
+        master = value.to(self.grad.device, torch.float32)
+        if self.remainder is None:
+            param.copy_(master)
+            return
+        upper, lower = split_float32(master.contiguous())
+        param.copy_(upper)
+        self.remainder[self.place(param)] = lower.view(-1)
+
     @torch.no_grad()
     def open(self) -> None:
         """Give ``master`` its float32 values and gradient for one optimizer step."""

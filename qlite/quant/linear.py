@@ -369,6 +369,18 @@ def compute_dtype(linear: nn.Module) -> torch.dtype:
     return linear.compute_dtype if isinstance(linear, QuantLinear) else linear.weight.dtype
 
 
+@torch.no_grad()
+def overwrite_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Put ``weight`` [out, in] into the tensors that ``linear`` has, in its storage, where they lie: whoever holds them sees it."""
+    if isinstance(linear, QuantLinear):
+        made = linear.storage.make(linear.in_features, linear.out_features, False, linear.compute_dtype, "meta")
+        made.store(weight, linear.weight.device)
+        for name, tensor in linear.packed_tensors().items():
+            tensor.copy_(getattr(made, name))
+    else:
+        linear.weight.copy_(weight)
+
+
 def store_weight(linear: nn.Module, weight: Tensor) -> None:
     """Put ``weight`` [out, in] into ``linear``, in its storage, on the device that ``weight`` lies on."""
     if isinstance(linear, QuantLinear):

@@ -76,10 +76,13 @@ def _clashes(recipes: dict[str, Recipe]) -> list[str]:
     (first, one), *others = recipes.items()
     problems = []
     for name, recipe in recipes.items():
-        if not isinstance(recipe.method, LoRA):
+        if type(recipe.method) is not LoRA:
             problems.append(f"[runs.{name}] method.name: only lora is trained with others in one pass, and this is {recipe.method.words}")
         elif extra := [key for key in ("modules_to_save", "trained_tokens", "new_tokens") if recipe.method.get(key)]:
             problems.append(f"[runs.{name}] method.{extra[0]}: only low-rank pairs are trained with others in one pass; train it alone")
+        elif recipe.method.init != "zero":
+            told = f'method.init = "{recipe.method.init}": changes the base\'s weights, and all runs share them; train it alone'
+            problems.append(f"[runs.{name}] {told}")
     for name, other in others:
         for difference in recipe_differences(one, other):
             if difference.startswith(SHARED):

@@ -55,9 +55,11 @@ def survival(
     for name, module in linears.items():
         told(len(found), len(linears))
         weight = f"{name}.weight"
-        parts = originals.parts(weight) if originals and weight in originals else [dense_weight(module.frozen)]
-        base = joined(part.to(module.frozen.weight.device, torch.float32) for part in parts)
-        merged = module.merged(base)
+        is_original = originals is not None and weight in originals
+        parts = originals.parts(weight) if is_original else [dense_weight(module.frozen)]
+        dense = joined(part.to(module.frozen.weight.device, torch.float32) for part in parts)
+        frozen = module.unquantised(dense) if is_original else dense
+        base, merged = module.untrained(frozen), module.merged(frozen)
         stored = joined(rounding(Dense(weight, tuple(merged.shape), partial(_once, merged)))).to(merged)
         change, error = merged - base, stored - merged
         found[name] = Survival(_square(change), float(((change + error) * change).sum()), _square(error))

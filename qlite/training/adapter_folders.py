@@ -28,7 +28,7 @@ class Given:
     @property
     def folder(self) -> Path:
         """Where its two files are."""
-        return self.run.adapter if self.run else self.path
+        return self.run.peft_adapter if self.run else self.path
 
     @cached_property
     def adapter(self) -> ForeignAdapter:

@@ -24,7 +24,7 @@ from qlite.memory import terms
 from qlite.memory.kernels import WholeKernels
 from qlite.memory.ledger import Ledger, Moment, Peak, name_of_block
 from qlite.memory.work import Work
-from qlite.methods.base import trainable_tensors
+from qlite.methods.base import saved_tensors
 from qlite.model.blocks import decoder_blocks
 from qlite.model.documents import documents_told
 from qlite.model.load import fill
@@ -203,13 +203,15 @@ def _with_whole_optimizer(recipe: Recipe, model: nn.Module, moments: dict[Moment
     """
     ledger = Ledger()
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, ledger.phase(OPTIMIZER_STEP, terms.OPTIMIZER):
-        trained = {p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu")) for p in trainable_tensors(model).values()}
+        saved = saved_tensors(model, resumable=True).values()
+        empty = {t: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in saved}
+        empty = {t: nn.Parameter(own) if t.requires_grad else own for t, own in empty.items()}
         for module in model.modules():  # a tensor that two modules share stays one
-            for name, tensor in module.named_parameters(recurse=False):
-                if tensor in trained:
-                    setattr(module, name, trained[tensor])
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor in empty:
+                    setattr(module, name, empty[tensor])
         optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), torch.device("cpu"), lambda _: None)
-        ledger.adopt(trainable_tensors(model).values(), terms.ADAPTER)
+        ledger.adopt(saved_tensors(model, resumable=True).values(), terms.ADAPTER)
         ledger.adopt([flat.grad for flat in optimizer.flats], terms.GRADIENTS)
         lasting = {terms.OPTIMIZER: ledger.now[terms.OPTIMIZER]}
         ledger.moments.clear()

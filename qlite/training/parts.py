@@ -107,6 +107,7 @@ def read_rows(recipe: Recipe, console: Observer) -> Rows:
     batches = plan.batches(data)
     steps = plan.steps or plan.epochs * batches.steps_per_epoch
     recipe.schedule.check(steps)
+    method.check(steps)
     return Rows(recipe, method, data, batches, steps, notes)
 
 

@@ -105,6 +105,8 @@ def finish(parts: Parts, run: RunFolder, observer: Observer, console: Observer, 
     if recipe.output.adapter == "best" and state.best_step:
         run.load_best(state, parts.model)
         observer.note(f"the adapter is that of step {state.best_step}, with the lowest held-out loss: {state.best_loss:.4f}")
+    for finding in recipe.method.findings(parts.model):
+        observer.note(finding)
     run.write_adapter(recipe, parts.model, parts.provenance)
     answer(recipe, parts, observer, state.step)
     compared = run.write_memory(parts.meter.compared())

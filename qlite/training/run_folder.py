@@ -37,7 +37,7 @@ from qlite.files import (
     write_tensors,
     write_text,
 )
-from qlite.formats.peft import WEIGHTS, adapter_tensors, copy_adapter, read_tensors, write_adapter
+from qlite.formats.peft import PEFT, WEIGHTS, adapter_tensors, copy_adapter, read_tensors, write_adapter
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
@@ -66,6 +66,11 @@ class RunFolder:
         self.path = path
         self.adapter, self.records, self.report = path / "adapter", Records(path), path / "report.html"
         self.logs = path / "logs"
+
+    @property
+    def peft_adapter(self) -> Path:
+        """Where the finished adapter stands in PEFT's format, if PEFT has its type."""
+        return beneath if (beneath := self.adapter / PEFT).is_dir() else self.adapter
 
     @property
     def is_begun(self) -> bool:

@@ -137,6 +137,7 @@ def advance(
         state = replace(state, step=step, **vars(parts.stepper.limits))
         state, told = divergence.after_fault(plan, state, fault, rows, run)
         observer.note(told)
+        method.after_step(*hooked)  # what is due after this step is not due again
         return state
     method.after_step(*hooked)
     seconds, epoch = time.perf_counter() - started, step / parts.batches.steps_per_epoch

@@ -31,7 +31,6 @@ from qlite.training.run_folder import RunFolder
 from qlite.training.step import Stepper
 from qlite.training.together import Member, Together, side_by_side, take_steps_together
 
-
 WAYS_OUT = (
     "Train fewer runs together (the others follow with the same command, once their tables are back), or lower train.micro_batch,",
     'train.tokens or method.rank; memory.checkpointing = "block" keeps least',

@@ -11,13 +11,17 @@ from qlite.recipe.keys import all_keys, describe, print_keys, toml_value
 # fmt: off
 METHOD_KEYS = {
     "lora": [
-        "rank", "alpha", "dropout", "targets", "rank_per_target", "alpha_per_target", "rslora", "dora", "b_lr_ratio",
-        "modules_to_save", "trained_tokens", "new_tokens",
+        "rank", "alpha", "dropout", "targets", "rank_per_target", "alpha_per_target", "rslora", "dora", "b_lr_ratio", "init",
+        "loftq_rounds", "modules_to_save", "trained_tokens", "new_tokens",
     ],
     "ia3": ["targets", "feedforward"],
     "bottleneck": ["width", "placement", "activation", "attention_output", "mlp_output"],
     "full": [],
     "galore": ["rank", "update_every", "scale", "targets"],
+    "adalora": [
+        "rank", "start_rank", "alpha", "dropout", "targets", "orthogonality", "betas", "start_share", "final_share", "interval",
+    ],
+    "relora": ["rank", "alpha", "dropout", "targets", "resets", "warmup", "pruned"],
 }
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",

@@ -190,6 +190,7 @@ def test_a_sweep_file_is_its_recipe_with_each_runs_keys_over_it(tmp_path):
         (SWEEP + "[runs.x]\nbase.bits = 8\n", "[runs.x] base.bits: 4 -> 8: has to be the same as in [runs.r4]"),
         (SWEEP + "[runs.x]\ntrain.packing = true\n", "[runs.x] train.packing: false -> true: has to be the same"),
         (SWEEP + '[runs.x]\nmethod.modules_to_save = ["lm_head"]\n', "method.modules_to_save: only low-rank pairs are trained with others"),
+        (SWEEP + '[runs.x]\nmethod.init = "pissa"\n', "changes the base's weights, and all runs share them; train it alone"),
         ('recipe = "tiny.toml"\n[runs.a]\nmemory.mlp_chunk = 64\n', "memory.mlp_chunk: is not there for runs that are trained together"),
     ],
 )
