@@ -29,6 +29,7 @@ from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES, write_company
 from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
 from qlite.hashes import sha256
+from qlite.methods.lora import LoRA
 from qlite.recipe.share import local_name
 from qlite.stopping import Stopped
 from qlite.training.auditing import Audit
@@ -289,12 +290,15 @@ def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, dev
 
 def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunConsole) -> Export:
     """Write ``run``'s adapter into the folder ``out`` as one GGUF file."""
+    method = run.recipe().method
+    if not isinstance(method, LoRA):
+        raise ExportError(f'method.name = "{method.words}": llama.cpp\'s adapters are LoRA alone; use --gguf f16, which merges it')
     name = run.path.resolve().name
     file = f"{name}-lora.gguf"
     with console, new_folder(out) as folder:
         opened = _opened(run, device, console)
         source = sha256(run.adapter / WEIGHTS)
-        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase, source)
+        size = write_adapter_gguf(folder / file, opened.base, method.alpha, name, console.phase, source)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
         write_text(folder / "README.md", run_card(run, GGUF_ADAPTER, {"weights": "F32"}, {}))

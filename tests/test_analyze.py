@@ -16,10 +16,9 @@ from qlite.analysis.spectrum import Spectrum, input_directions
 from qlite.errors import AdapterError, QliteError, RecipeError, RunError
 from qlite.formats.peft import write_adapter
 from qlite.methods.lora import LoRA
-from qlite.recipe.read import build_recipe
 from tests.adapters import put_on
 from tests.test_report import Page
-from tests.tiny_run import run, save_tiny_base, tiny_recipe, tiny_tables
+from tests.tiny_run import run, save_tiny_base, tiny_recipe
 
 FEW = {"steps": 2, "accumulation": 1, "eval_every": 2, "exact_match_rows": 0}
 
@@ -30,8 +29,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("analyze")
     for name, rank, seed in (("r4", 4, 0), ("r8", 8, 1)):
         run(tiny_recipe(folder, method={"rank": rank}, train={**FEW, "seed": seed}, output={"dir": str(folder / name)}))
-    tables = tiny_tables(folder, train=FEW, output={"dir": str(folder / "pure")})
-    run(build_recipe({**tables, "method": {"name": "low_rank", "rank": 8}}, "tiny.toml"))
+    run(tiny_recipe(folder, method={"name": "low_rank", "rank": 8}, train=FEW, output={"dir": str(folder / "pure")}))
     for name, method in (("dora", LoRA(rank=3, dora=True)), ("head", LoRA(rank=3, modules_to_save=("lm_head",)))):
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).requires_grad_(False)
         put_on(model, method, 1)

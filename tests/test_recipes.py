@@ -17,6 +17,7 @@ from qlite.training.forecast import STEP, Workload, forecast, worst_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+BASELINES = sorted((ROOT / "recipes" / "baselines").glob("*.toml"))
 CARDS = [path for path in RECIPES if re.search(r"_\d+gb$", path.stem)]
 GIB = 1024**3
 
@@ -110,6 +111,22 @@ def test_recipes_state_few_defaults():
             fields = type(getattr(recipe, table)).__dataclass_fields__
             noise = {f"{table}.{key}" for key, value in values.items() if fields[key].default == value}
             assert noise <= wanted, path.stem
+
+
+def test_a_baseline_is_quickstart_with_another_method():
+    """So a table of methods is a loop over files: base, data and steps are the same in all."""
+    assert [path.stem for path in BASELINES] == ["low_rank"]
+    usual = tomllib.loads((ROOT / "recipes" / "quickstart.toml").read_text(encoding="utf-8"))
+    for path in BASELINES:
+        recipe, text = read_recipe(path), path.read_text(encoding="utf-8")
+        assert recipe.method.name == path.stem
+        assert recipe.output.dir == f"runs/{path.stem}"
+        assert text.startswith("# ")
+        tables = tomllib.loads(text)
+        assert {table: keys for table, keys in tables.items() if table not in ("method", "optimizer")} == {
+            table: keys for table, keys in usual.items() if table not in ("method", "optimizer")
+        }
+        assert tables["optimizer"].keys() == usual["optimizer"].keys()
 
 
 # The promise in the name

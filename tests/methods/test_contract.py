@@ -34,11 +34,14 @@ VARIANTS = {
     "lora, whole layers": METHODS["lora"](rank=4, modules_to_save=("lm_head", "embed_tokens", "*.0.input_layernorm")),
     # Tokens that the rows below have before a trained one: those of others get no gradient in the embedding.
     "lora, token rows": METHODS["lora"](rank=4, trained_tokens=(6, 12, 53)),
+    "low_rank, svd": METHODS["low_rank"](rank=8),
+    "low_rank, autoencoder": METHODS["low_rank"](rank=8, init="autoencoder"),
+    "low_rank, lora": METHODS["low_rank"](rank=8, init="lora", targets=("v_proj", "gate_proj")),
 }
 # Methods whose mathematics needs the weights themselves, by the reason that they give for refusing a packed base.
 UNPACKED_ONLY: dict[str, str] = {}
 # Methods that promise no start as the base model.
-START_ELSEWHERE: set[str] = set()
+START_ELSEWHERE: set[str] = {"low_rank"}
 # Methods that train the model's own tensors, so there is no base to go back to.
 NO_WAY_BACK: set[str] = set()
 # Methods that are no change of the base's weights, so no merged model is equal to the adapted one.

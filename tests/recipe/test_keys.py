@@ -14,6 +14,7 @@ METHOD_KEYS = {
         "rank", "alpha", "dropout", "targets", "rank_per_target", "alpha_per_target", "rslora", "dora", "b_lr_ratio",
         "modules_to_save", "trained_tokens", "new_tokens",
     ],
+    "low_rank": ["rank", "targets", "init"],
 }
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",

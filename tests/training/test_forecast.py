@@ -36,6 +36,7 @@ CASES = {
     "vocabulary in 8 bit": {"base": {"embedding_bits": 8, "head_bits": 8}},
     "float32": {"base": {"dtype": "float32", "bits": 16}},
     "dora": {"method": {"dora": True}},
+    "low rank in the place of weights": {"method": {"name": "low_rank", "rank": 8}},
     "some targets": {"method": {"targets": ["q_proj", "v_proj"], "rank": 8}},
     "head and norms whole": {"method": {"modules_to_save": ["lm_head", "*layernorm"]}, "base": {"head_bits": 4}},
     "torch's optimizer": {"optimizer": {"name": "torch_adamw"}},
