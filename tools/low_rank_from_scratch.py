@@ -131,7 +131,10 @@ def _read_idx(folder: Path, name: str, what: str, problems: list[str]) -> Tensor
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, *sizes = struct.unpack(f">{1 + dimensions}i", content[: 4 + 4 * dimensions])
-    except (OSError, EOFError, struct.error) as error:
+    except struct.error:
+        problems.append(f"{path}: is no idx file of {what}: it has {path.stat().st_size} bytes")
+        return None
+    except (OSError, EOFError) as error:
         problems.append(f"{path}: cannot be read: {error}")
         return None
     values = content[4 + 4 * dimensions :]
