@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors read; what runs is ``__getattr__``, for torch is imported when it is needed
+    from qlite.analyze import analyze as analyze
     from qlite.errors import QliteError as QliteError
     from qlite.evaluate import evaluate as evaluate
     from qlite.export import export as export
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # what editors read; what runs is ``__getattr__``, for torch 
 __version__ = "0.1.0"
 
 # Each verb is a module that can be called (qlite/verb.py): whoever imports it, and in which order, ``qlite.train`` stays the same thing.
-VERBS = ("train", "plan", "preview", "export", "generate", "evaluate", "report")
+VERBS = ("train", "plan", "preview", "export", "generate", "evaluate", "report", "analyze")
 PLACES = {"Recipe": "recipe.schema", "QliteError": "errors", "Sampling": "serving.answer", "Merge": "training.merging"}
 __all__ = [*PLACES, *VERBS]
 

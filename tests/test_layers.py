@@ -13,8 +13,8 @@ LAYER = {
     **dict.fromkeys(("files", "room", "lock", "given", "device", "offload", "verb", "compiling", "calls"), 0),
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats", "loggers"), 1),
     "recipe": 2,
-    **dict.fromkeys(("serving", "training", "memory", "reporting"), 3),
-    **dict.fromkeys(("train", "export", "generate", "evaluate", "preview", "plan", "report", "combine", "swap", "sweep"), 4),
+    **dict.fromkeys(("serving", "training", "memory", "reporting", "analysis"), 3),
+    **dict.fromkeys(("train", "export", "generate", "evaluate", "preview", "plan", "report", "combine", "swap", "sweep", "analyze"), 4),
     "chat": 5,  # generate, turn after turn
 }
 # What may be imported sideways, within one layer.
@@ -24,6 +24,7 @@ NEIGHBOURS = {
     "formats": {"methods", "model", "quant"},
     "training": {"serving", "memory", "reporting"},
     "reporting": {"memory"},
+    "analysis": {"reporting"},
     "units": {"errors"},
     "stopping": {"errors"},
     "verb": {"device", "files"},
@@ -52,6 +53,7 @@ OWNERS = {
         "training/result.py",
         "training/shown.py",
         "recipe/keys.py",
+        "analyze.py",
         "evaluate.py",
         "export.py",
         "generate.py",

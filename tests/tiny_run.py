@@ -50,7 +50,8 @@ def tiny_tables(folder: Path, **changes: dict) -> dict:
         "output": {"dir": str(folder / "run"), "save_every": 2},
     }
     for table, keys in changes.items():
-        tables[table] = {**tables.get(table, {}), **keys}
+        is_another_method = table == "method" and "name" in keys  # LoRA's keys are none of its
+        tables[table] = {**({} if is_another_method else tables.get(table, {})), **keys}
     return tables
 
 

@@ -8,8 +8,9 @@ from qlite.methods.full import Full
 from qlite.methods.galore import GaLore
 from qlite.methods.ia3 import IA3
 from qlite.methods.lora import LoRA
+from qlite.methods.pure_low_rank import PureLowRank
 from qlite.methods.relora import ReLoRA
 
 __all__ = ["METHODS", "Combined", "Method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, AdaLoRA, ReLoRA, IA3, Bottleneck, Full, GaLore)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, AdaLoRA, ReLoRA, PureLowRank, IA3, Bottleneck, Full, GaLore)}

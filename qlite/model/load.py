@@ -129,6 +129,16 @@ class Base(Table):
         model.eval()
         return LoadedBase(model, checkpoint, files.name)
 
+    def described(self, progress: Progress) -> LoadedBase:
+        """Return the model on the meta device beside its files, of which only what describes them is read.
+
+        Raises: as ``load``.
+        """
+        files = locate(self.model, self.revision, self.sha256, progress)
+        checkpoint = open_checkpoint(files)
+        plain = replace(self, attention="auto")  # what was trained with an attention of a card's own may be looked at without one
+        return LoadedBase(plain.empty(checkpoint.config(), torch.device("cpu")), checkpoint, files.name)
+
     def _compile_quantiser(self, checkpoint, device: torch.device, progress: Progress) -> None:
         """On a CPU, compile what quantises to NF4, if that is to be done; on a card bitsandbytes has a kernel for it."""
         if device.type != "cpu" or self.quant_type != "nf4" or 4 not in (self.bits, self.embedding_bits, self.head_bits):

@@ -1,4 +1,4 @@
-"""One figure with curves over steps: drawn once for every width, readable without scripts, with its values as a table."""
+"""One figure with curves over steps, or over ranks: drawn once for every width, readable without scripts, with its values as a table."""
 
 from dataclasses import dataclass
 
@@ -41,6 +41,8 @@ class Chart:
     may_be_log: bool = False
     steps: tuple[float, float] | None = None
     """First and last step of the axis; without it, those of the lines."""
+    counted: str = "step"
+    """What the axis counts."""
 
     def draw(self) -> str:
         """Return the figure as HTML; nothing if no line has a point."""
@@ -54,12 +56,12 @@ class Chart:
         legend = "".join(f'<li><svg class="key" aria-hidden="true"><path class="{line.look}" d="M2 6h16"/></svg>{prose(line.name)}</li>'
                          for line in lines)  # fmt: skip
         legend = f'<ul class="legend">{legend}</ul>' if len(lines) > 1 else ""
-        drawing = _Drawing(across, up, self.height)
+        drawing = _Drawing(across, up, self.height, self.counted)
         return (
             f'<figure id="{self.key}" class="chart"><figcaption><h3 id="{self.key}-t">{self.title} <small>{unit}</small></h3>'
             f'<p id="{self.key}-d">{self.told}</p>{legend}</figcaption>'
             f'<div class="frame">{drawing.scale_up()}{drawing.plot(lines, self.key)}{drawing.scale_across()}</div>'
-            f"<details><summary>Values as a table</summary>{_values(lines)}</details></figure>"
+            f"<details><summary>Values as a table</summary>{_values(lines, self.counted)}</details></figure>"
         )
 
 
@@ -70,6 +72,7 @@ class _Drawing:
     across: Axis
     up: Axis
     height: int
+    counted: str
 
     def x(self, step: float) -> str:
         return _brief(WIDTH * self.across.place(step))
@@ -82,7 +85,7 @@ class _Drawing:
         return f'<svg class="up" height="{self.height}" aria-hidden="true">{labels}</svg>'
 
     def scale_across(self) -> str:
-        first = f"step {self.across.label(self.across.low)}"
+        first = f"{self.counted} {self.across.label(self.across.low)}"
         labels = [f'<text x="0" y="16">{first}</text>']
         for tick in self.across.ticks:
             place = 100 * self.across.place(tick)
@@ -96,7 +99,8 @@ class _Drawing:
         drawn = "".join(self._line(line) for line in lines)
         return (
             f'<svg class="plot" height="{self.height}" viewBox="0 0 {WIDTH} {self.height}" preserveAspectRatio="none" role="img" '
-            f'aria-labelledby="{key}-t" aria-describedby="{key}-d" data-from="{self.across.low:.12g}" data-to="{self.across.high:.12g}">'
+            f'aria-labelledby="{key}-t" aria-describedby="{key}-d" data-from="{self.across.low:.12g}" '
+            f'data-to="{self.across.high:.12g}" data-unit="{self.counted}">'
             f'<path class="grid" d="{grid}"/>{drawn}</svg>'
         )
 
@@ -116,11 +120,11 @@ def _brief(place: float) -> str:
     return f"{place:.1f}".removesuffix(".0")
 
 
-def _values(lines: list[Line]) -> str:
+def _values(lines: list[Line], counted: str) -> str:
     """Return some of the values, evenly spread over the steps, a column a line."""
     columns = [dict(line.points) for line in lines]
     steps = evenly(sorted({step for column in columns for step in column}), TABLE_ROWS)
     if any(len(line.points) <= TABLE_ROWS for line in lines):  # where there are few, all of them
         steps = sorted({*steps, *(step for column in columns if len(column) <= TABLE_ROWS for step in column)})
     rows = [[f"{step:,.0f}", *(short(column.get(step)) for column in columns)] for step in steps]
-    return table(["step", *(prose(line.name) for line in lines)], rows, "numbers")
+    return table([counted, *(prose(line.name) for line in lines)], rows, "numbers")

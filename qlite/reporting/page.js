@@ -27,7 +27,7 @@
     const cursor = document.createElementNS("http://www.w3.org/2000/svg", "path");
     cursor.setAttribute("class", "cursor");
     svg.append(cursor);
-    return { svg, lines, cursor, from: Number(svg.dataset.from), to: Number(svg.dataset.to), height: svg.viewBox.baseVal.height };
+    return { svg, lines, cursor, unit: svg.dataset.unit, from: Number(svg.dataset.from), to: Number(svg.dataset.to), height: svg.viewBox.baseVal.height };
   });
 
   const nearest = (steps, step) => {
@@ -44,14 +44,14 @@
     const step = densest.steps[nearest(densest.steps, wanted)];
     const told = plot.lines.map((line) => {
       const index = nearest(line.steps, step), at = line.steps[index];
-      return `${line.name}  ${grouped(line.values[index])}${at === step ? "" : `  (step ${grouped(at)})`}`;
+      return `${line.name}  ${grouped(line.values[index])}${at === step ? "" : `  (${plot.unit} ${grouped(at)})`}`;
     });
-    for (const each of plots) {  // the same place in every figure
+    for (const each of plots.filter((each) => each.unit === plot.unit)) {  // the same place in every figure of steps, of ranks
       const place = (1000 * (step - each.from)) / (each.to - each.from);
       each.cursor.setAttribute("d", place >= 0 && place <= 1000 ? `M${place} 0V${each.height}` : "");
     }
     plot.step = step;
-    say([`step ${grouped(step)}`, ...told].join("\n"), x, y);
+    say([`${plot.unit} ${grouped(step)}`, ...told].join("\n"), x, y);
   };
   const leave = () => {
     tip.hidden = true;

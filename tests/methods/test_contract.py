@@ -53,6 +53,9 @@ VARIANTS = {
     # So that of the 4 steps below the second masks, and the third, after a stop, too.
     "adalora": METHODS["adalora"](rank=2, start_rank=4, interval=1, start_share=0.25, final_share=0.25),
     "relora": METHODS["relora"](rank=4, resets=1, warmup=1),
+    "low_rank, svd": METHODS["low_rank"](rank=8),
+    "low_rank, autoencoder": METHODS["low_rank"](rank=8, init="autoencoder"),
+    "low_rank, lora": METHODS["low_rank"](rank=8, init="lora", targets=("v_proj", "gate_proj")),
 }
 # Methods whose mathematics needs the weights themselves, by the reason that they give for refusing a packed base.
 UNPACKED_ONLY: dict[str, str] = dict.fromkeys(("full", "galore"), "trains the weights themselves")
@@ -61,7 +64,7 @@ PACKED_ONLY = dict.fromkeys(("lora, loftq", "lora, loftq in rounds"), "nothing i
 # Variants that start nearer to the model in the base's files than its quantised weights are.
 START_NEARER = {"lora, pissa", *PACKED_ONLY}
 # Methods that promise no start as the base model.
-START_ELSEWHERE: set[str] = set()
+START_ELSEWHERE: set[str] = {"low_rank"}
 # Methods that train the model's own tensors, so there is no base to go back to.
 NO_WAY_BACK: set[str] = {"full", "galore"}
 # Methods that are no change of the base's weights, so no merged model is equal to the adapted one.

@@ -22,6 +22,7 @@ METHOD_KEYS = {
         "rank", "start_rank", "alpha", "dropout", "targets", "orthogonality", "betas", "start_share", "final_share", "interval",
     ],
     "relora": ["rank", "alpha", "dropout", "targets", "resets", "warmup", "pruned"],
+    "low_rank": ["rank", "targets", "init"],
 }
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",

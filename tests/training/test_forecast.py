@@ -45,6 +45,7 @@ CASES = {
     },
     "relora": {"method": {"name": "relora", "rank": 4, "resets": 1, "warmup": 0}},
     "relora, base on the host": {"method": {"name": "relora", "rank": 4, "resets": 1, "warmup": 0}, "memory": HOST},
+    "low rank in the place of weights": {"method": {"name": "low_rank", "rank": 8}},
     "some targets": {"method": {"targets": ["q_proj", "v_proj"], "rank": 8}},
     "head and norms whole": {"method": {"modules_to_save": ["lm_head", "*layernorm"]}, "base": {"head_bits": 4}},
     "torch's optimizer": {"optimizer": {"name": "torch_adamw"}},
