@@ -34,15 +34,22 @@ VARIANTS = {
     "lora, whole layers": METHODS["lora"](rank=4, modules_to_save=("lm_head", "embed_tokens", "*.0.input_layernorm")),
     # Tokens that the rows below have before a trained one: those of others get no gradient in the embedding.
     "lora, token rows": METHODS["lora"](rank=4, trained_tokens=(6, 12, 53)),
+    "prefix": METHODS["prefix"](length=3, hidden=8),
+    "prefix, no MLP": METHODS["prefix"](length=3, hidden=0),
+    "prompt": METHODS["prompt"](length=3),
+    "prompt, text": METHODS["prompt"](length=3, text=(6, 12)),
+    "llama_adapter": METHODS["llama_adapter"](length=3, first_block=1),
+    "llama_adapter, one gate": METHODS["llama_adapter"](length=3, first_block=0, gate="block"),
+    "llama_adapter_v2": METHODS["llama_adapter_v2"](length=3, first_block=1),
 }
 # Methods whose mathematics needs the weights themselves, by the reason that they give for refusing a packed base.
 UNPACKED_ONLY: dict[str, str] = {}
 # Methods that promise no start as the base model.
-START_ELSEWHERE: set[str] = set()
+START_ELSEWHERE: set[str] = {"prefix", "prompt"}
 # Methods that train the model's own tensors, so there is no base to go back to.
 NO_WAY_BACK: set[str] = set()
 # Methods that are no change of the base's weights, so no merged model is equal to the adapted one.
-UNMERGEABLE: set[str] = set()
+UNMERGEABLE: set[str] = {"prefix", "prompt", "llama_adapter", "llama_adapter_v2"}
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 variants = pytest.mark.parametrize("name", VARIANTS)
@@ -181,6 +188,7 @@ def test_cached_decoding_equals_one_full_pass(name, storage):
 @variants
 def test_attaching_on_meta_makes_the_names_and_shapes_of_a_real_attach(name, storage):
     ghost = tiny_llama(storage).to("meta")
+    attend_by_documents(ghost)
     VARIANTS[name].attach(ghost)
     facts = [{n: (p.shape, p.dtype) for n, p in trainable_tensors(m).items()} for m in (ghost, adapted(name, storage))]
     assert facts[0] == facts[1]

@@ -14,6 +14,10 @@ METHOD_KEYS = {
         "rank", "alpha", "dropout", "targets", "rank_per_target", "alpha_per_target", "rslora", "dora", "b_lr_ratio",
         "modules_to_save", "trained_tokens", "new_tokens",
     ],
+    "prefix": ["length", "hidden"],
+    "prompt": ["length", "text"],
+    "llama_adapter": ["length", "first_block", "gate"],
+    "llama_adapter_v2": ["length", "first_block", "gate", "targets"],
 }
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",

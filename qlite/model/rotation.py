@@ -1,0 +1,31 @@
+"""Keys turned to other positions, in families whose rotary positions are Llama's.   Su et al. 2021, arXiv:2104.09864, section 3.2.2."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import rotate_half
+
+from qlite.model.fusing import turns_as_llama
+
+# Whose angles depend on the length of what is read.
+CHANGING = ("dynamic", "longrope")
+
+
+def can_turn(model: PreTrainedModel, attention: nn.Module) -> bool:
+    """Return whether ``turned`` is right for the keys of ``attention``, one of ``model``'s."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    return turns_as_llama(attention) and getattr(rotary, "rope_type", None) not in (None, *CHANGING) and hasattr(rotary, "inv_freq")
+
+
+def turned(model: PreTrainedModel, attention: nn.Module, keys: Tensor, steps: int) -> Tensor:
+    """Return ``keys`` [..., D] of ``attention`` as they are ``steps`` positions further, or back, in float32.
+
+    The product with a query that is turned by as much stays what it was.
+    """
+    assert can_turn(model, attention), "another rotation would be another function"
+    if not getattr(attention, "use_rope", True):  # SmolLM3 leaves it out in some blocks
+        return keys.float()
+    angles = model.base_model.rotary_emb.inv_freq.float() * steps
+    angles = torch.cat([angles, angles], dim=-1)
+    keys = keys.float()
+    return keys * angles.cos() + rotate_half(keys) * angles.sin()
