@@ -27,7 +27,7 @@ from qlite.formats.card import ADAPTER, GGUF_ADAPTER
 from qlite.formats.gguf_lora import write_adapter_gguf
 from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES, write_company
-from qlite.formats.peft import CONFIG, WEIGHTS, read_metadata, read_tensors
+from qlite.formats.peft import CONFIG, PEFT, WEIGHTS, read_metadata, read_tensors
 from qlite.hashes import sha256
 from qlite.recipe.share import local_name
 from qlite.stopping import Stopped
@@ -288,7 +288,9 @@ def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, dev
 
 
 def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunConsole) -> Export:
-    """Write ``run``'s adapter into the folder ``out`` as one GGUF file."""
+    """Write ``run``'s adapter into the folder ``out`` as one GGUF file. Raises ExportError if it is no LoRA."""
+    if (method := run.recipe().method).name != "lora":
+        raise ExportError(f'method.name = "{method.name}": llama.cpp\'s adapters hold LoRA alone; use --gguf f16, which merges what can be')
     name = run.path.resolve().name
     file = f"{name}-lora.gguf"
     with console, new_folder(out) as folder:
@@ -320,16 +322,20 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
     Raises:
         ExportError: PEFT has no such method.
     """
-    if not (run.adapter / CONFIG).is_file():
-        raise ExportError(f"PEFT has no adapter type for this method; {run.adapter / WEIGHTS} holds the tensors")
+    source = next((each for each in (run.adapter, run.adapter / PEFT) if (each / CONFIG).is_file()), None)
     recipe = run.recipe()
+    if source is None:
+        raise ExportError(
+            f'PEFT has no adapter that computes what this run\'s method.name = "{recipe.method.words}" does, as it was trained; '
+            f"{run.adapter / WEIGHTS} holds the tensors"
+        )
     with new_folder(out) as folder:
-        write_tensors(folder / WEIGHTS, read_tensors(run.adapter), read_metadata(run.adapter))
-        config = json.loads((run.adapter / CONFIG).read_text(encoding="utf-8"))
+        write_tensors(folder / WEIGHTS, read_tensors(source), read_metadata(source))
+        config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
         # PEFT's own reader of it asks for the base by name; where it lies on this machine is nobody else's.
         write_json(folder / CONFIG, {**config, "base_model_name_or_path": local_name(config["base_model_name_or_path"])})
         write_text(folder / "README.md", run_card(run, ADAPTER, {}, {}))
-        if recipe.method.new_tokens:
+        if getattr(recipe.method, "new_tokens", ()):
             tokenizer = recipe.base.tokenizer(lambda *_: None)
             recipe.method.resolved(tokenizer)
             tokenizer.chat_template = run.template or tokenizer.chat_template

@@ -91,7 +91,7 @@ class LlamaAdapter(Method):
 
     @torch.no_grad()
     def peft(self, model: PreTrainedModel) -> tuple[dict, dict[str, Tensor]] | None:
-        """Return PEFT's ADAPTION_PROMPT. None with a gate for each head, which it has no place for, and in families that it does not know."""
+        """Return PEFT's ADAPTION_PROMPT. None with a gate for each head, which it has not, and in families that it does not know."""
         places = self.places(model)
         if self.gate == "heads" or not all(_is_known_to_peft(model, each) for each in places):
             return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.methods.base import Beside, Method
-from qlite.methods.beside import Attend, as_heads, attentions, drawn, key_heads, linear, put_beside, dtype_and_place
+from qlite.methods.beside import Attend, as_heads, attentions, drawn, dtype_and_place, key_heads, linear, put_beside
 from qlite.model.rotation import can_turn, turned
 
 PROMPT = "prompt_embeddings"
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
 
 
 class EncodedPrefix(Beside):
-    """A ``Prefix`` that an MLP makes (section 4.3); its last layer is this block's own, and all before it is ``encoder``, which they share."""
+    """A ``Prefix`` that an MLP makes (section 4.3): its last layer is this block's own, the rest is ``encoder``, which blocks share."""
 
     def __init__(self, heads: int, size: int, encoder: Encoder):
         super().__init__()
@@ -103,7 +103,8 @@ class PrefixTuning(Method):
         """
         places = attentions(model, self.name)
         own = [attention.side.key_and_value() for attention in places]
-        if len({key.shape for key, _ in own}) > 1 or _has_windows(model) or not all(can_turn(model, each) for each in places):
+        are_alike = len({key.shape for key, _ in own}) == 1
+        if not are_alike or _has_windows(model) or not all(can_turn(model, each, own[0][0].shape[-1]) for each in places):
             return None
         layers = [
             torch.stack([turned(model, each, key, self.length), value.float()]) for each, (key, value) in zip(places, own, strict=True)

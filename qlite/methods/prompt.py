@@ -52,15 +52,14 @@ class PromptedForward:
 
     def shifted(self, inputs: dict) -> dict:
         """Return ``inputs`` as they are where the cache holds the prompt: all stand P positions further, and P more are seen."""
-        count = len(self.soft.prompt)
         if (mask := inputs.get("attention_mask")) is not None:
-            inputs = {**inputs, "attention_mask": nn.functional.pad(mask, (count, 0), value=1)}
+            inputs = {**inputs, "attention_mask": self.order(mask).of(mask.new_ones(len(mask), len(self.soft.prompt)), mask)}
         if (positions := inputs.get("position_ids")) is not None:
-            inputs = {**inputs, "position_ids": positions + count}
+            inputs = {**inputs, "position_ids": positions + len(self.soft.prompt)}
         return inputs
 
     def begun(self, inputs: dict) -> object:
-        """Run ``inputs`` with the prompt before each line, or before each document."""
+        """Run ``inputs`` with the prompt before the tokens of each line, or of each document."""
         ids, embedded = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
         tokens = self.decoder.get_input_embeddings()(ids) if embedded is None else embedded
         prompt, count = self.soft.prompt.to(tokens.dtype), len(self.soft.prompt)
@@ -70,16 +69,61 @@ class PromptedForward:
             inputs |= {"documents": longer, "position_ids": longer.positions()}
             lines = documents.begun_with(prompt, tokens.flatten(0, 1)).unsqueeze(0)
             out = self.whole(inputs_embeds=lines, **inputs)
-            out.last_hidden_state = longer.without_beginnings(count, out.last_hidden_state.squeeze(0)).view(tokens.shape)
+            out.last_hidden_state = longer.without_beginnings(count, out.last_hidden_state.squeeze(0)).unflatten(0, tokens.shape[:2])
             return out
+        mask, prompts = inputs.get("attention_mask"), prompt.expand(len(tokens), -1, -1)
+        order = Plain(count) if mask is None else self.order(mask)
         inputs = self.shifted(inputs)
         if (positions := inputs.get("position_ids")) is not None:
             _require_one_document(inputs, self.decoder)
-            own = torch.arange(count, device=positions.device).expand(len(positions), -1)
-            inputs["position_ids"] = torch.cat([own, positions], dim=1)
-        out = self.whole(inputs_embeds=torch.cat([prompt.expand(len(tokens), -1, -1), tokens], dim=1), **inputs)
-        out.last_hidden_state = out.last_hidden_state[:, count:]
+            own = torch.arange(count, device=positions.device).expand(len(tokens), -1)
+            inputs["position_ids"] = order.of(own, positions.expand(len(tokens), -1))
+        out = self.whole(inputs_embeds=order.of(prompts, tokens), **inputs)
+        out.last_hidden_state = order.tokens(out.last_hidden_state)
         return out
+
+    def order(self, mask: Tensor) -> "AfterPadding":
+        """Return where prompt and tokens stand under ``mask`` [B, T]."""
+        return AfterPadding(len(self.soft.prompt), mask)
+
+
+class Plain:
+    """The order of P prompt vectors and the tokens of each line: the prompt first."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def of(self, prompts: Tensor, tokens: Tensor) -> Tensor:
+        """Return prompts [B, P, ...] and tokens [B, T, ...] as one [B, P + T, ...]."""
+        return torch.cat([prompts, tokens], dim=1)
+
+    def tokens(self, both: Tensor) -> Tensor:
+        """Return the tokens' part [B, T, ...] of what ``of`` gave."""
+        return both[:, self.count :]
+
+
+class AfterPadding(Plain):
+    """As ``Plain``, but behind a line's padding on the left: before it, no sliding window and no convolution would see the prompt."""
+
+    def __init__(self, count: int, mask: Tensor):
+        """``mask`` [B, T], 0 where a line is padding."""
+        super().__init__(count)
+        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        places = torch.arange(count + mask.shape[1], device=mask.device)
+        inside = torch.where(places < padding + count, places - padding, places)
+        self.sources = torch.where(places < padding, places + count, inside)
+        self.places = places[: mask.shape[1]] + count * (places[: mask.shape[1]] >= padding)
+
+    def of(self, prompts: Tensor, tokens: Tensor) -> Tensor:
+        return _taken(super().of(prompts, tokens), self.sources)
+
+    def tokens(self, both: Tensor) -> Tensor:
+        return _taken(both, self.places)
+
+
+def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """Return x [B, N, ...] at ``places`` [B, M]: [B, M, ...]."""
+    return x[torch.arange(len(x), device=x.device).unsqueeze(1), places]
 
 
 def _require_one_document(inputs: dict, decoder: PreTrainedModel) -> None:
@@ -119,7 +163,7 @@ class PromptTuning(Method):
 
     @torch.no_grad()
     def attach(self, model: PreTrainedModel) -> None:
-        decoder, embedding = model.base_model, model.get_input_embeddings()
+        decoder, embedding = _decoder(model), model.get_input_embeddings()
         _require_embeds(model)
         assert not (isinstance(self.text, str) and self.text), "resolved() was not called"
         if beyond := [each for each in self.text if each >= embedding.num_embeddings]:
@@ -131,7 +175,7 @@ class PromptTuning(Method):
 
     def peft(self, model: PreTrainedModel) -> tuple[dict, dict[str, Tensor]]:
         """Return PEFT's PROMPT_TUNING."""
-        prompt, config = model.base_model.soft_prompt.prompt, model.config.get_text_config()
+        prompt, config = _decoder(model).soft_prompt.prompt, model.config.get_text_config()
         fields = {
             "peft_type": "PROMPT_TUNING",
             "num_virtual_tokens": self.length,
@@ -145,7 +189,13 @@ class PromptTuning(Method):
 
     def from_peft(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensor of ``model``'s prompt that PEFT's ``tensors`` are, by dotted name."""
-        return {f"{model.base_model_prefix}.soft_prompt.prompt": tensors[PROMPT]}
+        name = next(name for name, module in model.named_modules() if isinstance(module, SoftPrompt))
+        return {f"{name}.prompt": tensors[PROMPT]}
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return what turns ids into hidden states in every pass: in OPT a part of the base model, which the head's model calls by itself."""
+    return model.get_decoder()
 
 
 def _require_embeds(model: PreTrainedModel) -> None:
@@ -156,5 +206,5 @@ def _require_embeds(model: PreTrainedModel) -> None:
             f'method.name = "prompt": every block of the family "{family}" has an embedding of the tokens of its own, and a prompt is no '
             "token; choose another method"
         )
-    if "inputs_embeds" not in inspect.signature(model.base_model.forward).parameters:
+    if "inputs_embeds" not in inspect.signature(_decoder(model).forward).parameters:
         raise ModelError(f'method.name = "prompt": the family "{family}" takes ids and no embedded input; choose another method')

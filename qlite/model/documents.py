@@ -180,7 +180,7 @@ def _attention(
     options: dict,
     before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return ``documents_attention``'s output. ``before``: a key and a value [H or fewer, P, D] that every token sees, whatever the mask says."""
+    """Return ``documents_attention``'s output. ``before``: key and value [H or fewer, P, D] that all tokens see, whatever the mask says."""
     if before is not None:
         return _attention_after(partial(_attention, module, options=options), query, key, value, attention_mask, documents, before)
     is_plain = attention_mask is None or isinstance(attention_mask, DeferredMask)

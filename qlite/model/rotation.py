@@ -11,18 +11,21 @@ from qlite.model.fusing import turns_as_llama
 CHANGING = ("dynamic", "longrope")
 
 
-def can_turn(model: PreTrainedModel, attention: nn.Module) -> bool:
-    """Return whether ``turned`` is right for the keys of ``attention``, one of ``model``'s."""
+def can_turn(model: PreTrainedModel, attention: nn.Module, size: int) -> bool:
+    """Return whether ``turned`` is right for the keys, of ``size`` numbers, of ``attention``, one of ``model``'s."""
     rotary = getattr(model.base_model, "rotary_emb", None)
-    return turns_as_llama(attention) and getattr(rotary, "rope_type", None) not in (None, *CHANGING) and hasattr(rotary, "inv_freq")
+    frequencies = getattr(rotary, "inv_freq", None)
+    if frequencies is None or getattr(rotary, "rope_type", None) in (None, *CHANGING):
+        return False
+    return turns_as_llama(attention) and size == 2 * len(frequencies)  # some families turn a part of each key
 
 
 def turned(model: PreTrainedModel, attention: nn.Module, keys: Tensor, steps: int) -> Tensor:
     """Return ``keys`` [..., D] of ``attention`` as they are ``steps`` positions further, or back, in float32.
 
-    The product with a query that is turned by as much stays what it was.
+    Their product with a query that is turned by as much stays what it was.
     """
-    assert can_turn(model, attention), "another rotation would be another function"
+    assert can_turn(model, attention, keys.shape[-1]), "another rotation would be another function"
     if not getattr(attention, "use_rope", True):  # SmolLM3 leaves it out in some blocks
         return keys.float()
     angles = model.base_model.rotary_emb.inv_freq.float() * steps
