@@ -29,6 +29,7 @@ from qlite.formats.gguf_types import GgufType, gguf_type
 from qlite.formats.merged import SHARD_BYTES, write_company
 from qlite.formats.peft import CONFIG, PEFT, WEIGHTS, read_metadata, read_tensors
 from qlite.hashes import sha256
+from qlite.methods.lora import LoRA
 from qlite.recipe.share import local_name
 from qlite.stopping import Stopped
 from qlite.training.auditing import Audit
@@ -288,15 +289,17 @@ def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, dev
 
 
 def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunConsole) -> Export:
-    """Write ``run``'s adapter into the folder ``out`` as one GGUF file. Raises ExportError if it is no LoRA."""
-    if (method := run.recipe().method).name != "lora":
-        raise ExportError(f'method.name = "{method.name}": llama.cpp\'s adapters hold LoRA alone; use --gguf f16, which merges what can be')
-    name = run.path.resolve().name
+    """Write ``run``'s adapter into the folder ``out`` as one GGUF file."""
+    name, method = run.path.resolve().name, run.recipe().method
+    if not isinstance(method, LoRA):
+        raise ExportError(
+            f"llama.cpp's adapters are LoRA's, and this run has trained by {method.words}; --gguf f16 merges what can be merged"
+        )
     file = f"{name}-lora.gguf"
     with console, new_folder(out) as folder:
         opened = _opened(run, device, console)
         source = sha256(run.adapter / WEIGHTS)
-        size = write_adapter_gguf(folder / file, opened.base, opened.recipe.method.alpha, name, console.phase, source)
+        size = write_adapter_gguf(folder / file, opened.base, method.alpha, name, console.phase, source)
         if (text := run_modelfile(opened, file, is_adapter=True)) is not None:
             write_text(folder / "Modelfile", text)
         write_text(folder / "README.md", run_card(run, GGUF_ADAPTER, {"weights": "F32"}, {}))
@@ -322,20 +325,19 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
     Raises:
         ExportError: PEFT has no such method.
     """
-    source = next((each for each in (run.adapter, run.adapter / PEFT) if (each / CONFIG).is_file()), None)
     recipe = run.recipe()
-    if source is None:
-        raise ExportError(
-            f'PEFT has no adapter that computes what this run\'s method.name = "{recipe.method.words}" does, as it was trained; '
-            f"{run.adapter / WEIGHTS} holds the tensors"
-        )
+    # Where PEFT has other tensors than the model, its files lie in a folder of their own.
+    source = run.adapter if (run.adapter / CONFIG).is_file() else run.adapter / PEFT
+    if not (source / CONFIG).is_file():
+        held = f"the run's own tensors are in {run.adapter / WEIGHTS}"
+        raise ExportError(f"PEFT has no adapter of this kind ({recipe.method.words}); {held}, and --merge writes what can be merged")
     with new_folder(out) as folder:
         write_tensors(folder / WEIGHTS, read_tensors(source), read_metadata(source))
         config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
         # PEFT's own reader of it asks for the base by name; where it lies on this machine is nobody else's.
         write_json(folder / CONFIG, {**config, "base_model_name_or_path": local_name(config["base_model_name_or_path"])})
         write_text(folder / "README.md", run_card(run, ADAPTER, {}, {}))
-        if getattr(recipe.method, "new_tokens", ()):
+        if isinstance(recipe.method, LoRA) and recipe.method.new_tokens:
             tokenizer = recipe.base.tokenizer(lambda *_: None)
             recipe.method.resolved(tokenizer)
             tokenizer.chat_template = run.template or tokenizer.chat_template

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ from qlite.recipe.read import read_recipe
 from qlite.training.forecast import STEP, Workload, forecast, worst_workload
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+OWN = sorted((ROOT / "recipes").glob("*.toml"))
+BASELINES = sorted((ROOT / "recipes" / "baselines").glob("*.toml"))
+RECIPES = [*OWN, *BASELINES]
 CARDS = [path for path in RECIPES if re.search(r"_\d+gb$", path.stem)]
 GIB = 1024**3
 
 
 def test_these_are_all_the_recipes():
-    assert [path.stem for path in RECIPES] == [
+    assert [path.stem for path in OWN] == [
         "e2e",
         "instruct",
         "llama13b_24gb",
@@ -42,6 +45,17 @@ def test_these_are_all_the_recipes():
         "snips",
     ]
     assert len(CARDS) == 11
+    assert [path.stem for path in BASELINES] == ["llama_adapter", "llama_adapter_v2", "prefix", "prompt"]
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_is_the_quickstart_with_another_method(path):
+    """So that a table of methods is a loop over files: all else that decides is the same."""
+    own, quickstart = read_recipe(path), read_recipe(ROOT / "recipes" / "quickstart.toml")
+    assert own.method.name == path.stem
+    assert (own.base, replace(own.optimizer, lr=quickstart.optimizer.lr)) == (quickstart.base, quickstart.optimizer)
+    for table in ("schedule", "data", "train", "memory", "parallel"):
+        assert getattr(own, table) == getattr(quickstart, table)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -203,9 +203,11 @@ def _with_whole_optimizer(recipe: Recipe, model: nn.Module, moments: dict[Moment
     """
     ledger = Ledger()
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, ledger.phase(OPTIMIZER_STEP, terms.OPTIMIZER):
-        for name, tensor in trainable_tensors(model).items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")))
+        trained = {p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu")) for p in trainable_tensors(model).values()}
+        for module in model.modules():  # a tensor that two modules share stays one
+            for name, tensor in module.named_parameters(recurse=False):
+                if tensor in trained:
+                    setattr(module, name, trained[tensor])
         optimizer = recipe.optimizer.build(recipe.method.param_groups(model, recipe.optimizer.lr), torch.device("cpu"), lambda _: None)
         ledger.adopt(trainable_tensors(model).values(), terms.ADAPTER)
         ledger.adopt([flat.grad for flat in optimizer.flats], terms.GRADIENTS)
