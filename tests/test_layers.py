@@ -20,7 +20,7 @@ LAYER = {
 # What may be imported sideways, within one layer.
 NEIGHBOURS = {
     "model": {"quant"},
-    "methods": {"quant"},
+    "methods": {"quant", "model"},
     "formats": {"methods", "model", "quant"},
     "training": {"serving", "memory", "reporting"},
     "reporting": {"memory"},

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qlite.errors import ExportError, NotMergeable
 from qlite.files import write_json, write_tensor_file
 from qlite.formats.unfinished import Unfinished, unfinished_folder
-from qlite.methods.base import AdaptedLinear, StandIn, adapted_linears, is_itself_trained, stand_ins, trainable_tensors
+from qlite.methods.base import AdaptedLinear, Beside, StandIn, adapted_linears, is_itself_trained, stand_ins, trainable_tensors
 from qlite.methods.token_rows import RowsEmbedding, RowsLinear
 from qlite.methods.whole import Whole
 from qlite.model.load import file_names
@@ -228,7 +228,9 @@ def _by_rows(matrix: Packed) -> Iterator[Tensor]:
 def _refuse_the_rest(model: PreTrainedModel, adapted: tuple[str, ...]) -> None:
     with torch.device("meta"):
         plain = set(type(model)(model.config).state_dict())
-    extra = [name for name in trainable_tensors(model) if not name.startswith(adapted) and name not in plain]
+    # What stands beside is told by its kind: in a run that is opened nothing is to be trained any more.
+    extra = [name for name, module in model.named_modules() if isinstance(module, Beside)]
+    extra += [name for name in trainable_tensors(model) if not name.startswith(adapted) and name not in plain]
     for _, module in adapted_linears(model):
         module.require_mergeable()
     if extra:

@@ -80,18 +80,21 @@ class Siblings:
     def __init__(self, linears: list[LoRALinear]):
         self.linears = linears
         self._x: Tensor | None = None
+        self._are_served = False
         self._waiting: dict[LoRALinear, Tensor] = {}
         for linear in linears:
             linear.siblings = self
 
     def __call__(self, linear: LoRALinear, x: Tensor) -> Tensor:
         """Return what ``linear``, one of them, makes of x."""
+        if self._are_served:  # once in a pass of their parent; what is asked for then (the prompts of LLaMA-Adapter) is another input
+            return lora_products(x, [linear.adapted()], linear.dropped_share)[0]
         if self._x is not x or linear not in self._waiting:
             outputs = lora_products(x, [each.adapted() for each in self.linears], linear.dropped_share)
             self._x, self._waiting = x, dict(zip(self.linears, outputs, strict=True))
         y = self._waiting.pop(linear)
         if not self._waiting:
-            self._x = None
+            self._x, self._are_served = None, True
         return y
 
     def parent_is_done(self, _parent: nn.Module, _args: tuple, output: object) -> None:
@@ -100,7 +103,7 @@ class Siblings:
             # Not siblings, whatever their names: each is computed for itself from now on.
             for linear in self.linears:
                 linear.siblings = None
-        self._x, self._waiting = None, {}
+        self._x, self._waiting, self._are_served = None, {}, False
 
 
 def join_siblings(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ transformers' own under the name ``DOCUMENTS``, and without documents it is exac
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -54,6 +54,26 @@ class Documents:
     @property
     def longest(self) -> int:
         return max(self.lengths)
+
+    def longer(self, count: int) -> "Documents":
+        """Return the documents with ``count`` more tokens at the beginning of each, all in one line."""
+        before = count * torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.bounds.device)
+        return Documents(tuple(length + count for length in self.lengths), self.bounds + before)
+
+    def positions(self) -> Tensor:
+        """Return the position of each token in its document, [1, B * T] int64, on the batch's device."""
+        counted = np.concatenate([np.arange(length) for length in self.lengths])
+        return sent(torch.from_numpy(counted), self.bounds.device).unsqueeze(0)
+
+    def begun_with(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return ``tokens`` [B * T, ...] with ``rows`` [P, ...] before each document."""
+        return torch.cat([part for own in tokens.split(self.lengths) for part in (rows, own)])
+
+    def without_beginnings(self, count: int, tokens: Tensor) -> Tensor:
+        """Return ``tokens`` [B * T, ...] without the first ``count`` of each document."""
+        # Cut by one call, as below.
+        sizes = [size for length in self.lengths for size in (count, length - count)]
+        return torch.cat(tokens.split(sizes)[1::2])
 
 
 def packed_inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> dict:
@@ -158,7 +178,11 @@ def _attention(
     attention_mask: Tensor | DeferredMask | None,
     documents: Documents | None,
     options: dict,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
+    """Return ``documents_attention``'s output. ``before``: key and value [H or fewer, P, D] that all tokens see, whatever the mask says."""
+    if before is not None:
+        return _attention_after(partial(_attention, module, options=options), query, key, value, attention_mask, documents, before)
     is_plain = attention_mask is None or isinstance(attention_mask, DeferredMask)
     if documents is None or any(options.get(name) is not None for name in ("position_bias", "softcap")):
         mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask
@@ -175,6 +199,59 @@ def _attention(
         parts = zip(*(x.split(documents.lengths) for x in flat), masks, strict=True)
         out = torch.cat([_one_document(module, *qkv, mask, options) for *qkv, mask in parts])
     return out.view(batch, width, *out.shape[1:])
+
+
+def _attention_after(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | DeferredMask | None,
+    documents: Documents | None,
+    before: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Return what ``attend`` gives with ``before`` at the beginning of the keys and values of each line, or of each document.
+
+    Where causal says all, it counts as tokens, whose outputs nobody reads: there are as many queries as keys then, and where kernels
+    differ in their diagonal (SDPA's starts at the top left, flash attention's ends at the bottom right) they do not. No mask is written.
+    """
+    count, batch, width = before[0].shape[1], len(query), query.shape[2]
+    if documents is not None and not isinstance(mask, Tensor):
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        rows = [query.new_zeros(count, *flat[0].shape[1:]), *(x.transpose(0, 1) for x in before)]
+        q, k, v = (documents.begun_with(r, x).transpose(0, 1).unsqueeze(0) for r, x in zip(rows, flat, strict=True))
+        longer = documents.longer(count)
+        out = longer.without_beginnings(count, attend(q, k, v, None, longer).squeeze(0))
+        return out.view(batch, width, *out.shape[1:])
+    if documents is not None:
+        return _masked_documents_after(attend, (query, key, value), mask, documents, before)
+    mask = mask() if isinstance(mask, DeferredMask) else mask
+    key, value = (torch.cat([x.expand(batch, -1, -1, -1), own], dim=2) for x, own in zip(before, (key, value), strict=True))
+    if mask is None and width > 1:
+        query = torch.cat([query.new_zeros(batch, query.shape[1], count, query.shape[3]), query], dim=2)
+        return attend(query, key, value, None, None)[:, count:]
+    return attend(query, key, value, None if mask is None else _seeing(mask, count), None)
+
+
+def _masked_documents_after(
+    attend: Callable[..., Tensor], qkv: tuple[Tensor, ...], mask: Tensor, documents: Documents, before: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return ``_attention_after`` of documents under a ``mask`` that says more than causal, one after the other."""
+    batch, _, width, _ = qkv[0].shape
+    flat = (x.transpose(1, 2).flatten(0, 1).split(documents.lengths) for x in qkv)
+    parts = zip(*flat, _diagonal_blocks(mask, documents, width), strict=True)
+    out = []
+    for *own, block in parts:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in own)
+        k, v = (torch.cat([x.unsqueeze(0), y], dim=2) for x, y in zip(before, (k, v), strict=True))
+        out.append(attend(q, k, v, _seeing(block, before[0].shape[1]), None).squeeze(0))
+    out = torch.cat(out)
+    return out.view(batch, width, *out.shape[1:])
+
+
+def _seeing(mask: Tensor, count: int) -> Tensor:
+    """Return ``mask`` [B or 1, 1, Q, K], true where a query may look or added to the scores, with ``count`` keys before that all see."""
+    return nn.functional.pad(mask, (count, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def _one_document(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> Tensor:

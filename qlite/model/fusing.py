@@ -31,6 +31,11 @@ def fuse(model: PreTrainedModel) -> None:
             module.forward = MethodType(turning, module)
 
 
+def turns_as_llama(attention: nn.Module) -> bool:
+    """Return whether ``attention`` turns queries and keys by their positions with Llama's own function."""
+    return _with_rotary(type(attention).forward) is not None
+
+
 def _norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     if self.weight.requires_grad or self.weight.dtype != hidden_states.dtype:
         return type(self).forward(self, hidden_states)

@@ -207,8 +207,11 @@ class _ReadAlready:
         return cache
 
     def keep(self, cache: Cache, ids: list[int]) -> None:
-        """Keep ``cache``, which holds a beginning of ``ids``; one that has let go of old tokens (sliding window) cannot be cut back."""
-        if cache.is_croppable and not any(cache.is_sliding):
+        """Keep ``cache``, which holds a beginning of ``ids``; one that has let go of old tokens (sliding window) cannot be cut back.
+
+        Nor one that holds more than was said (methods/prompt), where generation could not tell how much of ``ids`` was read.
+        """
+        if cache.is_croppable and not any(cache.is_sliding) and cache.get_seq_length() < len(ids):
             self._cache, self._ids = cache, ids[: cache.get_seq_length()]
 
 

@@ -56,6 +56,13 @@ VARIANTS = {
     "low_rank, svd": METHODS["low_rank"](rank=8),
     "low_rank, autoencoder": METHODS["low_rank"](rank=8, init="autoencoder"),
     "low_rank, lora": METHODS["low_rank"](rank=8, init="lora", targets=("v_proj", "gate_proj")),
+    "prefix": METHODS["prefix"](length=3, hidden=8),
+    "prefix, no MLP": METHODS["prefix"](length=3, hidden=0),
+    "prompt": METHODS["prompt"](length=3),
+    "prompt, text": METHODS["prompt"](length=3, text=(6, 12)),
+    "llama_adapter": METHODS["llama_adapter"](length=3, first_block=1),
+    "llama_adapter, one gate": METHODS["llama_adapter"](length=3, first_block=0, gate="block"),
+    "llama_adapter_v2": METHODS["llama_adapter_v2"](length=3, first_block=1),
 }
 # Methods whose mathematics needs the weights themselves, by the reason that they give for refusing a packed base.
 UNPACKED_ONLY: dict[str, str] = dict.fromkeys(("full", "galore"), "trains the weights themselves")
@@ -64,11 +71,11 @@ PACKED_ONLY = dict.fromkeys(("lora, loftq", "lora, loftq in rounds"), "nothing i
 # Variants that start nearer to the model in the base's files than its quantised weights are.
 START_NEARER = {"lora, pissa", *PACKED_ONLY}
 # Methods that promise no start as the base model.
-START_ELSEWHERE: set[str] = {"low_rank"}
+START_ELSEWHERE: set[str] = {"low_rank", "prefix", "prompt"}
 # Methods that train the model's own tensors, so there is no base to go back to.
 NO_WAY_BACK: set[str] = {"full", "galore"}
 # Methods that are no change of the base's weights, so no merged model is equal to the adapted one.
-UNMERGEABLE: set[str] = {"bottleneck"}
+UNMERGEABLE: set[str] = {"bottleneck", "prefix", "prompt", "llama_adapter", "llama_adapter_v2"}
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 # What differs from another variant by its keys alone.
@@ -223,6 +230,7 @@ def test_cached_decoding_equals_one_full_pass(name, storage):
 @variants
 def test_attaching_on_meta_makes_the_names_and_shapes_of_a_real_attach(name, storage):
     real, ghost = adapted(name, storage), tiny_llama(storage).to("meta")
+    attend_by_documents(ghost)
     VARIANTS[name].attach(ghost)
     facts = [{n: (p.shape, p.dtype) for n, p in trainable_tensors(m).items()} for m in (ghost, real)]
     assert facts[0] == facts[1]

@@ -23,6 +23,10 @@ METHOD_KEYS = {
     ],
     "relora": ["rank", "alpha", "dropout", "targets", "resets", "warmup", "pruned"],
     "low_rank": ["rank", "targets", "init"],
+    "prefix": ["length", "hidden"],
+    "prompt": ["length", "text"],
+    "llama_adapter": ["length", "first_block", "gate"],
+    "llama_adapter_v2": ["length", "first_block", "gate", "targets"],
 }
 ALL_KEYS = [
     "base.model", "base.revision", "base.sha256", "base.bits", "base.embedding_bits", "base.head_bits", "base.quant_type",
