@@ -77,6 +77,8 @@ def test_two_adapters_their_base_and_a_folder(folder, tmp_path):
     assert "How alike the two are" in page.text
     assert "What it makes of the base" in page.text
     assert "cosine" in str(found)
+    for counted in ("rank", "block"):
+        assert f'data-unit="{counted}"' in (out / "analysis.html").read_text(encoding="utf-8")
 
 
 def peft_updates(path: Path) -> dict:
