@@ -75,8 +75,12 @@ def test_two_adapters_their_base_and_a_folder(folder, tmp_path):
     assert len(record["linears"]) == len(record["overlap"]) == 14
     page = Page((out / "analysis.html").read_text(encoding="utf-8"))
     assert "How alike the two are" in page.text
+    assert "r4 beside r8" in page.text
+    assert str(folder) not in page.text  # a page goes to others
     assert "What it makes of the base" in page.text
     assert "cosine" in str(found)
+    for counted in ("rank", "block"):
+        assert f'data-unit="{counted}"' in (out / "analysis.html").read_text(encoding="utf-8")
 
 
 def peft_updates(path: Path) -> dict:

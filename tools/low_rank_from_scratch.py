@@ -257,6 +257,7 @@ def draw(found: list[Training], path: Path) -> None:
             axis.fill_between(epochs, curve[1], curve[2], color=colour, alpha=0.15)
         axis.plot(range(1, len(full[0]) + 1), full[0], "k--", label="full rank")
         axis.set(title=words, xlabel="epoch", ylabel="test accuracy, %")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8)
     for kind, words in KINDS.items():
         curves = [_curve(found, kind, rank) for rank in ranks]

@@ -118,7 +118,7 @@ def show(name: str, found: Counted, rank: int, tokens: int) -> None:
         told = f"{full / TB:.2f} TB" if full >= TB else f"{full / GB:.1f} GB"
         print(f"| memory: {words} | {told} | {sizes} | {factors} |")
     rows = ", ".join(f"{(peak.bytes - kept[stored]) / GB:,.1f} GB ({stored})" for stored, peak in found.plans.items())
-    print(f"| what a row of {tokens:,} tokens adds, checkpointed by block | about the same | {rows} | |")
+    print(f"| what a row of {tokens:,} tokens adds, checkpointed by block | not counted | {rows} | |")
 
 
 def differences(found: Counted) -> str:

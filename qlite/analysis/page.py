@@ -1,6 +1,7 @@
 """A study of an adapter as one HTML file that loads nothing: curves over rank and block, similarity as maps, and the advice."""
 
 from collections.abc import Callable
+from pathlib import PurePath
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from qlite.analysis.findings import Findings, Linear, average, chosen
 from qlite.analysis.similarity import Overlap, by_chance
 from qlite.analysis.spectrum import SHARE
+from qlite.recipe.share import local_name
 from qlite.reporting.chart import TALL, Chart, Line
 from qlite.reporting.document import document
 from qlite.reporting.heat import Heat
@@ -19,10 +21,10 @@ LOOKS = [f"run{colour}{f' dash{dash}' if dash else ''}" for dash in range(4) for
 
 def page(found: Findings) -> str:
     """Return the page."""
-    title = f"{found.adapter} beside {found.other}" if found.other else found.adapter
+    title = " beside ".join(_names([name for name in (found.adapter, found.other) if name]))
     notes = "".join(f"<p>{prose(note, 500)}</p>" for note in found.notes)
     kind = "two adapters" if found.other else "an adapter"
-    over = f"Over {prose(found.base or 'a base that it does not name', 200)}, {len(found.linears)} linears."
+    over = f"Over {prose(local_name(found.base or 'a base that it does not name'), 200)}, {len(found.linears)} linears."
     header = (
         f'<header><p class="eyebrow">qlite, a study of {kind}</p><h1>{prose(title, 200)}</h1><p class="lead">{over}</p>{notes}</header>'
     )
@@ -35,6 +37,12 @@ def page(found: Findings) -> str:
     return document(f"{title} · qlite", header, sections)
 
 
+def _names(paths: list[str]) -> list[str]:
+    """Return what the folders themselves are called, for a page may go to others, or the paths where that is the same."""
+    names = [PurePath(path.replace("\\", "/")).name or path for path in paths]
+    return names if len(set(names)) == len(names) else paths
+
+
 def _lines(found: Findings, points: Callable[[list[Linear]], list[Point]]) -> list[Line]:
     """Return a line for each name that linears have."""
     made = [(leaf, points(found.of(leaf))) for leaf in found.leaves]
@@ -45,7 +53,7 @@ def _ranks(found: Findings) -> list[str]:
     whole = found.kept()
     enough = next(rank for rank, kept in enumerate(whole, start=1) if kept >= SHARE)
     told = f"All linears, each cut to the same rank: {SHARE:.0%} of the energy is left at rank {enough}, of {len(whole)}."
-    curves = [Line("all linears", _counted(whole), "main", has_dots=True)]
+    curves = [Line("all linears", _counted(whole), "plan")]
     curves += [line for line in _lines(found, lambda own: _counted(found.kept(own[0].leaf))) if len(found.leaves) > 1]
     kept = Chart("kept", "Energy that is left", "share of ‖ΔW‖²", told, curves, TALL, from_zero=True, counted="rank")
     effective = Chart(

@@ -170,3 +170,18 @@ def test_a_run_stopped_goes_on_to_the_same_bytes_and_is_merged(tmp_path):
         export(tmp_path / "run", adapter="peft", out=tmp_path / "peft", quiet=True)
     with pytest.raises(ExportError, match='method.name = "low_rank": llama.cpp.s adapters are LoRA alone; use --gguf f16'):
         export(tmp_path / "run", adapter="gguf", out=tmp_path / "gguf", quiet=True)
+
+
+@pytest.mark.slow
+def test_what_saves_memory_changes_nothing_of_it(tmp_path):
+    keys = {"method": {"name": "low_rank", "rank": 16}, "train": {"steps": 3, "accumulation": 1, "exact_match_rows": 0}}
+    moved = {"base": "host", "embedding": "host", "saved_inputs": "host"}  # these only move
+    memories = {"plain": {}, "moved": moved, "tiled": {"mlp_chunk": 16}}
+    losses = {}
+    for name, memory in memories.items():
+        recipe = tiny_recipe(tmp_path, **keys, memory={"checkpointing": "block", **memory}, output={"dir": str(tmp_path / name)})
+        losses[name] = [report.loss for report in run(recipe).steps]
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("plain", "moved")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert losses["tiled"] == pytest.approx(losses["plain"], rel=0.01)
+    assert losses["plain"][-1] < losses["plain"][0]
