@@ -118,7 +118,7 @@ def test_alpaca_recipe_is_the_original_run():
 
 def test_recipes_state_few_defaults():
     """A key that repeats its default is noise, but for those that a reader looks for."""
-    wanted = {"base.bits", "base.quant_type", "base.double_quant", "method.rank", "method.alpha", "schedule.name"}
+    wanted = {"base.bits", "base.quant_type", "base.double_quant", "optimizer.lr", "method.rank", "method.alpha", "schedule.name"}
     wanted |= {"train.micro_batch", "train.accumulation", "train.tokens", "method.name", "method.width"}
     for path in RECIPES:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -123,6 +123,9 @@ class Method(Table):
         """The methods that it is made of: itself, where it is no combination."""
         return (self,)
 
+    is_mergeable: ClassVar[bool] = True
+    """Whether weights of the base's own shapes can say what it does."""
+
     @property
     def words(self) -> str:
         """What it is called where people read."""

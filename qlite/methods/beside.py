@@ -16,6 +16,8 @@ from qlite.model.blocks import decoder_blocks
 from qlite.model.documents import DOCUMENTS
 from qlite.quant.linear import is_linear
 
+PROMPT = "prompt_embeddings"
+"""The one tensor of PEFT's files of prompts and prefixes."""
 Attend = Callable[..., Tensor]
 """The attention itself: of query, key, value, mask and documents; ``before``: a key and a value that are seen by all."""
 

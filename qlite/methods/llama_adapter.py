@@ -59,6 +59,7 @@ class LlamaAdapter(Method):
     """Gated prompts in the upper blocks."""
 
     name: ClassVar[str] = "llama_adapter"
+    is_mergeable: ClassVar[bool] = False
     length: Annotated[int, Field(ge=1)] = 10
     """Prompt vectors in each block that has them (the paper's K)."""
     first_block: Annotated[int, Field(ge=0)] = 2

@@ -4,14 +4,15 @@ Gao et al. 2023, arXiv:2304.15010, section 4.1: y = s (W x + b), beginning at s 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.methods.base import AdaptedLinear, Targets, adapt_linears, dtype_and_device
-from qlite.methods.llama_adapter import LlamaAdapter
+from qlite.methods.llama_adapter import Gate, LlamaAdapter
 from qlite.methods.whole import train_whole
 from qlite.quant.embedding import is_embedding
 from qlite.quant.linear import is_linear
@@ -46,6 +47,12 @@ class LlamaAdapterV2(LlamaAdapter):
     """Scale and shift of the chosen linears, every norm, and gated prompts in the upper blocks."""
 
     name: ClassVar[str] = "llama_adapter_v2"
+    length: Annotated[int, Field(ge=1)] = 10
+    """Prompt vectors in each block that has them."""
+    first_block: Annotated[int, Field(ge=0)] = 2
+    """The first block that has them, counted from 0; all above have them, too."""
+    gate: Gate = "heads"
+    """"heads": tanh of a number for each head, as in the authors' code; "block": one number for all heads as it is."""
     targets: Targets = "all-linear"
     """Linears that are scaled and shifted: "all-linear", "attention", or a list of layer names or patterns."""
 

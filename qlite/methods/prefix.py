@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.methods.base import Beside, Method
-from qlite.methods.beside import Attend, as_heads, attentions, drawn, dtype_and_place, key_heads, linear, put_beside
+from qlite.methods.beside import PROMPT, Attend, as_heads, attentions, drawn, dtype_and_place, key_heads, linear, put_beside
 from qlite.model.rotation import can_turn, turned
-
-PROMPT = "prompt_embeddings"
-"""The one tensor of PEFT's files of prompts and prefixes."""
 
 
 class Prefix(Beside):
@@ -73,6 +70,7 @@ class PrefixTuning(Method):
     """Learned keys and values before the sequence in every block."""
 
     name: ClassVar[str] = "prefix"
+    is_mergeable: ClassVar[bool] = False
     length: Annotated[int, Field(ge=1)] = 20
     """Keys and values in each block."""
     hidden: Annotated[int, Field(ge=0)] = 512

@@ -1,7 +1,8 @@
 """Prompt tuning: learned vectors before the embedded input, and nothing else.   Lester et al. 2021, arXiv:2104.08691, section 2.
 
-They are no tokens: ids, labels and outputs stay those of the caller. Each document of a packed line begins with them. What decodes with
-a cache has their keys and values in it, so it is as many positions longer than its ids.
+They are no tokens: ids, labels and outputs stay those of the caller. Each document of a packed line begins with them; the lines become one
+for that, so where a family has sliding windows narrower than it, their mask is over all lines together. A cache holds the prompt's keys
+and values, too, so it is as many positions longer than its ids.
 """
 
 import inspect
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlite.errors import ModelError, RecipeError, shown
 from qlite.methods.base import Beside, Method
-from qlite.methods.prefix import PROMPT
+from qlite.methods.beside import PROMPT
 from qlite.model.documents import Documents
 
 COMMONEST = 5000
@@ -42,8 +43,7 @@ class PromptedForward:
         """Return what the decoder gives for the tokens alone."""
         if self.soft.is_off:
             return self.whole(*args, **kwargs)
-        given = self.__signature__.bind_partial(*args, **kwargs)
-        named = {name: value for name, value in given.arguments.items() if name in given.signature.parameters and value is not None}
+        named = self.__signature__.bind_partial(*args, **kwargs).arguments
         rest = next((p.name for p in self.__signature__.parameters.values() if p.kind is p.VAR_KEYWORD), "")
         inputs = {**named, **named.pop(rest, {})}
         cache = inputs.get("past_key_values")
@@ -140,8 +140,9 @@ class PromptTuning(Method):
     """Learned vectors before the embedded input."""
 
     name: ClassVar[str] = "prompt"
+    is_mergeable: ClassVar[bool] = False
     length: Annotated[int, Field(ge=1)] = 20
-    """How many vectors."""
+    """How many vectors stand before the input."""
     text: str | tuple[Annotated[int, Field(ge=0)], ...] = ""
     """A text whose tokens' embeddings they begin as, again and again until all have begun, or its token ids; empty: tokens drawn from the
     vocabulary's first 5,000."""

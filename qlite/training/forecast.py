@@ -39,6 +39,8 @@ from qlite.serving.decoding import largest_passes
 from qlite.training.step import Stepper
 
 LOAD, ATTACH, STEP, OPTIMIZER_STEP, EVALUATION, ANSWERS = "load", "attach", "training", "optimizer", "evaluation", "answers"
+FIRST_OTHERS = 3
+"""Blocks at the bottom that may be others than all above: LLaMA-Adapter leaves the first two as they are."""
 PHASES = (LOAD, ATTACH, STEP, OPTIMIZER_STEP, EVALUATION, ANSWERS)
 """The stretches of a run whose peaks are told apart."""
 
@@ -242,12 +244,15 @@ def _line(short: int, long: int, factor: float) -> int:
 def _short_lengths(blocks: list[nn.Module], config: PreTrainedConfig) -> tuple[int, int, int] | None:
     """Return two numbers of blocks that say what all do, and that of all; None where the model must be traced whole."""
     kinds, count = [_kind(block) for block in blocks], len(blocks)
-    period = next((p for p in range(1, 9) if all(kinds[i] == kinds[i % p] for i in range(count))), None)
-    if period is None or getattr(config, "num_hidden_layers", None) != count:
+    if getattr(config, "num_hidden_layers", None) != count:
         return None
-    # First, last and, in between, at least one whole period.
-    short = count % period + period * -(-(period + 2) // period)
-    return (short, short + period, count) if short + period < count else None
+    for first in range(FIRST_OTHERS + 1):
+        for period in range(1, 9):
+            # Those below the pattern, the first and last of it and, in between, at least one whole period.
+            short = first + (count - first) % period + period * -(-(period + 2) // period)
+            if short + period < count and all(kinds[i] == kinds[i + period] for i in range(first, count - period)):
+                return short, short + period, count
+    return None
 
 
 def _kind(block: nn.Module) -> tuple:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlite.device import MemoryUse, peak_process_bytes
+from qlite.formats.peft import CONFIG, PEFT
 from qlite.streams import clean
 from qlite.training.planning import planned_and_measured
 from qlite.training.run_folder import RunFolder
@@ -56,9 +57,18 @@ def print_summary(run: RunFolder) -> None:
     prompt = clean(_samples(result)[0][0]).replace('"', "'") if _samples(result) else "..."
     path = shlex.quote(str(run.path))
     # Not wrapped: these lines are there to be copied.
-    console.print(f"\nNext:  python -m qlite.export --merge {path}", soft_wrap=True)
-    console.print(f'       python -m qlite.generate {path} --prompt "{prompt}"', soft_wrap=True)
-    console.print(f"       python -m qlite.chat {path}", soft_wrap=True)
+    lines = [f'qlite.generate {path} --prompt "{prompt}"', f"qlite.chat {path}"]
+    if (form := _export_form(run)) is not None:
+        lines = [f"qlite.export {form} {path}", *lines]
+    console.print("\nNext:  " + "\n       ".join(f"python -m {line}" for line in lines), soft_wrap=True)
+
+
+def _export_form(run: RunFolder) -> str | None:
+    """Return how what was trained leaves qlite: merged, as PEFT's files, or not at all."""
+    if run.recipe().method.is_mergeable:
+        return "--merge"
+    is_known_to_peft = any((folder / CONFIG).is_file() for folder in (run.adapter, run.adapter / PEFT))
+    return "--adapter" if is_known_to_peft else None
 
 
 def closing_words(result: dict, path: Path, has_report: bool) -> Iterator[Table | Text]:

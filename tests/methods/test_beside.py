@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlite.errors import RecipeError
 from qlite.formats.peft import CONFIG, PEFT, WEIGHTS, write_adapter
-from qlite.methods import METHODS, Method
+from qlite.methods import METHODS, Combined, Method
 from qlite.methods.base import saved_tensors, trainable_tensors
+from qlite.model.checkpointing import checkpoint_blocks
 from qlite.model.documents import attend_by_documents
 from tests.families import FAMILIES, VOCAB, new_model, saved_folder
 from tests.reference.llama_adapter import adapted_llama
@@ -175,6 +177,34 @@ def test_prefix_tuning_is_two_softmaxes_in_one():
     side.forward = forward
     model(input_ids=IDS)
     torch.testing.assert_close(seen["ours"], seen["out"].transpose(1, 2))
+
+
+# Together with LoRA
+
+
+@pytest.mark.parametrize("name", ["llama_adapter", "prefix", "prompt"])
+def test_beside_lora_checkpointing_changes_no_gradient_and_siblings_stay_joined(name):
+    """LLaMA-Adapter asks k_proj and v_proj once more, for its prompts: what the linears of one input share is not for that one."""
+    found = []
+    for kept in ("everything", "inputs", "attention"):
+        model = tiny_llama()
+        attend_by_documents(model)
+        attached(Combined(parts=(METHODS["lora"](rank=4, dropout=0.1), METHOD_OF[name])), model).train()
+        if kept != "everything":
+            checkpoint_blocks(model, keep_attention=kept == "attention")
+        torch.manual_seed(0)
+        loss_of(model(input_ids=IDS).logits).backward()
+        assert all(block.self_attn.k_proj.siblings is not None for block in model.model.layers)
+        found.append({key: p.grad for key, p in trainable_tensors(model).items()})
+    assert all(grad.abs().sum() > 0 for grad in found[0].values())
+    for key, grad in found[0].items():
+        assert torch.equal(grad, found[1][key]), key
+        assert torch.equal(grad, found[2][key]), key
+
+
+def test_two_modules_beside_one_attention_are_refused():
+    with pytest.raises(RecipeError, match="has one place"):
+        Combined(parts=(METHOD_OF["prefix"], METHOD_OF["llama_adapter"])).attach(exact_llama())
 
 
 # PEFT's files

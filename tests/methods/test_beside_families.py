@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from qlite.errors import ModelError, RecipeError
 from qlite.methods import METHODS
 from qlite.methods.base import adapters_off, trainable_tensors
+from qlite.model import documents
 from qlite.model.checkpointing import checkpoint_blocks
 from qlite.model.documents import DOCUMENTS, attend_by_documents
 from qlite.model.head import hidden_states
@@ -94,6 +95,33 @@ def test_a_packed_document_is_what_it_is_alone(name, family):
         for part in (slice(0, cut), slice(cut, None)):
             alone = hidden_states(model, IDS[row : row + 1, part])
             torch.testing.assert_close(packed[row : row + 1, part], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHOD_OF)
+def test_a_cards_kernel_of_many_documents_is_told_where_each_begins(name, monkeypatch):
+    """In its place, what flash attention documents: causal from the bottom right, each document's queries on its own keys."""
+    calls = []
+
+    def kernel(query, key, value, bounds_q, bounds_k, most_q, most_k, scale=None, **_):
+        calls.append(1)
+        lengths = [bounds.diff().tolist() for bounds in (bounds_q, bounds_k)]
+        assert [max(each) for each in lengths] == [most_q, most_k]
+        out = []
+        for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            later = torch.ones(len(q), len(k), dtype=torch.bool).triu(1 + len(k) - len(q))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+            out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), v))
+        return torch.cat(out)
+
+    positions = torch.tensor([[*range(5), *range(16)], [*range(12), *range(9)]])
+    model = adapted(name, "llama")
+    want = hidden_states(model, IDS, positions)
+    monkeypatch.setattr(documents, "varlen_attn", kernel)
+    monkeypatch.setattr(documents, "_varlen_takes", lambda *_: True)
+    monkeypatch.setattr(documents, "_varlen_options", dict)
+    torch.testing.assert_close(hidden_states(model, IDS, positions), want, atol=1e-5, rtol=1e-4)
+    assert len(calls) == len(model.model.layers)
 
 
 @taken
