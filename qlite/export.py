@@ -261,8 +261,12 @@ def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: R
             raise
         _renew_report(run, out, console)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights, merged over the {audit.onto} base weights"
+    what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights{_over(run, audit)}"
     return Export(out, what, size, audit=audit)
+
+
+def _over(run: RunFolder, audit: Audit) -> str:
+    return "" if run.recipe().method.trains_base else f", merged over the {audit.onto} base weights"
 
 
 def audit_lines(audit: Audit) -> list[str]:
@@ -285,7 +289,7 @@ def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, dev
         audit = write_audited_gguf(_opened(run, device, console), out, file, as_type, how, console)
         _renew_report(run, out, console)
     size = (out / file).stat().st_size
-    return Export(out, f"{format_bytes(size)}, merged over the {audit.onto} base weights", size, out / file, audit)
+    return Export(out, f"{format_bytes(size)}{_over(run, audit)}", size, out / file, audit)
 
 
 def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunConsole) -> Export:

@@ -27,7 +27,7 @@ GGUF, GGUF_ADAPTER = Kind("finetune", None, ("gguf",)), Kind("adapter", None, ("
 
 def model_card(kind: Kind, name: str, base: str, facts: Mapping[str, str], sections: Mapping[str, Sequence[str]], recipe: str) -> str:
     """Return the Markdown text. ``facts``: what is told, by its name; ``sections``: lines by their heading; ``recipe``: TOML."""
-    head = ["---", *([f"library_name: {kind.library}"] if kind.library else []), f"tags: [{', '.join(('qlite', 'lora', *kind.tags))}]"]
+    head = ["---", *([f"library_name: {kind.library}"] if kind.library else []), f"tags: [{', '.join(('qlite', *kind.tags))}]"]
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a hub id, which a hub makes a link of
         head += [f"base_model: {printable(base)}", f"base_model_relation: {kind.relation}"]
     table = ["| | |", "|---|---|", *(f"| {_plain(key)} | {_plain(value)} |" for key, value in facts.items())]

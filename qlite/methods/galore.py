@@ -26,7 +26,8 @@ class GaLore(Method):
     update_every: Annotated[int, Field(ge=1)] = 200
     """Steps for which a projection holds; the next is made of the first gradient after them (T in the paper, algorithm 2)."""
     scale: Annotated[float, Field(gt=0)] = 0.25
-    """Factor on the steps that are projected back (alpha in the paper, algorithm 2): optimizer.lr times this for the chosen linears."""
+    """Factor on the steps that are projected back (alpha in the paper, algorithm 2): the chosen linears move by optimizer.lr times this,
+    the rest by optimizer.lr. The default is the authors' for training from nothing; what is fine-tuned takes more, 1 to 4."""
     targets: Targets = "all-linear"
     """Linears whose gradients are projected: names or patterns as LoRA's. All other weights (embedding, norms ...) are trained plainly."""
 

@@ -65,7 +65,8 @@ def base_name(told: Told) -> str:
 
 def method_words(told: Told) -> str:
     """Return the method and its rank: "LoRA, rank 16"."""
-    name = {"lora": "LoRA"}.get(str(told.key("method.name")), str(told.key("method.name") or "an unknown method"))
+    given = told.key("method.name") or "an unknown method"
+    name = " + ".join("LoRA" if each == "lora" else str(each) for each in (given if isinstance(given, list) else [given]))
     name = "DoRA" if name == "LoRA" and told.key("method.dora") is True else name
     rank = number(told.key("method.rank"))
     return name if rank is None else f"{name}, rank {rank:.0f}"

@@ -1,6 +1,7 @@
 """The model card of what a run exports: the run's own facts, and nothing that names a folder of this machine."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from qlite.formats.card import Kind, model_card
 from qlite.recipe.share import shareable
@@ -13,6 +14,7 @@ def run_card(run: RunFolder, kind: Kind, facts: Mapping[str, str], sections: Map
     recipe = shareable(run.recipe())
     method = f"{recipe.method.words}, rank {recipe.method.rank}" if hasattr(recipe.method, "rank") else recipe.method.words
     own = {"base": recipe.base.model, "method": method, "trained over": f"{recipe.base.bits}-bit weights", **facts, **_reached(run.result)}
+    kind = replace(kind, tags=(*(part.name for part in recipe.method.each), *kind.tags))
     return model_card(kind, run.path.resolve().name, recipe.base.model, own, sections, recipe_toml(recipe))
 
 

@@ -140,5 +140,6 @@ def _may_be_tied(model: nn.Module) -> set[str]:
 
 
 def _card(opened: OpenRun, kind: Kind, weights: str, audit: Audit) -> str:
-    facts = {"merged over": f"the {audit.onto} weights", "weights": weights}
+    over = {} if opened.method.trains_base else {"merged over": f"the {audit.onto} weights"}
+    facts = {**over, "weights": weights}
     return run_card(opened.run, kind, facts, {"How the merge was checked": audit.lines()})

@@ -76,6 +76,7 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_bytes(case, done, tmp_pa
     assert (done / case / "run" / "adapter" / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
     losses = [json.loads(line)["loss"] for line in (done / case / "run" / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     assert losses[-1] < losses[0]
+    assert case.replace("lora", "LoRA") in (done / case / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,6 +100,9 @@ def test_merged_it_answers_as_the_run(case, done, tmp_path):
     assert found.audit.found["dequantised"].kl < 1e-2
     # There is no base in a model that was trained itself, so nothing is said of what training has changed.
     assert (found.audit.base is None) == (found.audit.left is None) == (case in WHOLE)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"tags: [qlite, {case.replace(' + ', ', ')}]" in card
+    assert ("merged over | the dequantised weights" in card) == (", merged over the" in found.what) == (case not in WHOLE)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in MERGED])
