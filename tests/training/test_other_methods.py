@@ -61,6 +61,12 @@ def logits_of(model: nn.Module) -> Tensor:
     return model(input_ids=torch.arange(3, 15).unsqueeze(0)).logits.float()
 
 
+def losses_of(folder: Path) -> list[float]:
+    """Return the loss of each step of the run in ``folder``."""
+    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "lr" in record]
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     """A folder with a finished run of each case."""
@@ -74,9 +80,23 @@ def done(tmp_path_factory) -> Path:
 def test_stopped_and_gone_on_with_it_ends_with_the_same_bytes(case, done, tmp_path):
     again = ran(tmp_path / "stopped", case, 3)
     assert (done / case / "run" / "adapter" / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
-    losses = [json.loads(line)["loss"] for line in (done / case / "run" / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    losses = losses_of(done / case)
     assert losses[-1] < losses[0]
     assert case.replace("lora", "LoRA") in (done / case / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("case", ["bottleneck + lora", slow("ia3"), slow("lora + ia3")])
+def test_with_the_frozen_base_on_the_host_it_ends_with_the_same_bytes(case, done, tmp_path):
+    host = ran(tmp_path / "host", case, memory={"base": "host", "embedding": "host", "saved_inputs": "host"})
+    assert (done / case / "run" / "adapter" / WEIGHTS).read_bytes() == (host / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("case", ["galore", *map(slow, ("full", "ia3", "bottleneck"))])
+def test_packed_and_with_the_mlps_in_tiles_it_learns(case, tmp_path):
+    ran(tmp_path, case, memory={"mlp_chunk": 16, "saved_inputs": "host"}, train={**QUICK, "packing": True, "micro_batch": 1})
+    losses = losses_of(tmp_path)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("case", CASES)
