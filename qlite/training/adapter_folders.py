@@ -7,6 +7,7 @@ from pathlib import Path
 from qlite.errors import AdapterError, QliteError, shown
 from qlite.formats.foreign import ForeignAdapter, read_foreign_adapter
 from qlite.formats.peft import CONFIG
+from qlite.methods.lora import LoRA
 from qlite.methods.low_rank import LowRank
 from qlite.serving.bank import BASE
 from qlite.training.provenance import read_provenance, said_identity
@@ -33,6 +34,11 @@ class Given:
     @cached_property
     def adapter(self) -> ForeignAdapter:
         """What is in the files, read when it is asked for. Raises AdapterError."""
+        if self.run and not isinstance(method := self.run.recipe().method, LoRA):
+            raise AdapterError(
+                f"{self.path}: its method is {method.words}, and only LoRA's adapters stand beside others, are added up or swapped; "
+                f"by itself it answers: python -m qlite.generate {self.path}"
+            )
         return read_foreign_adapter(self.folder)
 
     @cached_property
