@@ -67,6 +67,9 @@ def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
     except ValueError as error:
         raise AdapterError(f"{path}: not JSON ({error})") from error
     rank, alpha = (config.get("r"), config.get("lora_alpha")) if isinstance(config, dict) else (None, None)
+    kind = config.get("peft_type", "LORA") if isinstance(config, dict) else "LORA"
+    if rank is None and kind != "LORA":
+        raise AdapterError(f'{path}: is of PEFT\'s type "{shown(str(kind))}", and among others only LoRA is read; open its run alone')
     if type(rank) is not int or type(alpha) not in (int, float):
         raise AdapterError(f'{path}: "r" and "lora_alpha" must be numbers')
     if rank < 1 or not 0 < alpha <= sys.float_info.max:

@@ -65,8 +65,11 @@ def base_name(told: Told) -> str:
 
 def method_words(told: Told) -> str:
     """Return the method and its rank: "LoRA, rank 16"."""
-    name = {"lora": "LoRA"}.get(str(told.key("method.name")), str(told.key("method.name") or "an unknown method"))
-    name = "DoRA" if name == "LoRA" and told.key("method.dora") is True else name
+    name = str(told.key("method.name") or "an unknown method")
+    name = {"lora": "LoRA", "adalora": "AdaLoRA", "relora": "ReLoRA"}.get(name, name)
+    if name == "LoRA":
+        begun = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(str(told.key("method.init")), name)
+        name = "DoRA" if told.key("method.dora") is True else begun
     rank = number(told.key("method.rank"))
     return name if rank is None else f"{name}, rank {rank:.0f}"
 
