@@ -5,7 +5,7 @@ import torch
 
 from qlite.methods.base import adapted_linears, adapters_off
 from qlite.model.documents import attend_by_documents
-from tests.methods.test_contract import IDS, NO_WAY_BACK, VARIANTS, adapted, storages, variants
+from tests.methods.test_contract import IDS, MOVED_BASE, NO_WAY_BACK, VARIANTS, adapted, storages, variants
 from tests.tiny import tiny_llama
 
 
@@ -26,7 +26,11 @@ def test_inside_it_is_the_base_and_outside_the_adapted_model_bit_for_bit(name, s
     before = logits_of(model)
     assert not torch.equal(before, base)
     with adapters_off(model):
-        assert torch.equal(logits_of(model), base)
+        inside = logits_of(model)
+    if name in MOVED_BASE:  # what the factors began with was taken out of the frozen weight, and is put beside it
+        assert (inside - base).norm() < 0.2 * (before - base).norm()
+    else:
+        assert torch.equal(inside, base)
     assert torch.equal(logits_of(model), before)
 
 
