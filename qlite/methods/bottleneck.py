@@ -61,6 +61,7 @@ class Bottleneck(Method):
     """Small networks behind the sub-layers of the frozen base."""
 
     name: ClassVar[str] = "bottleneck"
+    is_mergeable: ClassVar[bool] = False
     width: Annotated[int, Field(ge=1)] = 64
     """Units of each adapter, which has two matrices of them."""
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"

@@ -15,21 +15,31 @@ BLOCK = 256
 
 @torch.no_grad()
 def prune_moments(state: dict[str, object], part: slice, share: float) -> None:
-    """Set the ``share`` of least magnitude of each moment's numbers ``part`` to zero, in place; 1: all of them.
+    """Set the moments of those ``share`` of the numbers ``part`` whose first moment is smallest to zero, in place; 1: of all of them.
+
+    Both moments of a number are dropped or neither. The authors' code prunes each by itself: a first moment that is left without its
+    second is then divided by Adam's epsilon alone, and where the gradient is zero, as A's is while B is, the step is that of a million.
 
     ``state``: of one flat parameter; what is no moment (the count of steps) stays. Of 8-bit state no other number changes.
     """
+    dropped = None
     for name, eight_bit in MOMENTS.items():
         moment = state.get(name)
         if not isinstance(moment, Tensor):
             continue
-        own = moment.view(-1)[part]
-        if own.dtype == torch.uint8:
-            code, sizes = (state[key] for key in eight_bit)
-            blocks = torch.arange(part.start, part.stop, device=own.device) // BLOCK
-            own[_least(code[own.int()] * sizes[blocks], share)] = int(code.abs().argmin())
-        else:
-            own[_least(own, share)] = 0
+        own, zero = moment.view(-1)[part], 0
+        is_packed = own.dtype == torch.uint8
+        if dropped is None:
+            dropped = _least(_unpacked(state, own, eight_bit, part) if is_packed else own, share)
+        if is_packed:
+            zero = int(state[eight_bit[0]].abs().argmin())
+        own[dropped] = zero
+
+
+def _unpacked(state: dict[str, object], codes: Tensor, names: tuple[str, str], part: slice) -> Tensor:
+    """Return what the 8-bit ``codes`` of the numbers ``part`` stand for, [N] float32."""
+    values, sizes = (state[name] for name in names)
+    return values[codes.int()] * sizes[torch.arange(part.start, part.stop, device=codes.device) // BLOCK]
 
 
 def _least(values: Tensor, share: float) -> Tensor:

@@ -66,8 +66,11 @@ def base_name(told: Told) -> str:
 def method_words(told: Told) -> str:
     """Return the method and its rank: "LoRA, rank 16"."""
     given = told.key("method.name") or "an unknown method"
-    name = " + ".join("LoRA" if each == "lora" else str(each) for each in (given if isinstance(given, list) else [given]))
-    name = "DoRA" if name == "LoRA" and told.key("method.dora") is True else name
+    words = {"lora": "LoRA", "adalora": "AdaLoRA", "relora": "ReLoRA"}
+    name = " + ".join(words.get(str(each), str(each)) for each in (given if isinstance(given, list) else [given]))
+    if name == "LoRA":
+        begun = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(str(told.key("method.init")), name)
+        name = "DoRA" if told.key("method.dora") is True else begun
     rank = number(told.key("method.rank"))
     return name if rank is None else f"{name}, rank {rank:.0f}"
 

@@ -69,9 +69,16 @@ def _base_run(run: str | None, given: list[Given], problems: list[str]) -> RunFo
 
 
 def _notes(given: list[Given], opened: OpenRun) -> list[str]:
-    bits = opened.recipe.base.bits
-    return [
-        f"{each.name}: was trained over {each.run.recipe().base.bits}-bit weights, and answers over {bits}-bit ones"
-        for each in given
-        if each.run and each.run.recipe().base.bits != bits
+    bits, recipes = opened.recipe.base.bits, {each.name: each.run.recipe() for each in given if each.run}
+    told = [
+        f"{name}: was trained over {recipe.base.bits}-bit weights, and answers over {bits}-bit ones"
+        for name, recipe in recipes.items()
+        if recipe.base.bits != bits
+    ]
+    # Its update counts from the original weights; the bank's are those, quantised.
+    begun = {name: recipe.method.init for name, recipe in recipes.items() if getattr(recipe.method, "init", "zero") != "zero"}
+    return told + [
+        f'{name}: was trained over what method.init = "{init}" leaves of the weights, and answers here over the base, not quite as in '
+        "its run"
+        for name, init in begun.items()
     ]

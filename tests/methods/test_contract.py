@@ -70,6 +70,8 @@ UNPACKED_ONLY: dict[str, str] = dict.fromkeys(("full", "galore"), "trains the we
 PACKED_ONLY = dict.fromkeys(("lora, loftq", "lora, loftq in rounds"), "nothing is quantised, so there is no error to begin with")
 # Variants that start nearer to the model in the base's files than its quantised weights are.
 START_NEARER = {"lora, pissa", *PACKED_ONLY}
+# Variants that freeze another weight than the base's: switched off they answer nearly as it does, and nearer to its files.
+MOVED_BASE = {"lora, pissa", "lora, loftq in rounds"}
 # Methods that promise no start as the base model.
 START_ELSEWHERE: set[str] = {"low_rank", "prefix", "prompt"}
 # Methods that train the model's own tensors, so there is no base to go back to.

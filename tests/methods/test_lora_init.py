@@ -74,6 +74,14 @@ def test_the_quick_svd_is_as_good_as_the_exact_one_also_for_quantisation_errors(
             assert best * 0.9999 <= (matrix - 2 * B @ A).norm() <= 1.006 * best
 
 
+def test_a_matrix_of_a_smaller_rank_than_asked_for_has_factors_without_holes():
+    for matrix in (torch.zeros(30, 20), torch.ones(20, 30)):
+        A, B = principal(matrix, 4, 2.0)
+        assert A.isfinite().all()
+        assert B.isfinite().all()
+        torch.testing.assert_close(2 * B @ A, matrix, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("keys", [{"init": "pissa"}, {"init": "loftq"}, {"init": "loftq", "loftq_rounds": 5}], ids=str)
 @pytest.mark.parametrize("storage", ["4 bit", "8 bit"])
 def test_every_linear_begins_nearer_to_its_original_than_its_quantised_weight_is(storage, keys):

@@ -8,12 +8,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from qlite.errors import RecipeError
+from qlite.errors import Diverged, RecipeError
 from qlite.formats.peft import CONFIG, PEFT, write_adapter
 from qlite.methods.base import adapted_linears
 from qlite.methods.relora import ReLoRA
 from qlite.optim.build import Optimizer
 from qlite.quant.linear import dense_weight
+from qlite.training.step import Stepper
 from tests.marks import slow
 from tests.reference.relora import EPS, losses_and_weights
 from tests.tiny import tiny_llama
@@ -136,6 +137,22 @@ def test_peft_reads_it_as_one_lora_of_all_ranks(tmp_path):
     assert json.loads((tmp_path / PEFT / CONFIG).read_text())["r"] == 12
     theirs = PeftModel.from_pretrained(tiny_llama(), tmp_path / PEFT).eval()
     torch.testing.assert_close(theirs(input_ids=BATCHES[0]).logits, model.eval()(input_ids=BATCHES[0]).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_restart_that_is_due_after_a_skipped_step_is_made_all_the_same(tmp_path, monkeypatch):
+    make, made = Stepper.step, []
+
+    def step(stepper: Stepper, *arguments: object) -> object:
+        made.append(make(stepper, *arguments))
+        if len(made) == 2:
+            raise Diverged("planted")
+        return made[-1]
+
+    monkeypatch.setattr(Stepper, "step", step)
+    keys = {"name": "relora", "rank": 2, "resets": 1, "warmup": 1}
+    run(tiny_recipe(tmp_path, method=keys, train={"steps": 4, "exact_match_rows": 0, "eval_every": 0, "max_skipped": 1}))
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in tensors.items() if name.endswith("past_B"))
 
 
 @pytest.mark.parametrize(

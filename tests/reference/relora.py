@@ -46,8 +46,9 @@ def losses_and_weights(
                 A.data = nn.init.kaiming_uniform_(torch.empty_like(A), a=math.sqrt(5), generator=generator)
                 B.data.zero_()
                 for p in (A, B):
-                    for moment in (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]):
-                        least = moment.abs().flatten().sort().values[: round(pruned * moment.numel())]
-                        if len(least):
-                            moment[moment.abs() <= least[-1]] = 0
+                    first = optimizer.state[p]["exp_avg"].abs()
+                    least = first.flatten().sort().values[: round(pruned * first.numel())]
+                    if len(least):
+                        for moment in ("exp_avg", "exp_avg_sq"):
+                            optimizer.state[p][moment][first <= least[-1]] = 0
     return losses, {name: weight.detach() for name, weight in adapted().items()}

@@ -35,7 +35,7 @@ def recipe_of(folder: Path, name: str, out: str = "run"):
     return tiny_recipe(folder, **tables)
 
 
-@pytest.mark.parametrize("name", ["pissa", "adalora", "relora", *map(slow, ("loftq", "loftq in rounds"))])
+@pytest.mark.parametrize("name", ["pissa", *map(slow, ("loftq", "loftq in rounds", "adalora", "relora"))])
 def test_a_run_goes_on_with_the_same_bytes_and_out_as_what_it_learned(name, tmp_path):
     straight = recipe_of(tmp_path, name, "straight")
     run(straight)
@@ -79,7 +79,7 @@ def test_the_base_cache_never_holds_what_a_method_has_left_of_the_weights(tmp_pa
     assert (original_weights(loaded[0])(name) - kept).norm() < 0.2 * kept.norm()
 
 
-@pytest.mark.parametrize("name", ["pissa", "relora", "adalora"])
+@pytest.mark.parametrize("name", ["pissa", *map(slow, ("relora", "adalora"))])
 def test_llama_cpp_gets_the_update_or_a_reason(name, tmp_path):
     run(recipe_of(tmp_path, name))
     if name == "adalora":
