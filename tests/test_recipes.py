@@ -45,7 +45,8 @@ def test_these_are_all_the_recipes():
         "snips",
     ]
     assert len(CARDS) == 11
-    relatives = "adalora bottleneck full galore ia3 llama_adapter llama_adapter_v2 loftq low_rank pissa prefix prompt relora"
+    relatives = "adalora bottleneck dora full galore ia3 llama_adapter llama_adapter_v2 loftq lora lora_bottleneck lora_ia3 lora_plus "
+    relatives += "lora_prefix low_rank pissa prefix prompt relora rslora"
     assert [path.stem for path in BASELINES] == relatives.split()
 
 
@@ -53,7 +54,9 @@ def test_these_are_all_the_recipes():
 def test_a_baseline_is_the_quickstart_with_another_method(path):
     """So that a table of methods is a loop over files: all else that decides is the same, but the storage where weights are trained."""
     own, quickstart = read_recipe(path), read_recipe(ROOT / "recipes" / "quickstart.toml")
-    assert path.stem in (own.method.name, getattr(own.method, "init", None))
+    names = ["_".join(part.name for part in own.method.each), getattr(own.method, "init", None)]
+    names += [key for key in ("dora", "rslora") if getattr(own.method, key, False)]
+    assert path.stem in [*names, *(["lora_plus"] if getattr(own.method, "b_lr_ratio", 1) != 1 else [])]
     assert not own.method.trains_base or own.base.bits == 16
     same = replace(own.base, bits=quickstart.base.bits), replace(own.optimizer, lr=quickstart.optimizer.lr)
     assert same == (quickstart.base, quickstart.optimizer)
@@ -123,9 +126,14 @@ def test_recipes_state_few_defaults():
     for path in RECIPES:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
         recipe = read_recipe(path)
-        for table, values in tables.items():
-            fields = type(getattr(recipe, table)).__dataclass_fields__
-            noise = {f"{table}.{key}" for key, value in values.items() if fields[key].default == value}
+        if isinstance(tables.get("method", {}).get("name"), list):
+            own = tables.pop("method")
+            parts = [("method", own.get(part.name, {}), part) for part in recipe.method.each]
+        else:
+            parts = []
+        for table, values, made in [*parts, *((table, values, getattr(recipe, table)) for table, values in tables.items())]:
+            fields = type(made).__dataclass_fields__
+            noise = {f"{table}.{key}" for key, value in values.items() if key in fields and fields[key].default == value}
             assert noise <= wanted, path.stem
 
 
