@@ -51,6 +51,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 COUNTS = {
     **dict.fromkeys(("dtype", "shard-gib"), ("--merge",)),
     **dict.fromkeys(("onto", "audit-rows", "most-kl"), ("--merge", "--gguf")),
+    "device": ("--merge", "--gguf", "--gguf-adapter"),
 }
 """Options that only some forms of export take, and which."""
 
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     if is_there:
         require_newer(out, run)
     else:
-        done = export(run.path, merge=merge, gguf=args.gguf, adapter=adapter, out=out, device=args.device, force=args.force)
+        done = export(run.path, merge=merge, gguf=args.gguf, adapter=adapter, out=out, device=args.device or "auto", force=args.force)
         for line in done.lines():
             print(line)
     if args.push:
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     most = "nats a token between both beyond which nothing is written (0.1; of less than 8 bits 1)"
     parser.add_argument("--most-kl", type=float, help=most)
     parser.add_argument("--shard-gib", type=float, help=f"largest weight file; by default {SHARD_BYTES / GIB:g}")
-    parser.add_argument("--device", default="auto", help="where to merge: auto, cpu, cuda, cuda:1")
+    parser.add_argument("--device", help="where to merge: auto (unless given), cpu, cuda, cuda:1")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     parser.add_argument(
         "--push", metavar="ORG/NAME", help="send the folder to this repository of the Hugging Face hub; one that exists as it is"

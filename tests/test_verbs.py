@@ -120,6 +120,7 @@ def test_the_adapter_is_written_as_pefts_two_files(finished, tmp_path):
             ["--adapter", "--onto", "original", "--dtype", "fp32", "--most-kl", "0.1"],
             ["--dtype: counts with --merge", "--onto: counts with --merge or --gguf", "--most-kl: counts with --merge or --gguf"],
         ),
+        (["--adapter", "--device", "cpu"], ["--device: counts with --merge or --gguf or --gguf-adapter"]),
         (["--gguf-adapter", "--audit-rows", "0"], ["--audit-rows: counts with --merge or --gguf"]),
         (["--gguf", "q8_0", "--dtype", "fp16", "--shard-gib", "4"], ["--dtype: counts with --merge", "--shard-gib: counts with --merge"]),
     ],

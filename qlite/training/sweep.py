@@ -71,7 +71,7 @@ def begin_sweep(recipes: dict[str, Recipe], fresh: bool, console: SweepConsole) 
 def _train(recipes: dict[str, Recipe], runs: dict[str, RunFolder], fresh: bool, console: SweepConsole) -> None:
     machine = Machine.of(next(iter(recipes.values())))
     rows = {name: read_rows(recipe, console) for name, recipe in recipes.items()}
-    rows, plan = _planned(rows, machine.where, console)
+    rows, plan = planned(rows, machine.where, console)
     meter = JointMeter(machine.where)
     meter.plan = plan
     first = next(iter(rows.values()))
@@ -98,7 +98,7 @@ def _train(recipes: dict[str, Recipe], runs: dict[str, RunFolder], fresh: bool, 
         raise Diverged("; ".join(failed))
 
 
-def _planned(rows: dict[str, Rows], where: torch.device, console: Observer) -> tuple[dict[str, Rows], MemoryPlan | None]:
+def planned(rows: dict[str, Rows], where: torch.device, console: Observer) -> tuple[dict[str, Rows], MemoryPlan | None]:
     """Return ``rows`` with what "auto" chooses for all, and the plan of the joint passes.
 
     Raises:
