@@ -68,7 +68,7 @@ def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
         raise AdapterError(f"{path}: not JSON ({error})") from error
     rank, alpha = (config.get("r"), config.get("lora_alpha")) if isinstance(config, dict) else (None, None)
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if rank is alpha is None and isinstance(kind, str) and kind != "LORA":
+    if rank is None and isinstance(kind, str) and kind != "LORA":
         raise AdapterError(f'{path}: peft_type is {shown(kind)!r}, only "LORA" is read; {WAY_OUT}')
     if type(rank) is not int or type(alpha) not in (int, float):
         raise AdapterError(f'{path}: "r" and "lora_alpha" must be numbers')

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from qlite.errors import AdapterError, shown, some_of
 from qlite.files import make_folder, write_json, write_tensors
 from qlite.given import require_sound_table
-from qlite.methods.base import Method, adapted_linears, saved_tensors, short_names, stand_ins
+from qlite.methods.base import PEFT_PREFIX, Method, adapted_linears, saved_tensors, short_names, stand_ins
 from qlite.methods.lora import LoRA, LoRALinear
 from qlite.methods.low_rank import LowRank
 from qlite.methods.token_rows import RowsEmbedding, RowsLinear
 from qlite.methods.whole import Whole
 
-PREFIX, LORA_A, LORA_B, LENGTHS = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+PREFIX, LORA_A, LORA_B, LENGTHS = PEFT_PREFIX, ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 WEIGHTS, CONFIG, PEFT = "adapter_model.safetensors", "adapter_config.json", "peft"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -46,7 +46,7 @@ def write_adapter(folder: Path, model: nn.Module, method: Method, base_name: str
     found = method.peft(model)
     if found is None and not isinstance(method, LoRA):
         return
-    fields, tensors = ({}, own) if found is None else (found[0], {PREFIX + name: tensor for name, tensor in found[1].items()})
+    fields, tensors = found or ({}, own)
     is_same = tensors.keys() == own.keys()
     place = folder if is_same else folder / PEFT
     if not is_same:

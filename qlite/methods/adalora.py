@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlite.errors import RecipeError
-from qlite.methods.base import AdaptedLinear, Method, Stepping, Targets, adapt_linears, saved_tensors
+from qlite.methods.base import PEFT_PREFIX, AdaptedLinear, Method, Stepping, Targets, adapt_linears, saved_tensors
 from qlite.methods.lora_product import Adapted, lora_products
 from qlite.quant.linear import compute_dtype, is_linear
 
@@ -230,7 +230,7 @@ class AdaLoRA(Method):
             # Masked triplets are in the file with the singular value 0; PEFT wants to hear of some number of steps.
             "total_step": 1,
         }
-        return fields, saved_tensors(model)
+        return fields, {PEFT_PREFIX + name: tensor for name, tensor in saved_tensors(model).items()}
 
 
 def _layers(model: nn.Module) -> Iterator[SVDLinear]:

@@ -21,6 +21,8 @@ from qlite.quant.linear import Packed, compute_dtype, is_linear
 from qlite.table import Table
 
 Targets = str | tuple[str, ...]
+PEFT_PREFIX = "base_model.model."
+"""Before a tensor's name in the model, in PEFT's files of what it puts into a model's layers."""
 Original = Callable[[str], Tensor]
 """Gives a frozen linear's weight [out, in] in float32 as the base's own files have it, by the linear's dotted name in the plain model.
 
@@ -186,7 +188,7 @@ class Method(Table):
         return []
 
     def peft(self, model: nn.Module) -> tuple[dict, dict[str, Tensor]] | None:
-        """Return what is attached in PEFT's format: the fields of its adapter_config.json and its tensors by name, without prefix.
+        """Return what is attached in PEFT's format: the fields of its adapter_config.json and its tensors by their whole names.
 
         None where PEFT has no such type.
         """

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from qlite.errors import RecipeError
-from qlite.methods.base import AdaptedLinear, Method, Targets, adapt_linears, adapted_linears, matches, select_linears, short_names
+from qlite.methods.base import (
+    PEFT_PREFIX,
+    AdaptedLinear,
+    Method,
+    Targets,
+    adapt_linears,
+    adapted_linears,
+    matches,
+    select_linears,
+    short_names,
+)
 
 
 class ScaledLinear(AdaptedLinear):
@@ -74,4 +84,4 @@ class IA3(Method):
             "feedforward_modules": sorted(inner_leaves) if is_told else inner,
             "fan_in_fan_out": False,
         }
-        return config, {f"base_model.model.{name}.ia3_l": module.ia3_l for name, module in scaled.items()}
+        return config, {f"{PEFT_PREFIX}{name}.ia3_l": module.ia3_l for name, module in scaled.items()}

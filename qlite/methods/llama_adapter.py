@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlite.errors import ModelError, RecipeError
-from qlite.methods.base import Beside, Method
+from qlite.methods.base import PEFT_PREFIX, Beside, Method
 from qlite.methods.beside import Attend, as_heads, attentions, drawn, dtype_and_place, key_heads, put_beside
 
 Gate = Literal["heads", "block"]
@@ -99,14 +99,14 @@ class LlamaAdapter(Method):
         names = {module: name for name, module in model.named_modules()}
         tensors = {}
         for attention in places:
-            place = f"base_model.model.{names[attention]}.adaption_"
+            place = f"{PEFT_PREFIX}{names[attention]}.adaption_"
             tensors |= {f"{place}prompt": attention.side.prompt.unsqueeze(0), f"{place}gate": attention.side.gate}
         config = {"peft_type": "ADAPTION_PROMPT", "adapter_len": self.length, "adapter_layers": len(places)}
         return {**config, "target_modules": names[places[0]].rpartition(".")[2]}, tensors
 
     def from_peft(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of ``model``'s prompts that PEFT's ``tensors`` are, by dotted name."""
-        own = {name.removeprefix("base_model.model.").replace(".adaption_", ".side."): tensor for name, tensor in tensors.items()}
+        own = {name.removeprefix(PEFT_PREFIX).replace(".adaption_", ".side."): tensor for name, tensor in tensors.items()}
         return {name: tensor.squeeze(0) if name.endswith(".prompt") else tensor for name, tensor in own.items()}
 
 

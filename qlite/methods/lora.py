@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import RecipeError
-from qlite.methods.base import Method, Original, Targets, adapt_linears, matches, saved_tensors, select_linears
+from qlite.methods.base import PEFT_PREFIX, Method, Original, Targets, adapt_linears, matches, saved_tensors, select_linears
 from qlite.methods.lora_init import BegunLinear, LoftqLinear, LoftqRoundsLinear, PissaLinear, begun_linears
 from qlite.methods.lora_linear import DoRALinear, LoRALinear, join_siblings
 from qlite.methods.low_rank import peft_updates
@@ -133,7 +133,7 @@ class LoRA(Method):
             return None
         fields, tensors = peft_updates({name: layer.update() for name, layer in begun.items()})
         others = {name: tensor for name, tensor in saved_tensors(model).items() if not name.startswith(tuple(f"{each}." for each in begun))}
-        return {**fields, "use_rslora": False}, {**tensors, **others}
+        return {**fields, "use_rslora": False}, {**tensors, **{PEFT_PREFIX + name: tensor for name, tensor in others.items()}}
 
     def scaling_of(self, name: str, rank: int) -> float:
         """Return what B A is multiplied by in the linear with dotted name ``name`` and ``rank``."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlite.methods.base import PEFT_PREFIX
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -57,7 +59,7 @@ def weighted_sum(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
 def peft_updates(updates: dict[str, LowRank]) -> tuple[dict, dict[str, Tensor]]:
     """Return ``updates``, what an adapter adds to each linear by its dotted name, as PEFT's LoRA: fields of its config, and tensors.
 
-    Each linear has a rank and an alpha of its own, so nothing of a scaling has to be rounded into a factor. The names are without prefix.
+    Each linear has a rank and an alpha of its own, so nothing of a scaling has to be rounded into a factor.
     """
     first = next(iter(updates.values()))
     alphas = {name: update.scaling * update.rank for name, update in updates.items()}
@@ -72,7 +74,7 @@ def peft_updates(updates: dict[str, LowRank]) -> tuple[dict, dict[str, Tensor]]:
     tensors = {}
     for name, update in updates.items():
         assert update.lengths is None, "rows' lengths would need DoRA's file"
-        tensors |= {f"{name}.lora_A.weight": update.A, f"{name}.lora_B.weight": update.B}
+        tensors |= {f"{PEFT_PREFIX}{name}.lora_A.weight": update.A, f"{PEFT_PREFIX}{name}.lora_B.weight": update.B}
     return fields, tensors
 
 
