@@ -87,8 +87,6 @@ class Siblings:
 
     def __call__(self, linear: LoRALinear, x: Tensor) -> Tensor:
         """Return what ``linear``, one of them, makes of x."""
-        if self._are_served:  # once in a pass of their parent; what is asked for then (the prompts of LLaMA-Adapter) is another input
-            return lora_products(x, [linear.adapted()], linear.dropped_share)[0]
         if self._x is not x or linear not in self._waiting:
             outputs = lora_products(x, [each.adapted() for each in self.linears], linear.dropped_share)
             self._x, self._waiting = x, dict(zip(self.linears, outputs, strict=True))
@@ -99,8 +97,9 @@ class Siblings:
 
     def parent_is_done(self, _parent: nn.Module, _args: tuple, output: object) -> None:
         """Let go of what nobody has asked for. Called after each forward pass of the parent, with ``output`` None where it failed."""
-        if self._waiting and output is not None:
-            # Not siblings, whatever their names: each is computed for itself from now on.
+        if self._waiting and output is not None and not self._are_served:
+            # Not siblings, whatever their names: each is computed for itself from now on. Where all have been asked for one input, some
+            # may be asked for another (keys and values of LLaMA-Adapter's prompts).
             for linear in self.linears:
                 linear.siblings = None
         self._x, self._waiting, self._are_served = None, {}, False

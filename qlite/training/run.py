@@ -79,6 +79,7 @@ def start(parts: Parts, run: RunFolder, console: Observer, fresh: bool) -> tuple
     run.write_overview({"trained_parameters": trainable_count(parts.model), "parts": overview(parts.data)})
     loggers = Loggers(recipe, run, Broadcast(console, run).note)
     observer = Broadcast(console, run, SpillWatch(console, run), loggers)
+    run.records.may_lose_lines = recipe.output.on_full_disk == "continue"
     state = run.resume(parts.model, parts.optimizer, observer.note)
     run.rotate(recipe.output.keep)  # a kill may have come between a save and this
     for note in parts.notes:

@@ -16,6 +16,7 @@ from qlite.recipe.schema import Recipe
 from qlite.stopping import Stopped, StoppedAtOnce, stopping_softly
 from qlite.training import divergence
 from qlite.training.evaluate import compare_answers, evaluate, sample
+from qlite.training.limits import Limits
 from qlite.training.report import Broadcast, Observer, StepReport, StopWatch, is_due
 from qlite.training.run_folder import UNEVALUATED, RunFolder
 from qlite.training.state import TrainState
@@ -32,14 +33,16 @@ def take_steps(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observe
         Diverged: too many steps in a row could not be made.
     """
     batches = Ahead(parts.batches, parts.steps)
-    run.records.may_lose_lines = recipe.output.on_full_disk == "continue"
     with stopping_softly(partial(announce, observer)) as stop:
         parts.stepper.between = stop.check
         observer = Broadcast(observer, StopWatch(stop.check))
         try:
             state = catch_up(recipe, parts, run, observer, state)
             while goes_on(recipe, parts, observer, state):
-                state = whole_step(recipe, parts, run, observer, state, batches.step(state.step + 1))
+                limits = replace(parts.stepper.limits)
+                # One after the other: what is stopped in an evaluation has made its step.
+                state = advance(recipe, parts, run, observer, state, batches.step(state.step + 1))
+                state = conclude(recipe, parts, run, observer, state, limits)
             stop.check()  # what came during the last step is heard, too
         except StoppedAtOnce:
             raise
@@ -79,16 +82,12 @@ class Begun:
     """A step whose gradients are summed already, together with other runs'."""
 
     loss: Tensor
-    at: float
-    """When its computation began, by ``time.perf_counter``."""
+    seconds: float
+    """That their passes took."""
 
 
-def whole_step(
-    recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch], begun: Begun | None = None
-) -> TrainState:
-    """Make the step after ``state``, with the evaluation and the checkpoint that are due then; return the state then."""
-    limits = replace(parts.stepper.limits)
-    state = advance(recipe, parts, run, observer, state, batches, begun)
+def conclude(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, limits: Limits) -> TrainState:
+    """Make the evaluation and the checkpoint that are due after ``state``; return the state then. ``limits``: those before its step."""
     if is_due(recipe.train.eval_every, state.step, parts.steps):
         state = measure(recipe, parts, run, observer, state)
     # What was learned of the machine is kept at once: it decides how the next steps are cut, and so their bits.
@@ -121,10 +120,10 @@ def is_to_be_saved(recipe: Recipe, parts: "Parts", state: TrainState) -> bool:
 
 
 def advance(
-    recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch], begun: Begun | None
+    recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, state: TrainState, batches: list[Batch], begun: Begun | None = None
 ) -> TrainState:
     """Make the step after ``state``, or skip it where its loss or gradient is no number; return the state then."""
-    plan, step, started = recipe.train, state.step + 1, begun.at if begun else time.perf_counter()
+    plan, step, started = recipe.train, state.step + 1, time.perf_counter() - (begun.seconds if begun else 0.0)
     method, hooked = recipe.method, (parts.model, parts.optimizer, step, parts.steps)
     lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps) * method.lr_factor(step, parts.steps))
     parts.stepper.before_update, seed = partial(method.before_step, *hooked), (plan.seed, step)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qlite.errors import Diverged
+from qlite.files import sweep
 from qlite.lock import held
+from qlite.loggers import require_loggers
 from qlite.memory.plan import MemoryPlan
 from qlite.methods.together import Several, join
 from qlite.methods.views import view_of
@@ -28,6 +30,7 @@ from qlite.training.planning import Planner, work_of
 from qlite.training.report import Observer
 from qlite.training.run import finish, start
 from qlite.training.run_folder import RunFolder
+from qlite.training.run_report import leave_report
 from qlite.training.step import Stepper
 from qlite.training.together import Member, Together, side_by_side, take_steps_together
 
@@ -62,6 +65,10 @@ def begin_sweep(recipes: dict[str, Recipe], fresh: bool, console: SweepConsole) 
         ended = [name for name, run in runs.items() if run.is_finished and not fresh]
         if ended:
             console.note(f"finished already: {', '.join(ended)}. To train them anew: --fresh")
+        for name in ended:
+            if not runs[name].report.exists():  # killed between its result and its report
+                sweep(runs[name].path)
+                leave_report(runs[name], console.note)
         left = {name: recipe for name, recipe in recipes.items() if name not in ended}
         if left:
             _train(left, runs, fresh, console)
@@ -69,6 +76,8 @@ def begin_sweep(recipes: dict[str, Recipe], fresh: bool, console: SweepConsole) 
 
 
 def _train(recipes: dict[str, Recipe], runs: dict[str, RunFolder], fresh: bool, console: SweepConsole) -> None:
+    for recipe in recipes.values():
+        require_loggers(recipe.output.loggers)
     machine = Machine.of(next(iter(recipes.values())))
     rows = {name: read_rows(recipe, console) for name, recipe in recipes.items()}
     rows, plan = planned(rows, machine.where, console)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 
@@ -25,6 +25,7 @@ from qlite.errors import Diverged
 from qlite.methods.together import Groups
 from qlite.model.head import hidden_states, logits_head
 from qlite.offload import sent
+from qlite.recipe.schema import Recipe
 from qlite.stopping import Stopped, StoppedAtOnce, stopping_softly
 from qlite.training import divergence
 from qlite.training.loss import chunked_cross_entropy
@@ -33,7 +34,7 @@ from qlite.training.report import Broadcast, Observer, StopWatch
 from qlite.training.run_folder import RunFolder
 from qlite.training.state import TrainState
 from qlite.training.step import trained_tokens
-from qlite.training.steps import Begun, announce, catch_up, goes_on, save, whole_step
+from qlite.training.steps import Begun, advance, announce, catch_up, conclude, goes_on, save
 
 
 @dataclass(eq=False)
@@ -49,6 +50,10 @@ class Member:
     """Which of the joint model's groups its rows are."""
     is_done: bool = False
     failed: Diverged | None = None
+
+    def given(self) -> tuple[Recipe, Parts, RunFolder, Observer, TrainState]:
+        """Return what the functions of a single run take."""
+        return self.parts.recipe, self.parts, self.run, self.observer, self.state
 
     def goes_on(self) -> bool:
         """Return whether it has a step to make; its observer hears why not, once."""
@@ -71,12 +76,12 @@ class Together:
 
     def begin(self, members: Sequence[Member], work: Sequence[list[Batch]]) -> dict[Member, Begun]:
         """Sum the gradients of ``work``, a step's micro-batches for each member. Those that are left out make their step alone."""
-        begun: dict[Member, Begun] = {}
+        losses: dict[Member, Tensor] = {}
         pairs, at = list(zip(members, work, strict=True)), time.perf_counter()
         while len(pairs) > 1 and self.most > 1:
             now, pairs = pairs[: self.most], pairs[self.most :]
             with device.Attempt() as attempt, self.stepping():
-                begun |= {member: Begun(loss, at) for member, loss in self._summed(now).items()}
+                losses |= self._summed(now)
             if attempt.ran_out:
                 for member, _ in now:
                     member.parts.optimizer.zero_grad()
@@ -84,7 +89,10 @@ class Together:
                 pairs, self.most = now + pairs, math.ceil(len(now) / 2)
                 alone = "each run alone" if self.most == 1 else f"at most {self.most} runs"
                 self.tell(f"out of memory in a pass of {len(now)} runs together: from now on {alone} in a pass")
-        return begun
+        if losses and self.device.type == "cuda":
+            torch.stack(list(losses.values())).cpu()  # waits for the passes, whose time is told
+        seconds = time.perf_counter() - at
+        return {member: Begun(loss, seconds) for member, loss in losses.items()}
 
     def _summed(self, pairs: Sequence[tuple[Member, list[Batch]]]) -> dict[Member, Tensor]:
         """Add to each member's gradients that of the mean loss over its step's trained tokens; return these losses."""
@@ -163,7 +171,7 @@ def take_steps_together(members: Sequence[Member], together: Together, observer:
             for member in members:
                 member.parts.optimizer.zero_grad()
                 if member.state.step:
-                    save(member.parts.recipe, member.parts, member.run, member.observer, member.state)
+                    save(*member.given())
             steps = ", ".join(f"{member.name} after step {member.state.step}" for member in members)
             observer.note(f"stopped by {stopped.name}: {steps}")
             raise
@@ -172,20 +180,24 @@ def take_steps_together(members: Sequence[Member], together: Together, observer:
 def _all_steps(members: Sequence[Member], together: Together) -> None:
     ahead = {member: Ahead(member.parts.batches, member.parts.steps) for member in members}
     for member in members:
-        member.state = catch_up(member.parts.recipe, member.parts, member.run, member.observer, member.state)
+        member.state = catch_up(*member.given())
     while going := [member for member in members if member.failed is None and member.goes_on()]:
         step = min(member.state.step for member in going)
         now = [member for member in going if member.state.step == step]
         work = [ahead[member].step(step + 1) for member in now]
-        begun = together.begin(now, work)
+        begun, limits = together.begin(now, work), [replace(member.parts.stepper.limits) for member in now]
+        # First all their steps: what is stopped in an evaluation has made its step, and no step's time holds another's evaluation.
         for member, batches in zip(now, work, strict=True):
             try:
-                given = (member.parts.recipe, member.parts, member.run, member.observer, member.state, batches)
-                member.state = whole_step(*given, begun.get(member))
+                with nullcontext() if member in begun else together.stepping():
+                    member.state = advance(*member.given(), batches, begun.get(member))
             except Diverged as error:
                 member.failed = error
                 member.parts.optimizer.zero_grad()
                 member.observer.note(f"ends here, and the others go on: {error}")
+        for member, before in zip(now, limits, strict=True):
+            if member.failed is None:
+                member.state = conclude(*member.given(), before)
     for member in members:
         if member.failed is None:
             try:

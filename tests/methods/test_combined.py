@@ -123,8 +123,8 @@ class Heard(Method):
 def test_every_hook_reaches_every_part_and_what_they_say_is_put_together():
     first, second = Heard(log=[], ratio=2.0), Heard(log=[], ratio=3.0)
     both = Combined(parts=(first, second, LoRA(b_lr_ratio=16)))
-    both.start(None, None)
-    both.settle(None, None)
+    both.start(nn.Module(), None)
+    both.settle(nn.Module(), None)
     both.before_step(None, None, 1, 2)
     both.after_step(None, None, 1, 2)
     assert first.log == second.log == ["start", "settle", "before", "after"]

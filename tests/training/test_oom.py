@@ -19,7 +19,7 @@ from qlite.hashes import sha256
 from qlite.methods.base import trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.optim.build import FlatOptimizer, Optimizer
-from qlite.training import run as train
+from qlite.training import parts
 from qlite.training.limits import Limits
 from qlite.training.run_folder import RunFolder
 from qlite.training.step import Stepper, StepResult
@@ -56,7 +56,7 @@ class Accident:
 
     def put_into(self, monkeypatch: pytest.MonkeyPatch) -> "Accident":
         """Let the next run's stepper have this accident."""
-        monkeypatch.setattr(train, "Stepper", lambda model, *rest: self.watch(Stepper(model, *rest)))
+        monkeypatch.setattr(parts, "Stepper", lambda model, *rest: self.watch(Stepper(model, *rest)))
         return self
 
     def watch(self, stepper: Stepper) -> Stepper:
@@ -339,7 +339,7 @@ def test_answers_that_run_out_of_memory_are_the_same_answers(tmp_path, monkeypat
             model.register_forward_pre_hook(hook, with_kwargs=True)
             return Stepper(model, *rest)
 
-        monkeypatch.setattr(train, "Stepper", watched)
+        monkeypatch.setattr(parts, "Stepper", watched)
         return run(recipe_of(tmp_path / name, PLAIN, train={**PLAIN["train"], **ANSWERS}))
 
     free, small = answers("free", 99), answers("small", 1)

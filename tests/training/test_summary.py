@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from qlite.device import MemoryUse
+from qlite.recipe.read import build_recipe
+from qlite.recipe.write import recipe_toml
 from qlite.training.report import EvalReport
 from qlite.training.run_folder import RunFolder
 from qlite.training.state import TrainState
@@ -21,6 +23,12 @@ def result_of(memory: MemoryUse, measured: dict[str, int] | None = None, planned
     told, plan = ({phase: {"bytes": size} for phase, size in (sizes or {}).items()} for sizes in (measured, planned))
     compared = {"planned": {"phases": plan} if planned else None, "measured": told}
     return summarise([record], memory, compared, "", TrainState(step=1))
+
+
+@pytest.fixture(autouse=True)
+def recipe_of_the_run(tmp_path):
+    tables = {"base": {"model": "x"}, "data": {"train": "x.jsonl"}, "train": {"steps": 1}}
+    (tmp_path / "recipe.toml").write_text(recipe_toml(build_recipe(tables, "test")))
 
 
 def peak_row(result: dict, folder: Path, capsys) -> str:
