@@ -17,6 +17,7 @@ report and its checkpoints, and goes on where it was stopped. python -m qlite.re
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from qlite.verb import run_verb
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> None:
         prog="python -m qlite.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", type=Path, help="a TOML file, for example recipes/sweeps/ranks.toml")
-    parser.add_argument("overrides", nargs="*", help="table.key=value, put over every run's recipe")
+    parser.add_argument("overrides", nargs="*", help="table.key=value, put over the recipe that all share")
     parser.add_argument("--fresh", action="store_true", help="delete the runs of that sweep first, instead of going on with them")
     args = parser.parse_intermixed_args(argv)
     # Imported only now: torch and transformers take seconds, and --help does without.
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
         exact = f"{answers['exact']} of {answers['rows']}" if answers else "-"
         print(f"{name:<{width}}  {_number(result['eval_loss']):>13}  {_number(result['last_loss']):>9}  {exact:>13}")
     folder = next(iter(runs.values())).path.parent
-    print(f"\nNext:  python -m qlite.report {' '.join(str(run.path) for run in runs.values())} --out {folder / 'report.html'}")
+    paths = shlex.join([str(run.path) for run in runs.values()])
+    print(f"\nNext:  python -m qlite.report {paths} --out {shlex.quote(str(folder / 'report.html'))}")
 
 
 def _number(value: float | None) -> str:

@@ -45,6 +45,7 @@ class WeightsAndBiases(Logger):
                 dir=run.folder,
                 config=run.config,
                 settings=self._settings(),
+                reinit="create_new",  # several runs trained together each have one of their own
             )
         # Of a run that was only written down the server knows nothing.
         return self._run.starting_step - 1 if kept and not self._is_offline() else EVERYTHING

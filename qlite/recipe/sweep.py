@@ -28,7 +28,7 @@ SHARED = ("base.", "memory.", "parallel.", "train.packing", "train.accumulation"
 
 
 def read_sweep(path: Path, overrides: list[str]) -> dict[str, Recipe]:
-    """Return the recipe of each run of the sweep in ``path``, by the run's name; ``overrides`` are put over all of them.
+    """Return the recipe of each run of the sweep in ``path``, by the run's name; ``overrides`` are put over the recipe that all share.
 
     Each run's folder is runs/, the sweep file's name, and the run's.
 
@@ -36,7 +36,9 @@ def read_sweep(path: Path, overrides: list[str]) -> dict[str, Recipe]:
         RecipeError: with every problem: file, key, value seen, fix.
     """
     tables = parse_toml(path)
-    problems = [f"{shown(key)}: a sweep has {' and '.join(KEYS)}, and no such key" for key in tables.keys() - set(KEYS)]
+    if "runs" not in tables and "base" in tables:
+        raise RecipeError(f"this is a recipe, and a sweep is wanted; to train it: python -m qlite.train {path}", str(path))
+    problems = [f"{shown(key)}: a sweep has {' and '.join(KEYS)}, and no such key" for key in tables if key not in KEYS]
     given, runs = tables.get("recipe"), tables.get("runs")
     if not isinstance(given, str) or not given:
         problems.append('recipe: is not given; say which recipe all runs share: recipe = "../quickstart.toml"')
@@ -47,10 +49,15 @@ def read_sweep(path: Path, overrides: list[str]) -> dict[str, Recipe]:
     base, found = (path.parent / given).resolve(), {}
     if not base.is_file():
         raise RecipeError(f"recipe = {toml_value(given)}: there is no file {base}", str(path))
+    given_here = {text.partition("=")[0].strip() for text in overrides}
     for name, keys in runs.items():
         try:
-            changes = _changes(name, keys) | {"output.dir": f"runs/{path.stem}/{name}"}
-            found[name] = read_recipe(base, overrides, changes)
+            changes = _changes(name, keys)
+            if both := [key for key in changes if key in given_here]:
+                raise RecipeError([f"{key}: is set for this run and on the command line, too; leave it out of one" for key in both])
+            if "output.dir" in {*changes, *given_here}:
+                raise RecipeError(f"output.dir: a sweep's runs stand in runs/{path.stem}, each under its name; leave it out")
+            found[name] = read_recipe(base, overrides, {**changes, "output.dir": f"runs/{path.stem}/{name}"})
         except RecipeError as error:
             problems += [f"[runs.{name}] {problem}" for problem in error.problems]
     problems = problems or _clashes(found)

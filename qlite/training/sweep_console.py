@@ -21,7 +21,8 @@ class SweepLines:
         self._width = max(map(len, names))
         self._said: set[str] = set()
         self._reports: dict[str, StepReport] = {}
-        self._began: float | None = None
+        self._began: tuple[float, int] | None = None
+        """When the first step began, and its number."""
 
     def __enter__(self) -> "SweepLines":
         self._lines.__enter__()
@@ -55,21 +56,22 @@ class SweepLines:
         if any(report.step != each.step for each in self._reports.values()):
             self._print_step()
         self._reports[name] = report
-        self._began = self._began or time.monotonic() - report.seconds
+        self._began = self._began or (time.monotonic() - report.seconds, report.step)
 
     def _print_step(self) -> None:
         reports, self._reports = self._reports, {}
         if not reports:
             return
-        first = next(iter(reports.values()))
-        if first.step not in (1, first.steps) and first.step % -(-first.steps // MOST_STEPS_SHOWN):
+        first, steps = next(iter(reports.values())), max(report.steps for report in reports.values())
+        began, number = self._began
+        if first.step not in (number, steps) and first.step % -(-steps // MOST_STEPS_SHOWN):
             return
         seconds = max(report.seconds for report in reports.values())
-        tokens, passed = sum(report.tokens for report in reports.values()), time.monotonic() - self._began
-        left = format_seconds(passed / first.step * (first.steps - first.step))
+        tokens, passed = sum(report.tokens for report in reports.values()), time.monotonic() - began
+        left = format_seconds(passed / (first.step - number + 1) * (steps - first.step))
         losses = "  ".join(f"{name} {report.loss:.4f}" for name, report in reports.items())
         speed = f"{tokens / max(seconds, 1e-9):,.0f} tok/s  memory {format_bytes(first.memory.used)}  left {left}"
-        self._lines.note(f"step {first.step}/{first.steps}  loss  {losses}  {speed}")
+        self._lines.note(f"step {first.step}/{steps}  loss  {losses}  {speed}")
 
 
 class _OneRun(Observer):

@@ -1,6 +1,7 @@
 """Runs that are trained together are what each is alone: losses, adapters, folders; stopped, they go on; one that fails ends alone."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from qlite.errors import Diverged, MachineError, RecipeError
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.sweep import read_sweep
-from qlite.training import together
+from qlite.training import sweep, together
 from qlite.training.run_folder import RunFolder
 from qlite.training.sweep import begin_sweep
 from tests.tiny_run import STEPS, Watcher, run, save_rows, tiny_tables
@@ -103,6 +104,63 @@ def test_stopped_they_go_on_to_the_same_end(tmp_path, stop_after):
         assert_alike(tmp_path / "straight" / name, tmp_path / "stopped" / name)
 
 
+class StopIn(Watcher):
+    """Stops the process, as Ctrl-C does, while ``name`` is evaluated after ``step``."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self._stop_in = step
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        if name == "evaluate" and self.steps and self.steps[-1].step == self._stop_in and self._stop_in:
+            self._stop_in = 0
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_in_an_evaluation_loses_no_step_of_any_run(tmp_path):
+    together_in(tmp_path, "straight", output={"save_every": 0})
+    console = Console()
+    console.runs["r2"] = StopIn(3)
+    recipes = {name: recipe_of(tmp_path, "stopped", name, kind, output={"save_every": 0}) for name, kind in KINDS.items()}
+    with pytest.raises(KeyboardInterrupt):
+        begin_sweep(recipes, False, console)
+    assert "r4 after step 3, r2 after step 3, other after step 3" in console.notes[-1]
+    console = together_in(tmp_path, "stopped", output={"save_every": 0})
+    assert [step.step for step in console.runs["r4"].steps] == [4, 5, 6]
+    for name in KINDS:
+        assert_alike(tmp_path / "straight" / name, tmp_path / "stopped" / name)
+
+
+def test_all_make_their_step_before_any_is_evaluated(tmp_path, monkeypatch):
+    """So no step's time holds another run's evaluation."""
+    seen = []
+    for name in ("advance", "conclude"):
+        real = getattr(together, name)
+        monkeypatch.setattr(together, name, lambda *given, real=real, name=name: seen.append(name) or real(*given))
+    together_in(tmp_path)
+    assert seen == [*(4 * (3 * ["advance"] + 3 * ["conclude"])), *(2 * (2 * ["advance"] + 2 * ["conclude"]))]
+
+
+def test_records_may_lose_lines_where_a_full_disk_ends_nothing(tmp_path, monkeypatch):
+    seen = []
+    finish = sweep.finish
+    monkeypatch.setattr(sweep, "finish", lambda parts, run, *rest: seen.append(run.records.may_lose_lines) or finish(parts, run, *rest))
+    together_in(tmp_path, output={"on_full_disk": "continue"})
+    assert seen == [True, True, True]
+
+
+def test_a_run_that_is_left_alone_is_measured_too(tmp_path):
+    together_in(tmp_path, kinds={"r4": KINDS["r4"]})
+    assert "training" in json.loads((tmp_path / "all" / "r4" / "memory.json").read_text())["measured"]
+
+
+def test_a_run_killed_between_its_result_and_its_report_gets_one(tmp_path):
+    together_in(tmp_path, kinds={"r4": KINDS["r4"]})
+    (tmp_path / "all" / "r4" / "report.html").unlink()
+    together_in(tmp_path, kinds={"r4": KINDS["r4"]})
+    assert (tmp_path / "all" / "r4" / "report.html").is_file()
+
+
 def test_finished_runs_are_left_as_they_are(tmp_path):
     together_in(tmp_path, kinds={"r4": KINDS["r4"]})
     before = (tmp_path / "all" / "r4" / "result.json").read_bytes()
@@ -166,6 +224,25 @@ def sweep_file(folder: Path, text: str) -> Path:
     path = folder / "ranks.toml"
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("method.rank=3", "method.rank: is set for this run and on the command line, too; leave it out of one"),
+        ("output.dir=elsewhere", "output.dir: a sweep's runs stand in runs/ranks, each under its name; leave it out"),
+    ],
+)
+def test_what_a_command_line_could_not_do_is_refused(tmp_path, override, problem):
+    with pytest.raises(RecipeError) as caught:
+        read_sweep(sweep_file(tmp_path, SWEEP), [override])
+    assert any(problem in each for each in caught.value.problems), caught.value.problems
+
+
+def test_a_recipe_is_no_sweep(tmp_path):
+    sweep_file(tmp_path, SWEEP)
+    with pytest.raises(RecipeError, match="this is a recipe, and a sweep is wanted"):
+        read_sweep(tmp_path / "tiny.toml", [])
 
 
 def test_a_sweep_file_is_its_recipe_with_each_runs_keys_over_it(tmp_path):
