@@ -81,9 +81,12 @@ UNMERGEABLE: set[str] = {"bottleneck", "prefix", "prompt", "llama_adapter", "lla
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 # What differs from another variant by its keys alone.
-LATER = {"ia3, all linears", "bottleneck, pfeiffer", "galore, some linears", "ia3 + lora + bottleneck"}
+LATER = {
+    *("lora, rslora", "lora, alphas", "lora, loftq in rounds", "ia3, all linears", "bottleneck, pfeiffer", "galore, some linears"),
+    *("ia3 + lora + bottleneck", "low_rank, autoencoder", "low_rank, lora", "prefix, no MLP", "prompt, text", "llama_adapter, one gate"),
+}
 variants = pytest.mark.parametrize("name", [slow(name) if name in LATER else name for name in VARIANTS])
-storages = pytest.mark.parametrize("storage", STORAGES)
+storages = pytest.mark.parametrize("storage", [slow(storage) if storage == "8 bit" else storage for storage in STORAGES])
 
 
 def adapted(name: str, storage: str = "16 bit", moved: bool = True) -> nn.Module:

@@ -57,8 +57,9 @@ def done(tmp_path_factory) -> Callable[[str], Path]:
     return folder_of
 
 
-# In the default suite each method alone; two together with -m slow.
-cases = pytest.mark.parametrize("case", [slow(case) if "+" in case else case for case in CASES])
+# In the default suite the two that others build on; the rest with -m slow.
+FIRST = ("prefix", "prompt")
+cases = pytest.mark.parametrize("case", [case if case in FIRST else slow(case) for case in CASES])
 
 
 @cases
@@ -80,7 +81,7 @@ MOVED = {
 
 @pytest.mark.parametrize(
     ("case", "keys"),
-    [(case, keys) if keys == "packed" and "+" not in case else slow(case, keys) for case in CASES for keys in MOVED],
+    [(case, keys) if keys == "packed" and case in FIRST else slow(case, keys) for case in CASES for keys in MOVED],
 )
 def test_a_run_measures_what_was_planned(case, keys, tmp_path):
     changes = {**MOVED[keys], "memory": {"plan": "tell", **MOVED[keys].get("memory", {})}}

@@ -15,6 +15,7 @@ from qlite.recipe.sweep import read_sweep
 from qlite.training import sweep, together
 from qlite.training.run_folder import RunFolder
 from qlite.training.sweep import begin_sweep
+from tests.marks import slow
 from tests.tiny_run import STEPS, Watcher, run, save_rows, tiny_tables
 
 KINDS = {
@@ -64,8 +65,9 @@ def assert_alike(one: Path, other: Path) -> None:
 WAYS = {"rows": {}, "packed": {"train": {"packing": True}}, "attention": {"memory": {"checkpointing": "attention"}}}
 
 
-@pytest.mark.parametrize("more", WAYS.values(), ids=WAYS)
-def test_each_is_what_it_is_alone(tmp_path, more):
+@pytest.mark.parametrize("way", ["rows", slow("packed"), slow("attention")])
+def test_each_is_what_it_is_alone(tmp_path, way):
+    more = WAYS[way]
     console = together_in(tmp_path, **more)
     for name, kind in KINDS.items():
         alone = run(recipe_of(tmp_path, "alone", name, kind, **more))
@@ -93,7 +95,7 @@ def test_their_rows_go_through_the_base_in_one_pass(tmp_path, monkeypatch):
     assert seen == 4 * 3 * [7] + 2 * 3 * [4]  # micro-batches of 2, 2 and 3 rows, until the shorter run is done
 
 
-@pytest.mark.parametrize("stop_after", [1, 4])
+@pytest.mark.parametrize("stop_after", [slow(1), 4])
 def test_stopped_they_go_on_to_the_same_end(tmp_path, stop_after):
     together_in(tmp_path, "straight")
     with pytest.raises(KeyboardInterrupt):
@@ -187,6 +189,7 @@ def test_where_memory_runs_out_each_makes_its_step_alone_and_the_end_is_the_same
         assert_alike(tmp_path / "enough" / name, tmp_path / "little" / name)
 
 
+@pytest.mark.slow
 def test_one_whose_loss_is_no_number_ends_and_the_others_go_on(tmp_path):
     bad = {"method": {"rank": 2, "alpha": 1e38}, "optimizer": {"lr": 10.0}, "train": {"max_skipped": 0}}
     kinds = {"good": KINDS["r4"], "bad": bad}
@@ -278,6 +281,7 @@ def test_what_is_wrong_with_a_sweep_is_said_by_file_run_key_and_fix(tmp_path, te
     assert any(problem in each for each in caught.value.problems), caught.value.problems
 
 
+@pytest.mark.slow
 def test_runs_may_have_rows_of_their_own(tmp_path):
     tiny_tables(tmp_path)
     save_rows(tmp_path / "more.jsonl", 30, seed=9)
