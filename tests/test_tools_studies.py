@@ -109,6 +109,14 @@ def test_llama_7b_has_its_known_parameters():
     assert (total, trained) == (6_738_415_616, 4_194_304)
 
 
+def test_a_name_that_no_model_has_is_refused_with_those_there_are(capsys):
+    with pytest.raises(RecipeError, match="--only foo: no model is called so; there are GPT-3 175B, LLaMA-7B"):
+        counts.main(["--only", "foo"])
+    with pytest.raises(RecipeError, match="--rank 0: should be 1 or more"):
+        counts.main(["--rank", "0"])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.slow
 def test_the_plan_of_what_lasts_is_arithmetic_too(capsys):
     config = type(counts.models()["LLaMA-7B"])(
