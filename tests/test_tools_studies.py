@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from qlite.memory import terms
 from tests.tiny_run import tiny_tables
 from tools import low_rank_from_scratch as scratch
 from tools import parameter_counts as counts
-from tools import rank_study
+from tools import rank_study, start_errors
 
 # Low rank from scratch
 
@@ -172,3 +174,30 @@ def test_a_rank_study_refuses_what_makes_no_sense(recipe, tmp_path):
     )
     with pytest.raises(RecipeError, match='method.name = "low_rank": this study is of LoRA'):
         rank_study.main([str(other), "--out", str(tmp_path)])
+
+
+# How near PiSSA and LoftQ begin
+
+
+def test_both_ways_begin_nearer_to_the_original_at_every_rank(recipe, capsys):
+    start_errors.main([str(recipe), "--ranks", "2", "8", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].strip() for line in lines] == [
+        "smaller by, %",
+        *(f"{way}, rank {rank}" for rank in (2, 8) for way in start_errors.WAYS),
+    ]
+    whole = [float(line.split()[-2]) for line in lines[1:]]
+    assert 0 < whole[0] < whole[3]
+
+
+def test_what_cannot_begin_is_refused_before_a_weight_is_read(recipe, tmp_path):
+    with pytest.raises(RecipeError, match="--ranks 100: method.rank: 100 is more than .* can have"):
+        start_errors.main([str(recipe), "--ranks", "4", "100"])
+    with pytest.raises(RecipeError, match="--ranks 0: should be 1 or more"):
+        start_errors.main([str(recipe), "--ranks", "0"])
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        start_errors.main([str(tmp_path / "none.toml")])
+    command = [sys.executable, start_errors.__file__, str(tmp_path / "none.toml")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
