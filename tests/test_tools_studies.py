@@ -14,6 +14,7 @@ import torch
 
 from qlite.errors import DataError, RecipeError, RunError
 from qlite.memory import terms
+from qlite.recipe.read import read_recipe
 from tests.tiny_run import tiny_tables
 from tools import low_rank_from_scratch as scratch
 from tools import parameter_counts as counts
@@ -174,6 +175,30 @@ def test_a_rank_study_refuses_what_makes_no_sense(recipe, tmp_path):
     )
     with pytest.raises(RecipeError, match='method.name = "low_rank": this study is of LoRA'):
         rank_study.main([str(other), "--out", str(tmp_path)])
+    with pytest.raises(RecipeError) as error:
+        rank_study.main([str(recipe), "--ranks", "1", "64", "--sets", "q", "qv", "--budget", "40", "--out", str(tmp_path)])
+    assert [problem.partition(" is more than")[0] for problem in error.value.problems] == [
+        "--budget 40: method.rank: 40", "--sets qv --ranks 64: method.rank: 64"
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_study_is_of_the_quickstart_by_default_and_a_quick_one_has_a_folder_of_its_own():
+    assert rank_study.arguments([]).recipe == Path("recipes/quickstart.toml")
+    assert rank_study.arguments([]).out != rank_study.arguments(["--quick"]).out
+    assert rank_study.arguments(["--quick", "--out", "x"]).out == Path("x")
+    given = rank_study.arguments(["my.toml", "--ranks", "8", "8", "4", "--seeds", "2", "train.steps=3"])
+    assert (given.recipe, given.overrides, given.ranks) == (Path("my.toml"), ["train.steps=3"], (8, 4))
+
+
+def test_a_run_of_another_recipe_is_refused_with_flags_that_the_tool_has(recipe, tmp_path):
+    quick = read_recipe(recipe).having(rank_study.QUICK)
+    trained = rank_study.train_point(quick, ("q", 1), 256, 1, tmp_path)
+    assert trained.parameters == 256
+    with pytest.raises(RunError, match="holds a run of another recipe") as error:
+        rank_study.train_point(quick.having({"optimizer.lr": 1e-3}), ("q", 1), 256, 1, tmp_path)
+    assert "choose another --out, or delete that folder" in str(error.value)
+    assert "--fresh" not in str(error.value)
 
 
 # How near PiSSA and LoftQ begin
