@@ -71,8 +71,8 @@ def test_its_parameters_are_those_of_two_thin_matrices_and_the_biases():
 
 
 def test_the_same_seed_trains_to_the_same_accuracy(pictures):
-    training, test = scratch.read_pictures(pictures)
-    settings = scratch.Settings(1, 32, 1e-3, 480)
+    training, test = scratch.scaled(scratch.read_raw(pictures))
+    settings = scratch.Settings(1, 32, 1e-3, 480, "")
     one, same = (scratch.train("autoencoder", 4, 1, settings, training, test) for _ in range(2))
     assert one == same
 
@@ -92,6 +92,45 @@ def test_it_refuses_a_folder_without_the_data_and_other_settings(pictures, tmp_p
     scratch.main(command)
     with pytest.raises(RunError, match="choose another --out"):
         scratch.main([*command, "--lr", "0.1"])
+
+
+def copied(pictures: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_it_refuses_trainings_of_other_data_of_the_same_size(pictures, tmp_path):
+    other, out = copied(pictures, tmp_path / "other"), ["--out", str(tmp_path / "out"), "--ranks", "1", "--epochs", "1", "--seeds", "1"]
+    scratch.main(["--data", str(other), *out])
+    packed = other / "t10k-labels-idx1-ubyte.gz"
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    scratch.main(["--data", str(other), *out])  # the same, unpacked
+    save_idx(other / "t10k-labels-idx1-ubyte", torch.arange(200).flip(0) % 10, 2049)
+    with pytest.raises(RunError, match="choose another --out"):
+        scratch.main(["--data", str(other), *out])
+
+
+def test_damaged_files_and_labels_of_no_class_are_told_together(pictures, tmp_path):
+    folder = copied(pictures, tmp_path / "damaged")
+    packed = folder / "t10k-labels-idx1-ubyte.gz"
+    content = bytearray(packed.read_bytes())
+    content[12:24] = b"\xff" * 12
+    packed.write_bytes(content)
+    save_idx(folder / "train-labels-idx1-ubyte", torch.arange(480) % 11, 2049)
+    with pytest.raises(DataError) as error:
+        scratch.main(["--data", str(folder), "--out", str(tmp_path / "out")])
+    assert "train-labels-idx1-ubyte: has a label 10, and there are 10 classes, 0 to 9" in str(error.value)
+    assert "t10k-labels-idx1-ubyte.gz: cannot be read" in str(error.value)
+
+
+def test_a_rank_that_is_named_twice_counts_once(pictures, tmp_path, capsys):
+    command = ["--data", str(pictures), "--out", str(tmp_path), "--ranks", "1", "1", "--epochs", "1", "--seeds", "1"]
+    scratch.main(command)
+    assert "3/3  autoencoder rank 1" in capsys.readouterr().out
+    assert "±" not in (tmp_path / "table.csv").read_text(encoding="utf-8")
 
 
 # The paper's counts
