@@ -33,6 +33,7 @@ from qlite.calls import called
 from qlite.errors import AdapterError, RecipeError, RunError, some_of
 from qlite.files import new_folder, write_json, write_text
 from qlite.formats.peft import CONFIG
+from qlite.methods.lora import LoRA
 from qlite.methods.low_rank import LowRank
 from qlite.model.load import Base
 from qlite.model.originals import original_weights
@@ -127,7 +128,7 @@ def _found(first: Given, second: Given | None, phase: Progress) -> Findings:
     """Return what the files of one adapter say, and of both together."""
     updates, notes = _updates(first)
     if second is None:
-        return study(first.name, updates, partial(phase, "spectra"), first.base_name, notes)
+        return _studied(first, updates, phase, notes)
     others, more = _updates(second)
     _require_alike(first, second, updates, others)
     notes += [f"{line}; what they share may be of the base's, not of theirs" for line in contradictions([first, second], BASE_KEYS)]
@@ -135,8 +136,20 @@ def _found(first: Given, second: Given | None, phase: Progress) -> Findings:
     alone = [name for name in {**updates, **others} if not (name in updates and name in others)]
     if alone:
         notes.append(f"only one of the two changes {some_of(alone, 3)}: not compared")
-    found = study(first.name, updates, partial(phase, "spectra"), first.base_name, [*notes, *more])
+    found = _studied(first, updates, phase, [*notes, *more])
     return replace(found, other=second.name, overlaps=compare(updates, others, partial(phase, "compare")))
+
+
+def _studied(given: Given, updates: dict[str, LowRank], phase: Progress, notes: list[str]) -> Findings:
+    found = study(given.name, updates, partial(phase, "spectra"), given.base_name, notes)
+    is_doubled = "No rank is advised: the update is of twice the rank that was trained, and says nothing of the rank that is needed"
+    return replace(found, no_rank=is_doubled if _doubling_inits(given) else "")
+
+
+def _doubling_inits(given: Given) -> list[str]:
+    """Return the first values with which an adapter's update is told in twice its rank: what is there, less what it began as."""
+    methods = given.run.recipe().method.each if given.run is not None else ()
+    return [method.init for method in methods if isinstance(method, LoRA) and method.init != "zero"]
 
 
 def _same_seed(first: Given, second: Given) -> list[str]:
@@ -165,6 +178,9 @@ def _updates(given: Given) -> tuple[dict[str, LowRank], list[str]]:
     updates = replace(held, whole={}, rows={}, embeddings={}).updates(given.folder)
     if any(update.lengths is not None for update in updates.values()):
         notes.append(f"{given.name}: is DoRA; these figures are of s B A alone, without the lengths that it gives to rows")
+    for init in _doubling_inits(given):
+        begun = f'{given.name}: began as a part of the weights (method.init = "{init}"), so its update is what it is now less what it was'
+        notes.append(f"{begun}, a pair of twice the rank that was trained")
     return updates, notes
 
 

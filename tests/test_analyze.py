@@ -114,6 +114,20 @@ def test_what_is_left_out_is_said(folder):
     assert len(found.amplified) == 14
 
 
+def test_no_rank_is_read_off_a_pair_of_twice_the_rank(folder, tmp_path):
+    method = {"rank": 4, "init": "pissa", "dropout": 0.0}
+    run(tiny_recipe(folder, method=method, train=FEW, output={"dir": str(folder / "begun")}))
+    found = analyze(folder / "begun", out=tmp_path / "study", quiet=True).findings
+    assert {each.rank for each in found.linears} == {8}
+    assert 'began as a part of the weights (method.init = "pissa")' in found.notes[0]
+    assert "twice the rank" in found.notes[0]
+    assert not any("method.rank =" in line for line in found.advice())
+    assert "twice the rank" in found.advice()[0]
+    plain = analyze(folder / "r4", folder / "begun", quiet=True).findings
+    assert any("twice the rank" in note for note in plain.notes)
+    assert "method.rank" in plain.advice()[0]
+
+
 def test_without_out_nothing_is_written(folder):
     before = sorted(folder.rglob("*"))
     analyze(folder / "r4", base=True, quiet=True)

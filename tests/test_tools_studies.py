@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ import torch
 
 from qlite.errors import DataError, RecipeError, RunError
 from qlite.memory import terms
+from qlite.recipe.read import read_recipe
 from tests.tiny_run import tiny_tables
 from tools import low_rank_from_scratch as scratch
 from tools import parameter_counts as counts
-from tools import rank_study
+from tools import rank_study, start_errors
 
 # Low rank from scratch
 
@@ -68,8 +71,8 @@ def test_its_parameters_are_those_of_two_thin_matrices_and_the_biases():
 
 
 def test_the_same_seed_trains_to_the_same_accuracy(pictures):
-    training, test = scratch.read_pictures(pictures)
-    settings = scratch.Settings(1, 32, 1e-3, 480)
+    training, test = scratch.scaled(scratch.read_raw(pictures))
+    settings = scratch.Settings(1, 32, 1e-3, 480, "")
     one, same = (scratch.train("autoencoder", 4, 1, settings, training, test) for _ in range(2))
     assert one == same
 
@@ -91,6 +94,45 @@ def test_it_refuses_a_folder_without_the_data_and_other_settings(pictures, tmp_p
         scratch.main([*command, "--lr", "0.1"])
 
 
+def copied(pictures: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_it_refuses_trainings_of_other_data_of_the_same_size(pictures, tmp_path):
+    other, out = copied(pictures, tmp_path / "other"), ["--out", str(tmp_path / "out"), "--ranks", "1", "--epochs", "1", "--seeds", "1"]
+    scratch.main(["--data", str(other), *out])
+    packed = other / "t10k-labels-idx1-ubyte.gz"
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    scratch.main(["--data", str(other), *out])  # the same, unpacked
+    save_idx(other / "t10k-labels-idx1-ubyte", torch.arange(200).flip(0) % 10, 2049)
+    with pytest.raises(RunError, match="choose another --out"):
+        scratch.main(["--data", str(other), *out])
+
+
+def test_damaged_files_and_labels_of_no_class_are_told_together(pictures, tmp_path):
+    folder = copied(pictures, tmp_path / "damaged")
+    packed = folder / "t10k-labels-idx1-ubyte.gz"
+    content = bytearray(packed.read_bytes())
+    content[12:24] = b"\xff" * 12
+    packed.write_bytes(content)
+    save_idx(folder / "train-labels-idx1-ubyte", torch.arange(480) % 11, 2049)
+    with pytest.raises(DataError) as error:
+        scratch.main(["--data", str(folder), "--out", str(tmp_path / "out")])
+    assert "train-labels-idx1-ubyte: has a label 10, and there are 10 classes, 0 to 9" in str(error.value)
+    assert "t10k-labels-idx1-ubyte.gz: cannot be read" in str(error.value)
+
+
+def test_a_rank_that_is_named_twice_counts_once(pictures, tmp_path, capsys):
+    command = ["--data", str(pictures), "--out", str(tmp_path), "--ranks", "1", "1", "--epochs", "1", "--seeds", "1"]
+    scratch.main(command)
+    assert "3/3  autoencoder rank 1" in capsys.readouterr().out
+    assert "±" not in (tmp_path / "table.csv").read_text(encoding="utf-8")
+
+
 # The paper's counts
 
 
@@ -107,6 +149,14 @@ def test_gpt_3_has_the_parameters_of_its_shapes_and_lora_the_papers_on_queries_a
 def test_llama_7b_has_its_known_parameters():
     total, trained = counts.parameters(counts.models()["LLaMA-7B"], 8)
     assert (total, trained) == (6_738_415_616, 4_194_304)
+
+
+def test_a_name_that_no_model_has_is_refused_with_those_there_are(capsys):
+    with pytest.raises(RecipeError, match="--only foo: no model is called so; there are GPT-3 175B, LLaMA-7B"):
+        counts.main(["--only", "foo"])
+    with pytest.raises(RecipeError, match="--rank 0: should be 1 or more"):
+        counts.main(["--rank", "0"])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
@@ -164,3 +214,54 @@ def test_a_rank_study_refuses_what_makes_no_sense(recipe, tmp_path):
     )
     with pytest.raises(RecipeError, match='method.name = "low_rank": this study is of LoRA'):
         rank_study.main([str(other), "--out", str(tmp_path)])
+    with pytest.raises(RecipeError) as error:
+        rank_study.main([str(recipe), "--ranks", "1", "64", "--sets", "q", "qv", "--budget", "40", "--out", str(tmp_path)])
+    assert [problem.partition(" is more than")[0] for problem in error.value.problems] == [
+        "--budget 40: method.rank: 40", "--sets qv --ranks 64: method.rank: 64"
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_study_is_of_the_quickstart_by_default_and_a_quick_one_has_a_folder_of_its_own():
+    assert rank_study.arguments([]).recipe == Path("recipes/quickstart.toml")
+    assert rank_study.arguments([]).out != rank_study.arguments(["--quick"]).out
+    assert rank_study.arguments(["--quick", "--out", "x"]).out == Path("x")
+    given = rank_study.arguments(["my.toml", "--ranks", "8", "8", "4", "--seeds", "2", "train.steps=3"])
+    assert (given.recipe, given.overrides, given.ranks) == (Path("my.toml"), ["train.steps=3"], (8, 4))
+
+
+def test_a_run_of_another_recipe_is_refused_with_flags_that_the_tool_has(recipe, tmp_path):
+    quick = read_recipe(recipe).having(rank_study.QUICK)
+    trained = rank_study.train_point(quick, ("q", 1), 256, 1, tmp_path)
+    assert trained.parameters == 256
+    with pytest.raises(RunError, match="holds a run of another recipe") as error:
+        rank_study.train_point(quick.having({"optimizer.lr": 1e-3}), ("q", 1), 256, 1, tmp_path)
+    assert "choose another --out, or delete that folder" in str(error.value)
+    assert "--fresh" not in str(error.value)
+
+
+# How near PiSSA and LoftQ begin
+
+
+def test_both_ways_begin_nearer_to_the_original_at_every_rank(recipe, capsys):
+    start_errors.main([str(recipe), "--ranks", "2", "8", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].strip() for line in lines] == [
+        "smaller by, %",
+        *(f"{way}, rank {rank}" for rank in (2, 8) for way in start_errors.WAYS),
+    ]
+    whole = [float(line.split()[-2]) for line in lines[1:]]
+    assert 0 < whole[0] < whole[3]
+
+
+def test_what_cannot_begin_is_refused_before_a_weight_is_read(recipe, tmp_path):
+    with pytest.raises(RecipeError, match="--ranks 100: method.rank: 100 is more than .* can have"):
+        start_errors.main([str(recipe), "--ranks", "4", "100"])
+    with pytest.raises(RecipeError, match="--ranks 0: should be 1 or more"):
+        start_errors.main([str(recipe), "--ranks", "0"])
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        start_errors.main([str(tmp_path / "none.toml")])
+    command = [sys.executable, start_errors.__file__, str(tmp_path / "none.toml")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr

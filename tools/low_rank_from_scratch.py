@@ -13,10 +13,12 @@ a stopped study goes on, and another rank or seed only adds its own. It writes t
 import argparse
 import csv
 import gzip
+import hashlib
 import io
 import json
 import struct
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +51,8 @@ class Settings:
     lr: float
     rows: int
     """Of the training set."""
+    data: str
+    """What tells these pictures and classes from others."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,10 @@ def main(argv: list[str]) -> None:
     if bad:
         raise RecipeError(bad)
     torch.set_num_threads(args.threads)
-    training, test = read_pictures(args.data)
-    settings = Settings(args.epochs, args.batch, args.lr, len(training.labels))
-    each_seed = [(FULL, 0), *((kind, rank) for rank in args.ranks for kind in KINDS)]
+    raw = read_raw(args.data)
+    training, test = scaled(raw)
+    settings = Settings(args.epochs, args.batch, args.lr, len(training.labels), digest(raw))
+    each_seed = [(FULL, 0), *((kind, rank) for rank in dict.fromkeys(args.ranks) for kind in KINDS)]
     wanted = [(kind, rank, seed) for seed in range(args.seeds) for kind, rank in each_seed]
     found = study(args.out, settings, wanted, training, test)
     rows = table(found)
@@ -102,8 +107,8 @@ def main(argv: list[str]) -> None:
     draw(found, args.out / "accuracy.png")
 
 
-def read_pictures(folder: Path) -> tuple[Pictures, Pictures]:
-    """Return training and test pictures, both with the training set's mean taken off and divided by its deviation.
+def read_raw(folder: Path) -> dict[str, list[Tensor]]:
+    """Return images [N, 28, 28] and labels [N] of the training and the test set, uint8 as they lie in ``folder``.
 
     Raises:
         DataError: the folder has not the four idx files, or one is none; all of it at once.
@@ -115,6 +120,21 @@ def read_pictures(folder: Path) -> tuple[Pictures, Pictures]:
             problems.append(f"{folder}: {part} has {len(images)} images and {len(labels)} labels")
     if problems:
         raise DataError("\n".join([*problems, f"install it with: apt-get install dataset-fashion-mnist (it goes to {DEBIAN})"]))
+    return raw
+
+
+def digest(raw: dict[str, list[Tensor]]) -> str:
+    """Return what tells these images and labels from any others, packed or not."""
+    whole = hashlib.sha256()
+    for images, labels in raw.values():
+        whole.update(f"{list(images.shape)}".encode())
+        whole.update(images.numpy())
+        whole.update(labels.numpy())
+    return whole.hexdigest()[:16]
+
+
+def scaled(raw: dict[str, list[Tensor]]) -> tuple[Pictures, Pictures]:
+    """Return training and test pictures, both with the training set's mean taken off and divided by its deviation."""
     scale, center = raw["train"][0].float().std(), raw["train"][0].float().mean()
     made = [Pictures((images.float().flatten(1) - center) / scale, labels.long()) for images, labels in raw.values()]
     return made[0], made[1]
@@ -134,12 +154,15 @@ def _read_idx(folder: Path, name: str, what: str, problems: list[str]) -> Tensor
     except struct.error:
         problems.append(f"{path}: is no idx file of {what}: it has {path.stat().st_size} bytes")
         return None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         problems.append(f"{path}: cannot be read: {error}")
         return None
     values = content[4 + 4 * dimensions :]
     if magic != MAGIC[what] or len(values) != torch.Size(sizes).numel() or (what == "images" and sizes[1] * sizes[2] != WIDTHS[0]):
         problems.append(f"{path}: is no idx file of {what}: it begins with {magic} {sizes} and has {len(values)} bytes of them")
+        return None
+    if what == "labels" and values and (largest := max(values)) >= WIDTHS[-1]:
+        problems.append(f"{path}: has a label {largest}, and there are {WIDTHS[-1]} classes, 0 to {WIDTHS[-1] - 1}")
         return None
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(sizes)
 

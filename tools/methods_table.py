@@ -5,14 +5,17 @@
 
 A row of the table is a file of recipes/baselines: its [method], its [optimizer] and the base's bits; rows, steps and base are the task's.
 So a new method is in the table as soon as it has a recipe. Each run is one like any other, under --out, and each is measured in a process
-of its own; what is finished is not done again. Without --only all methods are taken, with it those named.
+of its own; what is finished is not done again, and what was made with other settings is refused before anything is trained. Without
+--only all methods are taken, with it those named. A recipe's relative paths are, as always, of the folder in which this is called.
 
 Time for a token: greedy decoding with a cache after 32 random tokens, the adapter on and off in turns, in one process; 1.00 is the base's.
-Of full training and GaLore, whose base is gone, it is not told: their model has the base's shape.
+Of full training and GaLore, whose base is gone, it is not told: their model has the base's shape. The share is of the base's numbers,
+in whatever bits they are stored, a tensor that is embedding and head once.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,11 +24,12 @@ from pathlib import Path
 
 import torch
 from latency import answer, random_ids
+from parameter_counts import dense_count
 
-from qlite.errors import MachineError, RecipeError
+from qlite.errors import MachineError, RecipeError, RunError
 from qlite.evaluate import evaluate
 from qlite.files import write_json, write_text
-from qlite.methods.base import adapters_off
+from qlite.methods.base import adapters_off, is_itself_trained
 from qlite.recipe.keys import toml_value
 from qlite.recipe.read import parse_toml, read_recipe
 from qlite.training.open_run import open_run
@@ -53,6 +57,36 @@ class Task:
     """Held-out rows that are answered."""
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One method on one task with one seed, and where it is kept."""
+
+    method: str
+    task: Task
+    seed: int
+    out: Path
+
+    @property
+    def run(self) -> Path:
+        """Its run folder."""
+        return self.out / f"{self.method}-{self.task.name}-{self.seed}"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that it is trained by."""
+        return self.out / f"{self.run.name}.toml"
+
+    @property
+    def settings(self) -> Path:
+        """What its figures are made with."""
+        return self.out / f"{self.run.name}.settings.json"
+
+    @property
+    def figures(self) -> Path:
+        """What was measured."""
+        return self.run / "figures.json"
+
+
 def main(argv: list[str]) -> None:
     """Train, measure and print; or, with --one, measure a single finished run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,60 +104,92 @@ def main(argv: list[str]) -> None:
         return
     if (args.data is None) == (args.recipe is None):
         raise RecipeError("give the folder with e2e_nlg and snips_nlu, or a --recipe")
+    if bad := [f"--{key} {getattr(args, key)}: should be 1 or more" for key in ("steps", "rows", "seeds") if getattr(args, key) < 1]:
+        raise RecipeError(bad)
     names = sorted(path.stem for path in BASELINES.glob("*.toml"))
     if unknown := set(args.only or ()) - set(names):
         raise RecipeError(f"--only {' '.join(sorted(unknown))}: recipes/baselines has {', '.join(names)}")
-    own = args.recipe and Task(args.recipe.stem, args.recipe, {}, "", ("exact_match", "rouge_l"), args.rows)
-    tasks = [own] if own else real_tasks(args.data, args.out, args.rows)
+    out = args.out.resolve()
+    own = args.recipe and Task(args.recipe.stem, args.recipe.resolve(), {}, "", ("exact_match", "rouge_l"), args.rows)
+    tasks = [own] if own else real_tasks(args.data.resolve(), out, args.rows)
+    planned = [Planned(name, task, seed, out) for name in dict.fromkeys(args.only or names) for task in tasks for seed in range(args.seeds)]
+    prepare(planned, args.steps)
     found = []
-    for name in args.only or names:
-        for task in tasks:
-            for seed in range(args.seeds):
-                print(f"{name}, {task.name}, seed {seed} ...", flush=True)
-                found.append({"method": name, "task": task.name, "seed": seed, **one_run(name, task, seed, args.steps, args.out)})
-                write_json(args.out / "methods.json", found)
+    for each in planned:
+        print(f"{each.method}, {each.task.name}, seed {each.seed} ...", flush=True)
+        found.append({"method": each.method, "task": each.task.name, "seed": each.seed, **one_run(each)})
+        write_json(out / "methods.json", found)
     text = table(found, tasks)
-    write_text(args.out / "methods.md", text)
+    write_text(out / "methods.md", text)
     print(text)
 
 
-def one_run(name: str, task: Task, seed: int, steps: int, out: Path) -> dict:
-    """Train ``name`` on ``task`` and measure it, each in a process of its own; return the figures. What is there is not done again."""
-    run = out / f"{name}-{task.name}-{seed}"
-    figures = run / "figures.json"
-    if figures.exists():
-        return json.loads(figures.read_text(encoding="utf-8"))
-    recipe = recipe_of(name, task, seed, steps, run, out)
-    _run([sys.executable, "-m", "qlite.train", str(recipe)], run)
-    _run([sys.executable, __file__, "--one", str(run), task.test, ",".join(task.metrics), "--rows", str(task.rows)], run)
-    return json.loads(figures.read_text(encoding="utf-8"))
+def prepare(planned: list[Planned], steps: int) -> None:
+    """Write the recipe of every run, and beside it what its figures are made with.
+
+    Raises:
+        RunError: a run is there that was made with something else; all of them at once, and nothing is written.
+        RecipeError: one of the recipes is wrong.
+    """
+    wanted = [{"rows": each.task.rows, "test": each.task.test, "recipe": recipe_text(each, steps)} for each in planned]
+    refused = [line for each, settings in zip(planned, wanted, strict=True) if (line := _other_settings(each, settings))]
+    if refused:
+        more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
+        raise RunError("\n".join(refused[:5]) + f"{more}\nchoose another --out, or delete these runs and their settings")
+    for each, settings in zip(planned, wanted, strict=True):
+        write_text(each.recipe, settings["recipe"])
+        read_recipe(each.recipe)  # what is wrong with it is said now
+        write_json(each.settings, settings)
+
+
+def _other_settings(planned: Planned, settings: dict) -> str:
+    """Return in words what a run that is there was made with, where that is not ``settings``; empty where it is, or there is none."""
+    if not planned.run.exists():
+        return ""
+    if not planned.settings.is_file():
+        return f"{planned.run}: does not say what it was made with"
+    before = json.loads(planned.settings.read_text(encoding="utf-8"))
+    told = [f"{key} {before[key]}, now {settings[key]}" for key in ("rows", "test") if before[key] != settings[key]]
+    old, new = (each["recipe"].splitlines() for each in (before, settings))
+    gone, come = [line for line in old if line not in new], [line for line in new if line not in old]
+    told += [f"{', '.join(gone) or 'nothing'}, now {', '.join(come) or 'nothing'}"] if old != new else []
+    return f"{planned.run}: was made with {'; '.join(told)}" if told else ""
+
+
+def one_run(planned: Planned) -> dict:
+    """Train and measure what is ``planned``, each in a process of its own; return the figures. What is there is not done again."""
+    if not planned.figures.exists():
+        task, run = planned.task, planned.run
+        _run([sys.executable, "-m", "qlite.train", str(planned.recipe)], run)
+        _run([sys.executable, __file__, "--one", str(run), task.test, ",".join(task.metrics), "--rows", str(task.rows)], run)
+    return json.loads(planned.figures.read_text(encoding="utf-8"))
 
 
 def _run(command: list[str], run: Path) -> None:
     log = run.with_suffix(".log")
+    # Not cwd=ROOT: a recipe's relative paths are of the folder in which the tool was called.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with log.open("a", encoding="utf-8") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, cwd=ROOT).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, env=env).returncode
     if code:
         raise MachineError(f"{run.name}: ended with exit code {code}; what it said is in {log}")
 
 
-def recipe_of(name: str, task: Task, seed: int, steps: int, run: Path, out: Path) -> Path:
-    """Write the recipe of ``name`` on ``task`` and return its path: method, optimizer and bits are the baseline's, all else the task's."""
-    own, common = parse_toml(BASELINES / f"{name}.toml"), parse_toml(task.recipe)
+def recipe_text(planned: Planned, steps: int) -> str:
+    """Return the recipe of what is ``planned``: method, optimizer and bits are the baseline's, all else the task's."""
+    own, common = parse_toml(BASELINES / f"{planned.method}.toml"), parse_toml(planned.task.recipe)
     tables = {**common, **{key: own[key] for key in ("method", "optimizer") if key in own}}
     bits = {key: value for key, value in own["base"].items() if key.endswith("bits")}
     tables["base"] = {**{key: value for key, value in common["base"].items() if not key.endswith("bits")}, **bits}
     packing = own.get("train", {}).get("packing", False)
-    changes = {"train.steps": steps, "train.seed": seed, "schedule.warmup_steps": max(1, steps // 10), "output.dir": str(run.resolve())}
-    changes |= {"train.exact_match_rows": 0, "train.eval_every": 0, "train.packing": packing, "output.save_every": 0, **task.changes}
+    changes = {"train.steps": steps, "train.seed": planned.seed, "schedule.warmup_steps": max(1, steps // 10)}
+    changes |= {"train.exact_match_rows": 0, "train.eval_every": 0, "train.packing": packing, "output.save_every": 0}
+    changes |= {"output.dir": str(planned.run), **planned.task.changes}
     for key, value in changes.items():
         table, _, leaf = key.partition(".")
         tables.setdefault(table, {})[leaf] = value
     lines = [line for table, keys in tables.items() for line in _toml([table], keys)]
-    path = out / f"{run.name}.toml"
-    write_text(path, "\n".join(lines) + "\n")
-    read_recipe(path)  # what is wrong with it is said now
-    return path
+    return "\n".join(lines) + "\n"
 
 
 def _toml(place: list[str], keys: dict) -> list[str]:
@@ -139,7 +205,7 @@ def measure_one(folder: Path, test: str, metrics: list[str], rows: int) -> None:
     found = evaluate(folder, data=test or None, metrics=metrics, rows=rows, base=False, quiet=True).comparison
     scores = {name: score.value for name, score in found.adapter.scores.items()}
     opened = open_run(run, "cpu", lambda *_: None)
-    size = opened.base.model.num_parameters()
+    size = dense_count(opened.base.model)
     opened.attach()
     steps = [each["seconds"] for each in run.records.read() if each["kind"] == "step"]
     figures = {
@@ -157,7 +223,12 @@ def measure_one(folder: Path, test: str, metrics: list[str], rows: int) -> None:
 
 
 def token_time(model: torch.nn.Module, batch: int) -> dict[str, float] | None:
-    """Return the median seconds for a new token, and the ratio to the base's in the same rounds: median, lowest, highest."""
+    """Return the median seconds for a new token, and the ratio to the base's in the same rounds: median, lowest, highest.
+
+    None where the base is gone.
+    """
+    if is_itself_trained(model):
+        return None
     ids = random_ids(model, batch, PROMPT, torch.device("cpu"))
     own, base = [], []
     for _ in range(ROUNDS + 1):

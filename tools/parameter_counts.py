@@ -14,8 +14,9 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from qlite.errors import RecipeError
 from qlite.memory import terms
 from qlite.memory.ledger import Peak
 from qlite.methods.base import trainable_count
@@ -78,10 +79,15 @@ def parameters(config: PreTrainedConfig, rank: int) -> tuple[int, int]:
     """Return how many numbers the model has, a tensor that is embedding and head once, and how many LoRA of ``rank`` trains."""
     recipe = recipe_of(rank, 2, 16)
     model = recipe.base.empty(config, torch.device("cpu")).requires_grad_(False)
-    tied = set(model.all_tied_weights_keys)
-    total = sum(torch.Size(shape).numel() for name, shape in dense_shapes(model).items() if name not in tied)
+    total = dense_count(model)
     recipe.method.attach(model)
     return total, trainable_count(model)
+
+
+def dense_count(model: PreTrainedModel) -> int:
+    """Return how many numbers ``model`` has that is not adapted yet, in whatever bits; a tensor that is embedding and head once."""
+    tied = set(model.all_tied_weights_keys)
+    return sum(torch.Size(shape).numel() for name, shape in dense_shapes(model).items() if name not in tied)
 
 
 def recipe_of(rank: int, tokens: int, bits: int) -> Recipe:
@@ -144,12 +150,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
     args = parser.parse_args(argv)
-    for name, config in models().items():
-        if args.only.lower() in name.lower():
-            found = count(config, args.rank, args.tokens)
-            show(name, found, args.rank, args.tokens)
-            if name.startswith("GPT-3") and args.rank == 4:
-                print(differences(found))
+    if bad := [f"--{key} {value}: should be 1 or more" for key, value in (("rank", args.rank), ("tokens", args.tokens)) if value < 1]:
+        raise RecipeError(bad)
+    chosen = {name: config for name, config in models().items() if args.only.lower() in name.lower()}
+    if not chosen:
+        raise RecipeError(f"--only {args.only}: no model is called so; there are {', '.join(models())}")
+    for name, config in chosen.items():
+        found = count(config, args.rank, args.tokens)
+        show(name, found, args.rank, args.tokens)
+        if name.startswith("GPT-3") and args.rank == 4:
+            print(differences(found))
 
 
 if __name__ == "__main__":

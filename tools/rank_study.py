@@ -1,12 +1,13 @@
 """Which matrices should LoRA adapt, and in what rank? Tables 5 and 6 of its paper (Hu et al. 2021, arXiv:2106.09685) on any recipe.
 
-    python tools/rank_study.py recipes/quickstart.toml --out build/rank_study     # 8 sets of matrices, ranks 1 to 64: hours on a CPU
+    python tools/rank_study.py                            # recipes/quickstart.toml, 8 sets of matrices, ranks 1 to 64: hours on a CPU
     python tools/rank_study.py recipes/snips.toml --sets q qv all --ranks 1 8 --seeds 3
-    python tools/rank_study.py recipes/quickstart.toml --quick                            # 4 steps each: only that it works
+    python tools/rank_study.py --quick                    # 4 steps each, in a folder of its own: only that it works
 
 First part, table 6: every set in every rank. Second part, table 5: every set in the rank that gives it as many trained parameters as
 queries and values have in rank --budget, as near as a whole rank comes. alpha / rank is the recipe's in all, so that only the rank differs;
 all else is the recipe's, too. Each training is a run in the folder: a stopped study goes on, and a larger one trains only what it lacks.
+A rank that a set cannot have is refused before the first of them.
 It prints and writes table.csv, and rank_study.png where matplotlib is there.
 """
 
@@ -19,7 +20,7 @@ from statistics import mean, stdev
 
 import torch
 
-from qlite.errors import MachineError, RecipeError
+from qlite.errors import MachineError, RecipeError, RunError
 from qlite.files import make_folder, write_text
 from qlite.methods.base import trainable_count
 from qlite.methods.lora import LoRA
@@ -43,6 +44,9 @@ SETS = {
 }
 RANKS = (1, 2, 4, 8, 64)
 QUICK = {"train.steps": 4, "train.epochs": None, "schedule.warmup_steps": 1, "train.exact_match_rows": 0}
+QUICKSTART, OUT, QUICK_OUT = Path("recipes/quickstart.toml"), Path("build/rank_study"), Path("build/rank_study_quick")
+FLAGS = {"another output.dir": "another --out", "start afresh with --fresh": "delete that folder"}
+"""What a training's refusal tells to give or to do, and what that is here."""
 QUICK_SETS, QUICK_RANKS = ("q", "qv", "all"), (1, 4)
 
 
@@ -69,8 +73,8 @@ class Point:
 
 def main(argv: list[str]) -> None:
     """Train what the folder lacks, print both tables, write them and the picture."""
-    args = _parser().parse_args(argv)
-    sets, ranks = args.sets or (QUICK_SETS if args.quick else tuple(SETS)), args.ranks or (QUICK_RANKS if args.quick else RANKS)
+    args = arguments(argv)
+    sets, ranks = args.sets, args.ranks
     if problems := [f"--{key} {value}: should be 1 or more" for key, value in [*(("ranks", rank) for rank in ranks),
                     ("seeds", args.seeds), ("budget", args.budget)] if value < 1]:  # fmt: skip
         raise RecipeError(problems)
@@ -79,12 +83,15 @@ def main(argv: list[str]) -> None:
         raise RecipeError(f'method.name = "{recipe.method.words}": this study is of LoRA; choose a recipe of it')
     recipe = recipe.having(QUICK) if args.quick else recipe
     shapes = base_shapes(recipe.base, lambda *_: None)
-    budget = parameters(of(recipe, "qv", args.budget), shapes)
     grid = [(name, rank) for name in sets for rank in ranks]
+    asked = {f"--budget {args.budget}": ("qv", args.budget), **{f"--sets {name} --ranks {rank}": (name, rank) for name, rank in grid}}
+    sizes = sizes_of(recipe, asked, shapes)
+    budget = sizes["qv", args.budget]
     equal = [(name, equal_rank(recipe, name, budget, shapes)) for name in sets]
+    sizes |= sizes_of(recipe, {f"--sets {name} at --budget {args.budget}": (name, rank) for name, rank in equal}, shapes)
     points = {}
     for number, (name, rank) in enumerate(wanted := list(dict.fromkeys([*grid, *equal])), start=1):
-        points[name, rank] = train_point(recipe, name, rank, args.seeds, args.out, shapes)
+        points[name, rank] = train_point(recipe, (name, rank), sizes[name, rank], args.seeds, args.out)
         print(f"{number}/{len(wanted)}  {name} rank {rank}: {_cell(points[name, rank])}", flush=True)
     rows = [point_row(points[each], "rank") for each in grid] + [point_row(points[each], "budget") for each in equal]
     print(f"\nheld-out loss{', exact answers' if any(point.exact for point in points.values()) else ''}, by rank:\n")
@@ -97,17 +104,22 @@ def main(argv: list[str]) -> None:
     draw(points, sets, ranks, [points[each] for each in equal], args.out / "rank_study.png")
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Return what the command line says, with what it leaves open; of several equal sets or ranks one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="a TOML file of LoRA, for example recipes/quickstart.toml")
+    parser.add_argument("recipe", nargs="?", type=Path, default=QUICKSTART, help=f"a TOML file of LoRA; by default {QUICKSTART}")
     parser.add_argument("overrides", nargs="*", help="table.key=value, put over the recipe")
-    parser.add_argument("--out", type=Path, default=Path("build/rank_study"))
+    parser.add_argument("--out", type=Path, help=f"by default {OUT}, with --quick {QUICK_OUT}")
     parser.add_argument("--sets", nargs="+", choices=SETS, help=f"by default all: {', '.join(SETS)}")
     parser.add_argument("--ranks", nargs="+", type=int, help=f"by default {', '.join(map(str, RANKS))}")
     parser.add_argument("--budget", type=int, default=4, help="rank of queries and values whose parameters all sets get in the second part")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="4 steps of few sets and ranks")
-    return parser
+    args = parser.parse_intermixed_args(argv)
+    args.sets = tuple(dict.fromkeys(args.sets or (QUICK_SETS if args.quick else SETS)))
+    args.ranks = tuple(dict.fromkeys(args.ranks or (QUICK_RANKS if args.quick else RANKS)))
+    args.out = args.out or (QUICK_OUT if args.quick else OUT)
+    return args
 
 
 def of(recipe: Recipe, name: str, rank: int) -> Recipe:
@@ -124,16 +136,44 @@ def parameters(recipe: Recipe, shapes: BaseShapes) -> int:
     return trainable_count(model)
 
 
+def sizes_of(recipe: Recipe, asked: dict[str, tuple[str, int]], shapes: BaseShapes) -> dict[tuple[str, int], int]:
+    """Return how many numbers each point (set, rank) trains; the keys of ``asked`` say which flags ask for it.
+
+    Raises:
+        RecipeError: some are larger than a matrix of theirs can be; all of them at once.
+    """
+    found, problems = {}, []
+    for flags, (name, rank) in asked.items():
+        try:
+            found[name, rank] = parameters(of(recipe, name, rank), shapes)
+        except RecipeError as error:
+            problems += [f"{flags}: {problem}" for problem in error.problems]
+    if problems:
+        raise RecipeError(problems)
+    return found
+
+
 def equal_rank(recipe: Recipe, name: str, budget: int, shapes: BaseShapes) -> int:
     """Return the rank in which the matrices of ``name`` have as near to ``budget`` trained parameters as a whole rank comes."""
     return max(1, round(budget / parameters(of(recipe, name, 1), shapes)))
 
 
-def train_point(recipe: Recipe, name: str, rank: int, seeds: int, out: Path, shapes: BaseShapes) -> Point:
-    """Return the trainings of one set and rank, from ``out`` or made now."""
+def train_point(recipe: Recipe, point: tuple[str, int], size: int, seeds: int, out: Path) -> Point:
+    """Return the trainings of one set and rank, of ``size`` trained numbers, from ``out`` or made now.
+
+    Raises:
+        RunError: a run is there that was made otherwise.
+    """
+    name, rank = point
     own = of(recipe, name, rank)
     runs = [own.having({"train.seed": seed, "output.dir": str(out / "runs" / f"{name}-r{rank}-s{seed}")}) for seed in range(seeds)]
-    return Point(name, rank, parameters(own, shapes), tuple(train(run, quiet=True) for run in runs))
+    try:
+        return Point(name, rank, size, tuple(train(run, quiet=True) for run in runs))
+    except RunError as error:
+        told = str(error)
+        for trains, here in FLAGS.items():
+            told = told.replace(trains, here)
+        raise RunError(told) from error
 
 
 def point_row(point: Point, part: str) -> dict[str, object]:

@@ -13,6 +13,7 @@ LIMITS = (
     "(python -m qlite.train RECIPE method.rank=...). A run at another rank finds its own directions, and what it needs depends on the rows "
     "and on how long it trains."
 )
+SCALING = "alpha = old alpha x new rank / old rank, with rslora by the root of the ranks"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def _ranks(needs: list[Need], at_end: list[Need]) -> str:
     for need in needs:
         counts[need.advised] += need.layers
     usual = max(counts, key=lambda rank: (counts[rank], rank))
-    own = {need.name: need.advised for need in needs if need.advised != usual} | {need.name: need.trained for need in at_end}
+    other = {need.name: need.advised for need in needs} | {need.name: need.trained for need in at_end}
+    own = {name: rank for name, rank in other.items() if rank != usual}
     most = max(need.needed for need in needs if need.advised == usual)
     which = "" if len(counts) == 1 and not at_end else f" of {', '.join(need.name for need in needs if need.advised == usual)}"
     line = f"{SHARE:.0%} of the energy{which} lies in rank {most} or less: method.rank = {usual}"
@@ -70,4 +72,5 @@ def _ranks(needs: list[Need], at_end: list[Need]) -> str:
         line += f", and for the others: method.rank_per_target = {{{table}}}"
     if all(need.advised == need.trained for need in needs):
         line += ", as it was"
-    return f"{line}. Keep alpha / rank (with rslora, alpha over its root) as it was: set method.alpha along with it"
+    keys = "method.alpha along with it" + (", and method.alpha_per_target for those with a rank of their own" if own else "")
+    return f"{line}. Keep the scaling, alpha / rank, as it was: set {keys}: {SCALING}"

@@ -62,6 +62,8 @@ class Findings:
     overlaps: dict[str, Overlap] = field(default_factory=dict)
     amplified: dict[str, Amplification] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    no_rank: str = ""
+    """Why no rank is to be advised, where that is so."""
 
     @property
     def leaves(self) -> list[str]:
@@ -74,6 +76,8 @@ class Findings:
 
     def advice(self) -> list[str]:
         """Return what rank to use next time, in sentences."""
+        if self.no_rank:
+            return [self.no_rank]
         needs = [Need(leaf, max(each.rank for each in own), max(each.needed for each in own), len(own)) for leaf, own in self._by_leaf()]
         return advise(needs)
 
@@ -82,6 +86,8 @@ class Findings:
         own = [linear for linear in self.linears if leaf in (None, linear.leaf)]
         total = sum(each.norm**2 for each in own)
         longest = max(each.rank for each in own)
+        if not total:  # nothing is lost of nothing, as Spectrum.kept has it
+            return [1.0] * longest
         return [sum(each.norm**2 * each.kept[min(rank, each.rank) - 1] for each in own) / total for rank in range(1, longest + 1)]
 
     def _by_leaf(self) -> list[tuple[str, list[Linear]]]:

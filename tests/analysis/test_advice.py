@@ -4,6 +4,7 @@ import torch
 
 from qlite.analysis.advice import LIMITS, Need, advise
 from qlite.analysis.findings import study
+from qlite.analysis.page import page
 from qlite.methods.low_rank import LowRank
 from tests.analysis.test_figures import planted
 
@@ -14,7 +15,7 @@ def advice_for(updates: dict[str, LowRank]) -> list[str]:
 
 def test_an_update_of_rank_5_is_advised_rank_8():
     lines = advice_for({f"model.layers.{block}.self_attn.q_proj": planted([1.0] * 5, block, extra=11) for block in range(3)})
-    assert lines[0].startswith("90% of the energy lies in rank 5 or less: method.rank = 8. Keep alpha / rank")
+    assert lines[0].startswith("90% of the energy lies in rank 5 or less: method.rank = 8. Keep the scaling, alpha / rank")
     assert lines[1:] == [LIMITS]
 
 
@@ -52,3 +53,27 @@ def test_kept_energy_of_all_linears_is_that_of_their_sum():
     found = study("a", updates, lambda *_: None)
     torch.testing.assert_close(torch.tensor(found.kept()), torch.tensor([160 / 169, 1.0]))
     assert [round(each.share, 6) for each in found.linears] == [round(25 / 169, 6), round(144 / 169, 6)]
+
+
+def test_a_kind_of_linear_that_was_not_changed_loses_nothing_at_any_rank():
+    updates = {"layers.0.q_proj": planted([3.0, 4.0]), "layers.0.v_proj": planted([], seed=1, extra=3)}
+    found = study("a", updates, lambda *_: None)
+    assert found.kept("v_proj") == [1.0, 1.0, 1.0]
+    assert "v_proj" in page(found)
+    nothing = study("a", {"layers.0.v_proj": planted([], extra=3)}, lambda *_: None)
+    assert "v_proj" in page(nothing)
+
+
+def test_ranks_of_their_own_keep_their_scaling_by_an_alpha_of_their_own():
+    (line, _) = advise([Need("q_proj", 16, 7, 4), Need("v_proj", 16, 2, 4)])
+    assert "method.rank = 8, and for the others: method.rank_per_target = {v_proj = 2}" in line
+    assert line.endswith(
+        "set method.alpha along with it, and method.alpha_per_target for those with a rank of their own: "
+        "alpha = old alpha x new rank / old rank, with rslora by the root of the ranks"
+    )
+
+
+def test_linears_at_their_end_that_have_the_advised_rank_are_not_listed():
+    (line, _, _) = advise([Need("q_proj", 32, 16, 4), Need("down_proj", 16, 15, 4)])
+    assert "of q_proj lies in rank 16 or less: method.rank = 16" in line
+    assert "per_target" not in line
