@@ -213,7 +213,7 @@ def test_a_run_measures_what_was_planned(case, tmp_path):
     record = json.loads((tmp_path / "run" / "memory.json").read_text())
     for phase in (STEP, OPTIMIZER_STEP):
         planned, measured = (record[kind].get("phases", record[kind])[phase]["bytes"] for kind in ("planned", "measured"))
-        assert abs(planned - measured) <= 0.01 * measured, phase
+        assert abs(planned - measured) <= max(0.01 * measured, 2100), phase  # bitsandbytes' code tables of 2 KiB are made once a process
 
 
 @pytest.mark.parametrize("case", list(map(slow, ("galore", "full", "lora + ia3", "bottleneck"))))
