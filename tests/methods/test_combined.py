@@ -14,7 +14,10 @@ from qlite.methods.base import AdaptedLinear, Method, adapted_linears, trainable
 from qlite.methods.bottleneck import Bottleneck, BottleneckLinear
 from qlite.methods.ia3 import IA3, ScaledLinear
 from qlite.methods.lora import LoRA, LoRALinear
+from qlite.model.load import Base
+from qlite.model.originals import Originals
 from qlite.quant.linear import dense_weight
+from qlite.serving.survival import survival
 from tests.families import FAMILIES, saved_folder
 from tests.formats.test_peft import logits_of, ours, theirs
 from tests.methods.test_contract import IDS
@@ -73,6 +76,29 @@ def test_merged_over_a_family_with_biases_lora_and_ia3_are_the_adapted_model(tmp
         tensor.data += 0.05 * torch.randn(tensor.shape, generator=generator)
     plain.load_state_dict({tensor.name: tensor.whole() for tensor in merged_tensors(model)}, strict=False)
     torch.testing.assert_close(logits_of(plain), logits_of(model), atol=1e-5, rtol=1e-4)
+
+
+def test_what_was_trained_whole_has_no_other_original_under_another_methods_factors(tmp_path):
+    """Merged over the base's own files the model is that of the run: over a base of 16 bits these are the weights that it has."""
+    base = Base(model=str(saved_folder(tmp_path, FAMILIES["qwen2"])), bits=16, dtype="float32", fused=False)
+    loaded = base.load(torch.device("cpu"), nothing)
+    model = loaded.model
+    originals = Originals(model, loaded.checkpoint, {tensor.name for tensor in merged_tensors(model)})
+    Combined(parts=(LoRA(rank=4, targets=("q_proj",), modules_to_save=("k_proj",)), IA3(targets=("k_proj",), feedforward=()))).attach(model)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in trainable_tensors(model).values():
+        tensor.data += 0.05 * torch.randn(tensor.shape, generator=generator)
+    own, over = ({tensor.name: tensor.whole() for tensor in merged_tensors(model, each)} for each in (None, originals))
+    assert own.keys() == over.keys()
+    for name, tensor in own.items():
+        torch.testing.assert_close(over[name], tensor, atol=1e-6, rtol=1e-5, check_dtype=False)
+    for layer, found in survival(model, originals, lambda dense: dense.parts(), nothing).items():
+        k = dict(adapted_linears(model))[layer]
+        change = k.merged(dense_weight(k.frozen)) - k.untrained(dense_weight(k.frozen))
+        assert found.change == pytest.approx(float(change.square().sum()), rel=1e-4)
+
+
+def nothing(*_: object) -> None: ...
 
 
 def test_one_that_cannot_be_merged_keeps_all_from_it_wherever_it_stands():
