@@ -22,6 +22,7 @@ from qlite.methods.base import (
     select_linears,
     short_names,
 )
+from qlite.methods.lora_linear import part_from_siblings
 
 
 class ScaledLinear(AdaptedLinear):
@@ -70,7 +71,10 @@ class IA3(Method):
         adapt_linears(model, self.targets, self._adapt)
 
     def _adapt(self, name: str, base: nn.Module) -> ScaledLinear:
-        return ScaledLinear(base, any(matches(name, pattern) for pattern in self.feedforward))
+        scales_input = any(matches(name, pattern) for pattern in self.feedforward)
+        if scales_input:
+            part_from_siblings(base)
+        return ScaledLinear(base, scales_input)
 
     def peft(self, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
         scaled = {name: module for name, module in adapted_linears(model) if isinstance(module, ScaledLinear)}

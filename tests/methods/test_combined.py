@@ -14,6 +14,9 @@ from qlite.methods.base import AdaptedLinear, Method, adapted_linears, trainable
 from qlite.methods.bottleneck import Bottleneck, BottleneckLinear
 from qlite.methods.ia3 import IA3, ScaledLinear
 from qlite.methods.lora import LoRA, LoRALinear
+from qlite.methods.lora_linear import SIBLINGS
+from qlite.methods.relora import ReLoRA
+from qlite.model.checkpointing import checkpoint_blocks
 from qlite.model.load import Base
 from qlite.model.originals import Originals
 from qlite.quant.linear import dense_weight
@@ -107,6 +110,51 @@ def test_one_that_cannot_be_merged_keeps_all_from_it_wherever_it_stands():
         Combined(parts=parts).attach(model)
         with pytest.raises(NotMergeable):
             next(iter(merged_tensors(model)))
+
+
+def test_each_parts_own_dropout_counts_in_linears_that_share_an_input():
+    for targets in (("q_proj",), ("k_proj", "v_proj")):
+        rest = tuple(name for name in SIBLINGS[0] if name not in targets)
+        model = tiny_llama()
+        Combined(parts=(LoRA(rank=4, targets=targets, dropout=0.9), ReLoRA(rank=4, targets=rest))).attach(model)
+        attention, heard = model.model.layers[0].self_attn, {}
+        for name in SIBLINGS[0]:
+            nn.init.normal_(getattr(attention, name).lora_B.weight)
+            getattr(attention, name).register_forward_hook(lambda _, __, y, found=heard.setdefault(name, []): found.append(y))
+        for _ in range(2):
+            model.train()(input_ids=IDS)
+        assert {name for name, (first, second) in heard.items() if not torch.equal(first, second)} == set(targets)
+
+
+@pytest.mark.parametrize("inner", [("k_proj", "gate_proj"), ("up_proj",)])
+def test_beside_lora_factors_on_an_input_that_linears_share_are_trained_under_checkpointing(inner):
+    found = []
+    for is_checkpointed in (False, True):
+        model = tiny_llama().train()
+        Combined(parts=(LoRA(rank=4), IA3(targets=("k_proj", "v_proj", *inner), feedforward=inner))).attach(model)
+        if is_checkpointed:
+            checkpoint_blocks(model)
+        for _ in range(2):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        attention = model.model.layers[0].self_attn
+        assert (attention.q_proj.siblings is None) == ("k_proj" in inner)
+        found.append({name: p.grad for name, p in trainable_tensors(model).items()})
+    for name, grad in found[0].items():
+        assert torch.equal(grad, found[1][name]), name
+
+
+def test_linears_whose_inputs_differ_whatever_their_names_are_trained_under_checkpointing_and_part_where_no_gradient_is_due():
+    model = tiny_llama().train()
+    LoRA(rank=4).attach(model)
+    checkpoint_blocks(model)
+    attentions = [block.self_attn for block in model.model.layers]
+    for attention in attentions:
+        attention.k_proj.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(attention.k_proj.siblings is not None for attention in attentions)
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert all(attention.k_proj.siblings is None for attention in attentions)
 
 
 def test_messages_name_the_table_in_which_the_key_stands():
