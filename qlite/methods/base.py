@@ -173,6 +173,10 @@ class Method(Table):
         """Return what the learning rate of ``step``, counted from 1, is multiplied by beside its schedule's factor."""
         return 1.0
 
+    def part_factors(self, step: int, steps: int) -> dict[str, float]:
+        """Return what, beside, the learning rate of the optimizer's groups with that "part" is multiplied by. Default: nothing."""
+        return {}
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return a term to add to the loss of a step, or None."""
         return None

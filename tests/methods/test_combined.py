@@ -19,6 +19,7 @@ from qlite.methods.relora import ReLoRA
 from qlite.model.checkpointing import checkpoint_blocks
 from qlite.model.load import Base
 from qlite.model.originals import Originals
+from qlite.optim.build import Optimizer
 from qlite.quant.linear import dense_weight
 from qlite.serving.survival import survival
 from tests.families import FAMILIES, saved_folder
@@ -117,10 +118,10 @@ def test_each_parts_own_dropout_counts_in_linears_that_share_an_input():
         rest = tuple(name for name in SIBLINGS[0] if name not in targets)
         model = tiny_llama()
         Combined(parts=(LoRA(rank=4, targets=targets, dropout=0.9), ReLoRA(rank=4, targets=rest))).attach(model)
-        attention, heard = model.model.layers[0].self_attn, {}
-        for name in SIBLINGS[0]:
+        attention, heard = model.model.layers[0].self_attn, {name: [] for name in SIBLINGS[0]}
+        for name, found in heard.items():
             nn.init.normal_(getattr(attention, name).lora_B.weight)
-            getattr(attention, name).register_forward_hook(lambda _, __, y, found=heard.setdefault(name, []): found.append(y))
+            getattr(attention, name).register_forward_hook(lambda _, __, y, found=found: found.append(y))
         for _ in range(2):
             model.train()(input_ids=IDS)
         assert {name for name, (first, second) in heard.items() if not torch.equal(first, second)} == set(targets)
@@ -197,16 +198,34 @@ class Heard(Method):
 def test_every_hook_reaches_every_part_and_what_they_say_is_put_together():
     first, second = Heard(log=[], ratio=2.0), Heard(log=[], ratio=3.0)
     both = Combined(parts=(first, second, LoRA(b_lr_ratio=16)))
-    both.start(None, None)
-    both.settle(None, None)
+    both.start(nn.Module(), None)
+    both.settle(nn.Module(), None)
     both.before_step(None, None, 1, 2)
     both.after_step(None, None, 1, 2)
     assert first.log == second.log == ["start", "settle", "before", "after"]
-    assert both.lr_factor(2, 4) == 2.0 * 2 * 3.0 * 2
+    assert both.lr_factor(2, 4) == 1.0
+    assert Combined(parts=(first, LoRA())).part_factors(2, 4) == {"heard": 2.0 * 2}
     assert float(both.penalty(None)) == 5.0
     assert Combined(parts=(LoRA(), IA3())).penalty(None) is None
-    assert both.options_of("a.lora_B.weight", None) == {"lr_ratio": 16}
     assert both.words == "heard + heard + lora"
+
+
+def test_a_parts_options_and_its_learning_rate_are_its_own_tensors_alone():
+    """LoRA's B at 16 times the rate, ReLoRA's restart at step 6 of 12 with a warm-up: each touches none of the other's."""
+    model = tiny_llama()
+    relora = ReLoRA(rank=4, targets=("o_proj",), resets=1, warmup=4)
+    both = Combined(parts=(LoRA(rank=4, targets=("q_proj",), b_lr_ratio=16), relora))
+    both.attach(model)
+    groups = both.param_groups(model, 0.5)
+    optimizer = Optimizer(name="torch_adamw").build(groups, torch.device("cpu"))
+    optimizer.set_lr_factor(0.5 * both.lr_factor(7, 12), both.part_factors(7, 12))
+    now = [group["lr"] for group in optimizer.inner.param_groups]
+    names = {tensor: name for name, tensor in trainable_tensors(model).items()}
+    rates = {names[p]: (group["lr"], lr) for group, lr in zip(groups, now, strict=True) for p in group["params"]}
+    assert len(rates) == 8
+    for name, found in rates.items():
+        highest = 8.0 if "q_proj.lora_B" in name else 0.5
+        assert found == (highest, highest * 0.5 * (0.25 if "o_proj" in name else 1.0)), name
 
 
 def test_keys_of_a_part_are_read_and_changed_by_its_name():
