@@ -13,10 +13,12 @@ from qlite.methods import Combined
 from qlite.methods.base import AdaptedLinear, Method, adapted_linears, trainable_tensors
 from qlite.methods.bottleneck import Bottleneck, BottleneckLinear
 from qlite.methods.ia3 import IA3, ScaledLinear
+from qlite.methods.llama_adapter_v2 import LlamaAdapterV2
 from qlite.methods.lora import LoRA, LoRALinear
 from qlite.methods.lora_linear import SIBLINGS
 from qlite.methods.relora import ReLoRA
 from qlite.model.checkpointing import checkpoint_blocks
+from qlite.model.documents import attend_by_documents
 from qlite.model.load import Base
 from qlite.model.originals import Originals
 from qlite.optim.build import Optimizer
@@ -156,6 +158,16 @@ def test_linears_whose_inputs_differ_whatever_their_names_are_trained_under_chec
     with torch.no_grad():
         model(input_ids=IDS)
     assert all(attention.k_proj.siblings is None for attention in attentions)
+
+
+def test_norms_that_lora_trains_whole_are_not_trained_a_second_time():
+    model = tiny_llama()
+    attend_by_documents(model)
+    Combined(parts=(LoRA(rank=4, targets=("q_proj",), modules_to_save=("norm",)), LlamaAdapterV2(first_block=1))).attach(model)
+    norms = [name for name in trainable_tensors(model) if name.endswith("norm.weight")]
+    assert len(norms) == 5
+    assert "model.norm.weight" in norms
+    assert type(model.model.norm.base) is type(tiny_llama().model.norm)
 
 
 def test_messages_name_the_table_in_which_the_key_stands():
