@@ -65,9 +65,8 @@ class IA3(Method):
     def attach(self, model: nn.Module) -> None:
         chosen = select_linears(model, self.targets)
         if unused := [pattern for pattern in self.feedforward if not any(matches(name, pattern) for name in chosen)]:
-            raise RecipeError(
-                [f'method.feedforward: "{each}" is none of the {len(chosen)} layers of method.targets; add it there' for each in unused]
-            )
+            told = f"is none of the {len(chosen)} layers of method.targets; add it there, or set method.feedforward = [] where no layer's"
+            raise RecipeError([f'method.feedforward: "{each}" {told} input is to be rescaled' for each in unused])
         adapt_linears(model, self.targets, self._adapt)
 
     def _adapt(self, name: str, base: nn.Module) -> ScaledLinear:
