@@ -53,6 +53,8 @@ class Beside(nn.Module):
     """What a method has put beside the model's own modules; while ``is_off`` it does nothing."""
 
     is_off = False
+    positions = 0
+    """How many positions before the tokens it takes."""
 
 
 class AdaptedLinear(StandIn, nn.Module):
@@ -132,6 +134,11 @@ class Method(Table):
     def words(self) -> str:
         """What it is called where people read."""
         return self.name
+
+    @property
+    def positions(self) -> int:
+        """How many positions before the tokens it takes: ``longest_input`` is as much less."""
+        return 0
 
     def having(self, key: str, value: object) -> "Method":
         """Return the same method with another value of ``key``."""
@@ -229,6 +236,17 @@ def saved_tensors(model: nn.Module, resumable: bool = False) -> dict[str, Tensor
 def trainable_count(model: nn.Module) -> int:
     """Return how many numbers are trained."""
     return sum(p.numel() for p in trainable_tensors(model).values())
+
+
+def longest_input(model: nn.Module, taken: int | None = None) -> int | None:
+    """Return the longest context in tokens that ``model`` was made for, or None where its config does not say.
+
+    ``taken``: positions before the tokens that a method takes; by default those that it has taken in ``model``.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if taken is None:
+        taken = sum(module.positions for module in model.modules() if isinstance(module, Beside))
+    return limit and max(1, limit - taken)
 
 
 def stand_ins(model: nn.Module) -> Iterator[tuple[str, StandIn]]:

@@ -36,6 +36,10 @@ class Combined(Method):
     def is_mergeable(self) -> bool:
         return all(part.is_mergeable for part in self.parts)
 
+    @property
+    def positions(self) -> int:
+        return sum(part.positions for part in self.parts)
+
     def having(self, key: str, value: object) -> "Combined":
         owner, _, rest = key.partition(".")
         return replace(self, parts=tuple(part.having(rest, value) if part.name == owner else part for part in self.parts))

@@ -30,6 +30,7 @@ class SoftPrompt(Beside):
     def __init__(self, vectors: Tensor):
         super().__init__()
         self.prompt = nn.Parameter(vectors)
+        self.positions = len(vectors)
 
 
 class PromptedForward:
@@ -150,6 +151,10 @@ class PromptTuning(Method):
     @property
     def words(self) -> str:
         return f"prompt of {self.length}"
+
+    @property
+    def positions(self) -> int:
+        return self.length
 
     def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "PromptTuning":
         if not self.text:
