@@ -32,7 +32,7 @@ from qlite.data.formats import FORMATS
 from qlite.errors import DataError, MachineError, RecipeError, RunError
 from qlite.formats.peft import WEIGHTS
 from qlite.hashes import sha256
-from qlite.methods.base import adapters_off
+from qlite.methods.base import adapters_off, longest_input
 from qlite.serving.answer import Sampling, answer_all
 from qlite.serving.likelihood import accuracy, log_likelihoods
 from qlite.serving.metrics import INSTALL, METRICS, Score, missing_library, require
@@ -281,7 +281,7 @@ def applicable(asked: list[str] | None, material: Material) -> tuple[list[str], 
 
 def require_room(opened: OpenRun, material: Material, metrics: list[str], sampling: Sampling) -> None:
     """Raise DataError, naming the row, if one is longer than the model was made to read."""
-    limit = getattr(opened.base.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = longest_input(opened.base.model, opened.method.positions) or math.inf
     for row, where in material.rows if LOSS in metrics else ():
         if len(row) > limit:
             raise DataError(f"{where}: has {len(row)} tokens, and the model reads {limit} at most; shorten the row, or remove it")

@@ -172,14 +172,18 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
     dot = f"{prefix}." if prefix else ""
     weight = f"{dot}weight"
 
+    def has_original(name: str) -> bool:
+        # What was trained has no other original, whoever stands on it.
+        return originals is not None and not isinstance(linear, Whole) and name in originals
+
     def frozen(name: str, otherwise: Callable[[], Iterable[Tensor]]) -> Iterable[Tensor]:
         """Return what the original is, or else what the model has."""
-        return otherwise() if originals is None or name not in originals else originals.parts(name)
+        return originals.parts(name) if has_original(name) else otherwise()
 
     if isinstance(module, RowsLinear) and module.is_tied:
         pass  # the embedding's tensor is the head's
     elif isinstance(module, AdaptedLinear | RowsEmbedding):
-        is_original = originals is not None and weight in originals
+        is_original = has_original(weight)
         yield Dense(weight, matrix_shape(linear), lambda: [_merged(module, frozen(weight, lambda: [dense_matrix(linear)]), is_original)])
     elif (matrix := matrix_of(module)) is not None and id(matrix.weight) not in seen:
         seen.add(id(matrix.weight))
@@ -192,8 +196,7 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
         return
 
     def own_value(name: str, tensor: Tensor) -> Iterable[Tensor]:
-        is_trained = tensor.requires_grad or isinstance(module, Whole)
-        return [tensor] if is_trained else frozen(name, lambda: [tensor])  # what was trained has no other original
+        return [tensor] if tensor.requires_grad else frozen(name, lambda: [tensor])
 
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, tensor in own:

@@ -146,6 +146,12 @@ class AdaLoRA(Method):
                 f"method.start_share = {self.start_share:g}, method.final_share = {self.final_share:g}: of {steps} steps that leaves "
                 "none in which triplets could be dropped; lower one of them or train longer"
             )
+        # Singular values begin at 0: in step 1 no factor matters but by the penalty's gradient, and without it none does.
+        if last < (2 if self.orthogonality else 3):
+            raise RecipeError(
+                f"method.final_share = {self.final_share:g}: of {steps} steps the last triplets would be dropped after step {last}, "
+                "before any was seen to matter; lower it or train longer"
+            )
 
     def attach(self, model: nn.Module) -> None:
         problems = []
@@ -200,11 +206,13 @@ class AdaLoRA(Method):
         """Keep the most important triplets, as many as the budget allows for, and mask the others."""
         found = [layer.importance() for layer in layers]
         scores = torch.cat(found)
-        dropped = len(scores) - self.budget(len(layers), step, steps)
-        if dropped:
-            least = scores.kthvalue(dropped).values
-            for layer, importance in zip(layers, found, strict=True):
-                layer.kept.copy_((importance > least).view(-1, 1))
+        budget = self.budget(len(layers), step, steps)
+        if budget < len(scores):
+            # By place, not by a threshold: of equal ones as many are kept as there is room for.
+            kept = torch.zeros_like(scores)
+            kept[scores.argsort(descending=True, stable=True)[:budget]] = 1
+            for layer, own in zip(layers, kept.split([len(each) for each in found]), strict=True):
+                layer.kept.copy_(own.view(-1, 1))
                 layer.mask()
 
     def findings(self, model: nn.Module) -> list[str]:

@@ -53,6 +53,8 @@ class Beside(nn.Module):
     """What a method has put beside the model's own modules; while ``is_off`` it does nothing."""
 
     is_off = False
+    positions = 0
+    """How many positions before the tokens it takes."""
 
 
 class AdaptedLinear(StandIn, nn.Module):
@@ -133,6 +135,11 @@ class Method(Table):
         """What it is called where people read."""
         return self.name
 
+    @property
+    def positions(self) -> int:
+        """How many positions before the tokens it takes: ``longest_input`` is as much less."""
+        return 0
+
     def having(self, key: str, value: object) -> "Method":
         """Return the same method with another value of ``key``."""
         return replace(self, **{key: value})
@@ -172,6 +179,10 @@ class Method(Table):
     def lr_factor(self, step: int, steps: int) -> float:
         """Return what the learning rate of ``step``, counted from 1, is multiplied by beside its schedule's factor."""
         return 1.0
+
+    def part_factors(self, step: int, steps: int) -> dict[str, float]:
+        """Return what, beside, the learning rate of the optimizer's groups with that "part" is multiplied by. Default: nothing."""
+        return {}
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return a term to add to the loss of a step, or None."""
@@ -225,6 +236,17 @@ def saved_tensors(model: nn.Module, resumable: bool = False) -> dict[str, Tensor
 def trainable_count(model: nn.Module) -> int:
     """Return how many numbers are trained."""
     return sum(p.numel() for p in trainable_tensors(model).values())
+
+
+def longest_input(model: nn.Module, taken: int | None = None) -> int | None:
+    """Return the longest context in tokens that ``model`` was made for, or None where its config does not say.
+
+    ``taken``: positions before the tokens that a method takes; by default those that it has taken in ``model``.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if taken is None:
+        taken = sum(module.positions for module in model.modules() if isinstance(module, Beside))
+    return limit and max(1, limit - taken)
 
 
 def stand_ins(model: nn.Module) -> Iterator[tuple[str, StandIn]]:

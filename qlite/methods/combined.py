@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qlite.errors import RecipeError
-from qlite.methods.base import Method, Original, Stepping
+from qlite.methods.base import Method, Original, Stepping, grouped, trainable_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class Combined(Method):
     def is_mergeable(self) -> bool:
         return all(part.is_mergeable for part in self.parts)
 
+    @property
+    def positions(self) -> int:
+        return sum(part.positions for part in self.parts)
+
     def having(self, key: str, value: object) -> "Combined":
         owner, _, rest = key.partition(".")
         return replace(self, parts=tuple(part.having(rest, value) if part.name == owner else part for part in self.parts))
@@ -54,8 +58,12 @@ class Combined(Method):
     def attach(self, model: nn.Module) -> None:
         # What computes with a frozen linear's own weight stands nearest to it.
         for part in sorted(self.parts, key=lambda part: not part.needs_plain_linears):
+            others = set(trainable_tensors(model).values())
             with _in_its_table(part):
                 part.attach(model)
+            for module in model.modules():
+                if any(tensor.requires_grad and tensor not in others for tensor in module.parameters(recurse=False)):
+                    module.of_part = part.name
 
     def start(self, model: nn.Module, original: Original) -> None:
         for part in self.parts:
@@ -65,14 +73,20 @@ class Combined(Method):
         for part in self.parts:
             part.settle(model, original)
 
-    def options_of(self, name: str, tensor: nn.Parameter) -> dict[str, object]:
-        return {key: value for part in self.parts for key, value in part.options_of(name, tensor).items()}
+    def param_groups(self, model: nn.Module, lr: float) -> list[dict]:
+        """Return the groups of what ``attach`` has put into ``model``: each tensor has its own part's options."""
+        parts = {part.name: part for part in self.parts}
+        owners = {tensor: module for module in model.modules() for tensor in module.parameters(recurse=False)}
 
-    def lr_factor(self, step: int, steps: int) -> float:
-        factor = 1.0
-        for part in self.parts:
-            factor *= part.lr_factor(step, steps)
-        return factor
+        def options_of(name: str, tensor: nn.Parameter) -> dict[str, object]:
+            part = parts[owners[tensor].of_part]
+            own = part.options_of(name, tensor)
+            return {**own, "part": part.name} if _has_factor(part) else own
+
+        return grouped(trainable_tensors(model), lr, options_of)
+
+    def part_factors(self, step: int, steps: int) -> dict[str, float]:
+        return {part.name: part.lr_factor(step, steps) for part in self.parts if _has_factor(part)}
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         found = [term for part in self.parts if (term := part.penalty(model)) is not None]
@@ -88,6 +102,10 @@ class Combined(Method):
 
     def findings(self, model: nn.Module) -> list[str]:
         return [line for part in self.parts for line in part.findings(model)]
+
+
+def _has_factor(part: Method) -> bool:
+    return type(part).lr_factor is not Method.lr_factor
 
 
 def _resolved(part: Method, tokenizer: PreTrainedTokenizerBase | None) -> Method:

@@ -42,6 +42,7 @@ class GaLore(Method):
                 )
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict]:
-        projected = {f"{name}.weight" for name in select_linears(model, self.targets)}
+        # Not by name: a head that is the embedding's tensor has that one's.
+        projected = {model.get_submodule(name).weight for name in select_linears(model, self.targets)}
         options = {"rank": self.rank, "update_every": self.update_every, "scale": self.scale}
-        return grouped(trainable_tensors(model), lr, lambda name, _: options.copy() if name in projected else {"block": block_of(name)})
+        return grouped(trainable_tensors(model), lr, lambda name, p: options.copy() if p in projected else {"block": block_of(name)})

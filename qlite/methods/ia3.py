@@ -22,6 +22,7 @@ from qlite.methods.base import (
     select_linears,
     short_names,
 )
+from qlite.methods.lora_linear import part_from_siblings
 
 
 class ScaledLinear(AdaptedLinear):
@@ -64,13 +65,15 @@ class IA3(Method):
     def attach(self, model: nn.Module) -> None:
         chosen = select_linears(model, self.targets)
         if unused := [pattern for pattern in self.feedforward if not any(matches(name, pattern) for name in chosen)]:
-            raise RecipeError(
-                [f'method.feedforward: "{each}" is none of the {len(chosen)} layers of method.targets; add it there' for each in unused]
-            )
+            told = f"is none of the {len(chosen)} layers of method.targets; add it there, or set method.feedforward = [] where no layer's"
+            raise RecipeError([f'method.feedforward: "{each}" {told} input is to be rescaled' for each in unused])
         adapt_linears(model, self.targets, self._adapt)
 
     def _adapt(self, name: str, base: nn.Module) -> ScaledLinear:
-        return ScaledLinear(base, any(matches(name, pattern) for pattern in self.feedforward))
+        scales_input = any(matches(name, pattern) for pattern in self.feedforward)
+        if scales_input:
+            part_from_siblings(base)
+        return ScaledLinear(base, scales_input)
 
     def peft(self, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
         scaled = {name: module for name, module in adapted_linears(model) if isinstance(module, ScaledLinear)}

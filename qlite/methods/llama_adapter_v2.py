@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlite.methods.base import AdaptedLinear, Targets, adapt_linears, dtype_and_device
+from qlite.methods.base import AdaptedLinear, Targets, adapt_linears, dtype_and_device, outer_modules
 from qlite.methods.llama_adapter import Gate, LlamaAdapter
-from qlite.methods.whole import train_whole
+from qlite.methods.whole import Whole, train_whole
 from qlite.quant.embedding import is_embedding
 from qlite.quant.linear import is_linear
 
@@ -58,7 +58,8 @@ class LlamaAdapterV2(LlamaAdapter):
 
     def attach(self, model: PreTrainedModel) -> None:
         super().attach(model)
-        train_whole(model, [name for name, module in model.named_modules() if _is_norm(module)])
+        # What LoRA has been told to train whole is trained already.
+        train_whole(model, [name for name, module in outer_modules(model) if _is_norm(module) and not isinstance(module, Whole)])
         adapt_linears(model, self.targets, lambda _, linear: ScaledLinear(linear))
 
     def peft(self, model: PreTrainedModel) -> None:

@@ -97,21 +97,34 @@ class Siblings:
 
     def parent_is_done(self, _parent: nn.Module, _args: tuple, output: object) -> None:
         """Let go of what nobody has asked for. Called after each forward pass of the parent, with ``output`` None where it failed."""
-        if self._waiting and output is not None and not self._are_served:
-            # Not siblings, whatever their names: each is computed for itself from now on. Where all have been asked for one input, some
-            # may be asked for another (keys and values of LLaMA-Adapter's prompts).
-            for linear in self.linears:
-                linear.siblings = None
+        # Where all have been asked for one input, some may be asked for another (keys and values of LLaMA-Adapter's prompts). And where a
+        # gradient is due the block may be computed again, and has to be as it was: they part in a pass without.
+        if self._waiting and output is not None and not self._are_served and not torch.is_grad_enabled():
+            self.part()
         self._x, self._waiting, self._are_served = None, {}, False
+
+    def part(self) -> None:
+        """Let each be computed for itself from now on: whatever their names, they are no siblings."""
+        for linear in self.linears:
+            linear.siblings = None
 
 
 def join_siblings(model: nn.Module) -> None:
-    """Let LoRA's linears that see one input be computed together: those of an attention and those of an MLP."""
+    """Let LoRA's linears that see one input be computed together: those of an attention and those of an MLP, if they drop as much of it."""
     for parent in model.modules():
         for names in SIBLINGS:
             linears = [getattr(parent, name, None) for name in names]
-            if all(isinstance(each, LoRALinear) and each.only_adds for each in linears):
+            if not all(isinstance(each, LoRALinear) and each.only_adds and each.siblings is None for each in linears):
+                continue
+            if len({getattr(each.dropout, "p", 0.0) for each in linears}) == 1:
                 parent.register_forward_hook(Siblings(linears).parent_is_done, always_call=True)
+
+
+def part_from_siblings(linear: nn.Module) -> None:
+    """Let ``linear``, adapted or not, no longer be computed together with others: it is to be given another input than they."""
+    for module in linear.modules():
+        if isinstance(module, LoRALinear) and module.siblings is not None:
+            module.siblings.part()
 
 
 class DoRALinear(LoRALinear):

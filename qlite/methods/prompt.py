@@ -30,6 +30,7 @@ class SoftPrompt(Beside):
     def __init__(self, vectors: Tensor):
         super().__init__()
         self.prompt = nn.Parameter(vectors)
+        self.positions = len(vectors)
 
 
 class PromptedForward:
@@ -151,16 +152,27 @@ class PromptTuning(Method):
     def words(self) -> str:
         return f"prompt of {self.length}"
 
+    @property
+    def positions(self) -> int:
+        return self.length
+
     def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "PromptTuning":
-        if not isinstance(self.text, str) or not self.text:
+        if not self.text:
             return self
-        ids = tuple(tokenizer(self.text, add_special_tokens=False)["input_ids"]) if tokenizer is not None else (0,)
+        ids = self._ids(tokenizer)
         if not 0 < len(ids) <= self.length:
+            given = f' = "{shown(self.text)}"' if isinstance(self.text, str) else ""
             raise RecipeError(
-                f'method.text = "{shown(self.text)}": is {len(ids)} tokens, and method.length = {self.length} of them can begin as its; '
+                f"method.text{given}: is {len(ids)} tokens, and method.length = {self.length} of them can begin as its; "
                 + (f"set method.length = {len(ids)}, or shorten it" if ids else "give a text that has tokens")
             )
         return replace(self, text=ids)
+
+    def _ids(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+        """Return the ids that ``text`` is."""
+        if not isinstance(self.text, str):
+            return self.text
+        return tuple(tokenizer(self.text, add_special_tokens=False)["input_ids"]) if tokenizer is not None else (0,)
 
     @torch.no_grad()
     def attach(self, model: PreTrainedModel) -> None:

@@ -29,7 +29,7 @@ class PureLowRankLinear(AdaptedLinear):
 
     def __init__(self, base: nn.Module, rank: int, init: str):
         super().__init__(base)
-        self.rank = rank
+        self.rank, self.is_looked_at = rank, False
         dtype, where = dtype_and_device(base)
         self.factor_A = nn.Parameter(torch.zeros(rank, self.in_features, dtype=dtype, device=where))
         self.factor_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=where))
@@ -96,11 +96,16 @@ class PureLowRank(Method):
 
     def before_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
         """Refuse what would train nothing, where a product or a row of layers begins with two zeros: each waits for the other for ever."""
-        if self.init != "lora" or step != min(LOOKED_AT, steps):
+        layers = _layers(model)
+        # Once, at the first such step that is made: those whose loss is no number are not.
+        if self.init != "lora" or not (step >= LOOKED_AT or step == steps) or all(linear.is_looked_at for linear in layers.values()):
             return
         gradients = optimizer.gradients()
-        dead = [name for name, linear in _layers(model).items() if not (linear.factor_B.any() or gradients[linear.factor_B].any())]
-        if dead:
+        dead = [name for name, linear in layers.items() if not (linear.factor_B.any() or gradients[linear.factor_B].any())]
+        for linear in layers.values():
+            linear.is_looked_at = True
+        # In a run that ends sooner some may only wait for another's step; where all wait, none ever comes.
+        if dead and (step >= LOOKED_AT or len(dead) == len(layers)):
             raise RecipeError(
                 f'method.init = "lora": B is zero and gets no gradient in {some_of(dead, 3)}: what these layers give is multiplied by, or '
                 'passed on to, another that is zero, too, so neither ever moves; set method.init = "svd" or "autoencoder", or let '

@@ -1,8 +1,9 @@
 """The optimizers a recipe can name: bitsandbytes' and torch's, stepping over flat float32 masters of bfloat16 weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import bitsandbytes as bnb
@@ -42,17 +43,18 @@ class Optimizer(Table):
     def build(self, groups: list[dict], device: torch.device, note: Callable[[str], None] = print) -> "FlatOptimizer":
         """Return the optimizer over ``groups`` ({"params": [...], "lr": ...}), all on ``device``.
 
-        A group with "rank", "update_every" and "scale" is of matrices, whose gradients are projected (``ProjectedParameters``).
+        A group with "rank", "update_every" and "scale" is of matrices, whose gradients are projected (``ProjectedParameters``); one
+        with a "part" may get a learning rate factor of its own.
         """
         name = self.name
         if name in UNPAGED and not supports_paging(device):
             name = UNPAGED[name]
             note(f'optimizer.name = "{self.name}": there is no paged memory on {device.type}, so its unpaged twin "{name}" is used')
-        flats = [(flat, group["lr"]) for group in groups for flat in _flatten(group)]
-        inner_groups = [{"params": [flat.master], "lr": lr, "weight_decay": self.weight_decay} for flat, lr in flats]
+        flats = [(flat, group) for group in groups for flat in _flatten(group)]
+        inner_groups = [{"params": [flat.master], "lr": group["lr"], "weight_decay": self.weight_decay} for flat, group in flats]
         with unset_fake_temporarily():  # bitsandbytes computes its code tables from their values, and a traced step has none
             inner = self._inner(name, inner_groups)
-        optimizer = FlatOptimizer(inner, [flat for flat, _ in flats])
+        optimizer = FlatOptimizer(inner, [flat for flat, _ in flats], [group.get("part", "") for _, group in flats])
         optimizer.make_state()  # now, so that no step needs more than the first
         return optimizer
 
@@ -72,18 +74,19 @@ class Optimizer(Table):
 class FlatOptimizer:
     """An optimizer whose parameters are flat float32 masters, of which one at a time exists, and only during ``step``."""
 
-    def __init__(self, inner: torch.optim.Optimizer, flats: list[Flat]):
-        self.inner, self.flats = inner, flats
+    def __init__(self, inner: torch.optim.Optimizer, flats: list[Flat], parts: list[str]):
+        """``parts``: which part of a method each flat is of; "" where none has a factor of its own."""
+        self.inner, self.flats, self.parts = inner, flats, parts
         self._base_lr = [group["lr"] for group in inner.param_groups]
         self._done = 0
         """Flats that a step under way has finished; it runs over none, so that a step which failed can be called again."""
         self._is_stepped = False
         """Whether the next of them has been stepped, but not closed."""
 
-    def set_lr_factor(self, factor: float) -> float:
-        """Scale every group's learning rate to ``factor`` of its highest; return the first group's."""
-        for group, lr in zip(self.inner.param_groups, self._base_lr, strict=True):
-            group["lr"] = lr * factor
+    def set_lr_factor(self, factor: float, of_parts: Mapping[str, float] = MappingProxyType({})) -> float:
+        """Scale every group's learning rate to ``factor`` of its highest, and to its part's, if that has one; return the first group's."""
+        for group, lr, part in zip(self.inner.param_groups, self._base_lr, self.parts, strict=True):
+            group["lr"] = lr * factor * of_parts.get(part, 1.0)
         return self.inner.param_groups[0]["lr"]
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:

@@ -13,7 +13,7 @@ from qlite.data.encode import Encoder
 from qlite.data.formats import Messages
 from qlite.device import is_out_of_memory
 from qlite.errors import DataError, MachineError
-from qlite.methods.base import adapters_off
+from qlite.methods.base import adapters_off, longest_input
 from qlite.serving.answer import Sampling, TextStream, generate_ids
 from qlite.serving.bank import AdapterBank
 
@@ -63,8 +63,7 @@ class Dialogue:
             self.adapter = voices.bank.names[0]
             voices.bank.use(self.adapter)
         self.exchanges: list[Exchange] = []
-        self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        """The longest context in tokens that the model was made for; None where its config does not say."""
+        self.limit = longest_input(model)
         self.is_base = False
         """Whether the adapter is off."""
         self._off = ExitStack()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlite.formats.merged import Dense, joined
 from qlite.methods.base import adapted_linears
+from qlite.methods.whole import Whole
 from qlite.model.originals import Originals
 from qlite.quant.linear import dense_weight
 
@@ -55,7 +56,8 @@ def survival(
     for name, module in linears.items():
         told(len(found), len(linears))
         weight = f"{name}.weight"
-        is_original = originals is not None and weight in originals
+        # What was trained whole has no other original.
+        is_original = originals is not None and not isinstance(module.frozen, Whole) and weight in originals
         parts = originals.parts(weight) if is_original else [dense_weight(module.frozen)]
         dense = joined(part.to(module.frozen.weight.device, torch.float32) for part in parts)
         frozen = module.unquantised(dense) if is_original else dense

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from qlite import device
 from qlite.data.batches import TokenBatches
 from qlite.data.dataset import DataSet
+from qlite.errors import RecipeError
 from qlite.loggers import require_loggers
-from qlite.methods.base import Method, trainable_count
+from qlite.methods.base import Method, longest_input, trainable_count
 from qlite.model.load import LoadedBase
 from qlite.model.lowering import lower_memory
 from qlite.model.originals import original_weights
@@ -121,9 +122,20 @@ def load_base(recipe: Recipe, machine: Machine, console: Observer, meter: Meter,
     return base
 
 
+def require_positions(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raise RecipeError if rows of ``recipe`` would reach beyond ``model``'s positions because its method takes some before them."""
+    taken, limit = recipe.method.positions, longest_input(model, 0)
+    if taken and limit is not None and recipe.train.tokens + taken > limit:
+        way = f"set train.tokens = {limit - taken}, or lower its length" if taken < limit else "lower its length"
+        raise RecipeError(
+            f"train.tokens = {recipe.train.tokens}: the model reads {limit} positions at most, and {taken} of them are the prompt's; {way}"
+        )
+
+
 def assemble(rows: Rows, base: LoadedBase, model: PreTrainedModel, machine: Machine, meter: Meter, console: Observer) -> Parts:
     """Put the adapter of ``rows``' recipe on ``model``, which is ``base``'s or a view of it, and build what trains it."""
     recipe, where, notes = rows.recipe, machine.where, rows.notes
+    require_positions(recipe, model)
     original, identity = original_weights(base), {**rows.data.identity, "base.model": base.identity}
     device.seed_all(recipe.train.seed)
     with meter.attaching():

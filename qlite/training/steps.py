@@ -125,7 +125,8 @@ def advance(
     """Make the step after ``state``, or skip it where its loss or gradient is no number; return the state then."""
     plan, step, started = recipe.train, state.step + 1, time.perf_counter() - (begun.seconds if begun else 0.0)
     method, hooked = recipe.method, (parts.model, parts.optimizer, step, parts.steps)
-    lr = parts.optimizer.set_lr_factor(recipe.schedule.factor(step, parts.steps) * method.lr_factor(step, parts.steps))
+    factor = recipe.schedule.factor(step, parts.steps) * method.lr_factor(step, parts.steps)
+    lr = parts.optimizer.set_lr_factor(factor, method.part_factors(step, parts.steps))
     parts.stepper.before_update, seed = partial(method.before_step, *hooked), (plan.seed, step)
     try:
         with parts.meter.step():

@@ -192,3 +192,23 @@ def test_ranks_that_do_not_fit_are_refused(keys, told):
 def test_a_run_without_a_step_to_drop_triplets_in_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(RecipeError, match=r"method.start_share = 0.5, method.final_share = 0.5: of 6 steps that leaves none"):
         run(tiny_recipe(tmp_path, method={"name": "adalora", "rank": 2, "dropout": 0.0, "start_share": 0.5, "final_share": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [({}, 2), ({"start_share": 0.0, "final_share": 0.9}, 10), ({"start_share": 0.0, "final_share": 0.9, "orthogonality": 0.0}, 20)],
+)
+def test_where_the_last_triplet_would_be_dropped_before_one_was_listened_to_it_is_refused(keys, steps):
+    """A singular value begins at 0, so that in step 1 only the penalty moves A and B: without it nothing is heard before step 2."""
+    with pytest.raises(RecipeError, match=rf"of {steps} steps .* after step {round(steps * (1 - keys.get('final_share', 0.3)))}"):
+        AdaLoRA(**keys).check(steps)
+    AdaLoRA(**keys | {"final_share": 0.8}).check(steps if steps > 2 else 20)
+    AdaLoRA().check(3)
+
+
+def test_triplets_of_equal_importance_are_kept_as_many_as_the_budget_says():
+    model = attached()
+    for step in (1, 14):
+        METHOD.after_step(model, None, step, STEPS)
+    layers = [module for module in model.modules() if hasattr(module, "kept")]
+    assert sum(int(layer.kept.sum()) for layer in layers) == METHOD.budget(4, 14, STEPS) == 8

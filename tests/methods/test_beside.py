@@ -123,6 +123,13 @@ def test_prompt_tuning_trains_what_pefts_prompt_embedding_does():
     assert_alike(found, steps(theirs, lambda: theirs(input_ids=IDS).logits[:, 5:], {name: weight}))
 
 
+@pytest.mark.parametrize("text", ["abc", (1, 2, 3)])
+def test_more_tokens_than_a_prompt_has_vectors_are_refused_given_as_text_or_as_ids(text):
+    with pytest.raises(RecipeError, match=r"method.text.*: is 3 tokens, and method.length = 2 of them .*; set method.length = 3"):
+        PROMPT(length=2, text=text).resolved(lambda *_, **__: {"input_ids": [5, 6, 7]})
+    assert PROMPT(length=3, text=text).resolved(lambda *_, **__: {"input_ids": [1, 2, 3]}).text == (1, 2, 3)
+
+
 def test_llama_adapter_trains_what_pefts_adapted_attention_does():
     ours = attached(ADAPTER(length=5, first_block=1, gate="block"), exact_llama())
     theirs = peft.get_peft_model(tiny_llama().double(), peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=5, adapter_layers=1))

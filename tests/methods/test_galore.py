@@ -39,6 +39,13 @@ def test_the_chosen_linears_are_projected_and_all_else_is_trained_plainly():
     assert [type(flat) for flat in optimizer.flats].count(ProjectedParameters) == 1
 
 
+def test_a_head_that_is_the_embeddings_tensor_is_projected_where_it_is_a_target():
+    model, method = tiny_llama(tie_word_embeddings=True), GaLore(rank=4, targets=("lm_head", "q_proj"))
+    method.attach(model)
+    projected = [p for group in method.param_groups(model, 1e-3) for p in group["params"] if "update_every" in group]
+    assert {id(p) for p in projected} == {id(model.lm_head.weight), *(id(block.self_attn.q_proj.weight) for block in model.model.layers)}
+
+
 def test_what_is_clipped_is_the_norm_of_the_projections():
     """A gradient that is projected to nearly its whole rank keeps nearly its norm; to rank 1, its largest singular value is left."""
     norms = {}

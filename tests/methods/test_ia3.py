@@ -93,7 +93,11 @@ def test_in_bfloat16_a_factor_near_1_keeps_its_distance_from_it():
     ("method", "message"),
     [
         (IA3(targets=("k_prj", "down_proj")), 'method.targets: no linear layer is called "k_prj"; did you mean "k_proj"?'),
-        (IA3(targets=("k_proj", "v_proj")), 'method.feedforward: "down_proj" is none of the 4 layers of method.targets; add it there'),
+        (
+            IA3(targets=("k_proj", "v_proj")),
+            'method.feedforward: "down_proj" is none of the 4 layers of method.targets; add it there, or set method.feedforward = [] where '
+            "no layer's input is to be rescaled",
+        ),
     ],
 )
 def test_what_names_no_layer_is_refused(method, message):

@@ -33,11 +33,11 @@ def attached(method: PureLowRank, storage: str = "16 bit", seed: int = 5) -> nn.
     return model
 
 
-def trained(model: nn.Module, method: PureLowRank, steps: int) -> list[float]:
-    """Train ``steps`` steps as a run does; return their losses."""
+def trained(model: nn.Module, method: PureLowRank, steps: int, skipped: int = 0) -> list[float]:
+    """Train ``steps`` steps as a run does, but for the one of number ``skipped``; return their losses."""
     optimizer = Optimizer(name="torch_adamw", lr=1e-2).build(method.param_groups(model, 1e-2), CPU)
     stepper, losses = Stepper(model, method, 4, CPU), []
-    for step in range(1, steps + 1):
+    for step in {*range(1, steps + 1)} - {skipped}:
         stepper.before_update = lambda step=step: method.before_step(model, optimizer, step, steps)
         losses.append(stepper.step([one_batch()], optimizer, clip_norm=1.0).loss)
     return losses
@@ -120,6 +120,18 @@ def test_zeros_that_wait_for_each_other_are_refused_and_not_trained_in_vain(targ
     method = PureLowRank(rank=8, init="lora", targets=targets)
     with pytest.raises(RecipeError, match=re.escape('method.init = "lora": B is zero and gets no gradient in model.layers.0.')):
         trained(attached(method), method, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_one_that_only_waits_for_anothers_first_step_is_not_refused(steps):
+    method = PureLowRank(rank=8, init="lora", targets=("q_proj", "o_proj"))
+    assert len(trained(attached(method), method, steps)) == steps
+
+
+def test_where_the_step_that_would_be_looked_at_is_skipped_the_next_one_is():
+    method = PureLowRank(rank=8, init="lora", targets=("q_proj", "k_proj", "up_proj"))
+    with pytest.raises(RecipeError, match=r"gets no gradient in model.layers.0.self_attn.q_proj"):
+        trained(attached(method), method, 5, skipped=3)
 
 
 @pytest.mark.parametrize("init", ["svd", "autoencoder"])

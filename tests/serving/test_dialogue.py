@@ -254,6 +254,16 @@ def test_an_answer_that_would_outgrow_the_context_is_cut_there():
     assert dialogue.ask("de", silent).left_out == 1
 
 
+def test_a_prompts_vectors_take_their_part_of_the_context():
+    model = tiny(max_position_embeddings=100)
+    METHODS["prompt"](length=20).attach(model)
+    dialogue = dialogue_of(model.eval(), max_tokens=512, system=None)
+    assert dialogue.limit == 80
+    assert dialogue.ask("abc", silent).context == 80
+    with pytest.raises(DataError, match="this model reads at most 80"):
+        dialogue.ask("a" * 100, silent)
+
+
 def test_a_message_longer_than_the_context_is_refused_with_both_numbers():
     dialogue = dialogue_of(tiny(max_position_embeddings=80), system=None)
     dialogue.ask("abc", silent)

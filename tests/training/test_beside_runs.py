@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlite.errors import ExportError, NotMergeable, RecipeError
+from qlite.data.encode import Encoded
+from qlite.errors import DataError, ExportError, NotMergeable, RecipeError
+from qlite.evaluate import Material, require_room
 from qlite.export import export
 from qlite.formats.peft import CONFIG, PEFT, WEIGHTS, read_tensors
 from qlite.generate import generate
@@ -21,7 +23,9 @@ from qlite.training.forecast import EVALUATION, OPTIMIZER_STEP, STEP
 from qlite.training.merging import Merge
 from qlite.training.planning import planned_and_measured
 from tests.marks import slow
+from tests.tiny import tiny_llama
 from tests.tiny_run import opened_run, run, tiny_tables
+from tests.tiny_tokenizer import VOCAB_SIZE
 
 CASES = {
     "prefix": {"name": "prefix", "length": 5, "hidden": 8},
@@ -103,6 +107,18 @@ def test_what_only_moves_or_is_computed_again_changes_no_byte(case, done, tmp_pa
     assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
 
 
+@pytest.mark.parametrize("table", [{"name": "prompt", "length": 40}, {"name": ["lora", "prompt"], "prompt": {"length": 40}}], ids=str)
+def test_rows_that_a_prompt_would_push_beyond_the_models_positions_are_refused(table, tmp_path):
+    parts = tiny_tables(tmp_path, train=QUICK)
+    tiny_llama(vocab_size=VOCAB_SIZE, max_position_embeddings=100).save_pretrained(tmp_path / "base")
+    limits = "train.tokens = 64: the model reads 100 positions at most, and 40 of them are the prompt's"
+    with pytest.raises(RecipeError) as caught:
+        run(build_recipe({**parts, "method": table}, "tiny.toml"))
+    assert caught.value.problems == [f"{limits}; set train.tokens = 60, or lower its length"]
+    parts["train"] = parts["train"] | {"tokens": 60, "steps": 1}
+    run(build_recipe({**parts, "method": table, "schedule": {}}, "tiny.toml"))
+
+
 @cases
 def test_answers_of_a_batch_are_those_of_each_prompt_alone(case, done):
     opened = opened_run(done(case))
@@ -111,6 +127,17 @@ def test_answers_of_a_batch_are_those_of_each_prompt_alone(case, done):
     assert together == [answer for (answer,) in alone]
     assert len(set(map(len, prompts))) == 3
     assert generate(done(case) / "run", "fedcba", sampling=SHORT, quiet=True)[0] == together[1]
+
+
+def test_rows_that_do_not_fit_behind_the_prompt_are_not_measured(done):
+    """Its 5 vectors stand in the first of the positions that the config says."""
+    opened = opened_run(done("prompt"))
+    material = Material([(Encoded([5] * 60, [True] * 60), "test.jsonl:1")], [], [])
+    opened.base.model.config.max_position_embeddings = 65
+    require_room(opened, material, ["loss"], SHORT)
+    opened.base.model.config.max_position_embeddings = 64
+    with pytest.raises(DataError, match="test.jsonl:1: has 60 tokens, and the model reads 59 at most"):
+        require_room(opened, material, ["loss"], SHORT)
 
 
 @pytest.mark.parametrize("case", ["prompt", "prefix"])
