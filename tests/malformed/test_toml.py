@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from qlite.recipe.read import _parse, read_recipe
+from qlite.recipe.read import parse_toml, read_recipe
 from tests.data.data_files import shared
 from tests.malformed import Case, count_refused
 
@@ -63,7 +63,7 @@ def test_every_valid_file_is_read_to_the_values_and_types_it_has(record_property
     for path in files("valid"):
         expected = untagged(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         # repr: 1 is not 1.0, nan is nan, and -0.0 is not 0.0.
-        found = repr(by_name(_parse(path)))
+        found = repr(by_name(parse_toml(path)))
         assert found == repr(by_name(expected)), path
         equal += 1
     assert equal == 210
