@@ -548,7 +548,7 @@ def test_a_key_of_a_part_is_set_on_the_command_line(tmp_path):
     assert (recipe.method.get("lora.rank"), recipe.method.get("bottleneck.width")) == (2, 8)
     again = write(tmp_path, recipe_toml(recipe))
     assert read_recipe(again) == recipe
-    assert recipe_differences(recipe, read_recipe(path, ["method.lora.rank=3"])) != []
+    assert recipe_differences(recipe, read_recipe(path, ["method.lora.rank=3"])) == ["method.lora.rank: 2 -> 3"]
 
 
 @pytest.mark.parametrize(
