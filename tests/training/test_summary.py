@@ -23,6 +23,12 @@ def result_of(memory: MemoryUse, measured: dict[str, int] | None = None, planned
     return summarise([record], memory, compared, "", TrainState(step=1))
 
 
+@pytest.fixture(autouse=True)
+def a_recipe(tmp_path):
+    """What may be typed next depends on the method."""
+    (tmp_path / "recipe.toml").write_text('[base]\nmodel = "x"\n[data]\ntrain = "x"\n[train]\nsteps = 1\n')
+
+
 def peak_row(result: dict, folder: Path, capsys) -> str:
     (folder / "result.json").write_text(json.dumps(result))
     print_summary(RunFolder(folder))
