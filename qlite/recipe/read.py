@@ -112,8 +112,7 @@ def _read_method(values: object, wrong: dict[str, str]) -> Method:
     single = names if isinstance(names, list) else [names]
     for number, name in enumerate(single):
         if not (isinstance(name, str) and name in METHODS):
-            near = closest(name, METHODS) if isinstance(name, str) else None
-            fix = f'did you mean "{near}"?' if near else f"should be {one_of(METHODS)}"
+            fix = _right_method(name) if isinstance(name, str) else f"should be {one_of(METHODS)}"
             wrong["method.name"] = f"method.name = {_shown(names)}: no such method{_which(name, names)}; {fix}"
         elif name in single[:number]:
             wrong["method.name"] = f'method.name = {_shown(names)}: "{name}" stands twice; leave it out once'
@@ -122,14 +121,37 @@ def _read_method(values: object, wrong: dict[str, str]) -> Method:
     if "method.name" in wrong:
         return METHODS["lora"]()  # its keys cannot be judged without knowing the method
     if not isinstance(names, list):
-        own = {key: value for key, value in values.items() if key != "name"} if isinstance(values, dict) else values
+        own = values
+        if isinstance(values, dict):
+            tables = (values.keys() & METHODS.keys()) - {field.name for field in dataclasses.fields(METHODS[names])}
+            wrong |= {f"method.{key}": _is_table_of_another(key, values[key], [names]) for key in tables}
+            own = {key: value for key, value in values.items() if key not in {"name", *tables}}
         return _read_as("method", METHODS[names], own, wrong)
     for key in values.keys() - {"name", *names}:
+        if key in METHODS:
+            wrong[f"method.{key}"] = _is_table_of_another(key, values[key], names)
+            continue
         fields = [name for name in names if key in {field.name for field in dataclasses.fields(METHODS[name])}]
         fix = f"it stands in [method.{fields[0]}]" if fields else f"[method] has: name, {', '.join(names)}"
         wrong[f"method.{key}"] = f"method.{shown(toml_key(key))} = {_shown(values[key])}: no such key; {fix}"
     parts = tuple(_read_as(f"method.{name}", METHODS[name], {} if values.get(name) is None else values[name], wrong) for name in names)
     return parts[0] if len(parts) == 1 else Combined(parts=parts)
+
+
+def _right_method(name: str) -> str:
+    """Return what was probably meant by ``name``, which no method has."""
+    several = [part.strip() for part in re.split(r"[,+]", name)]
+    if len(several) > 1 and all(part in METHODS for part in several):
+        return f"several are named in a list: name = {_shown(several)}"
+    near = closest(name, METHODS)
+    return f'did you mean "{near}"?' if near else f"should be {one_of(METHODS)}"
+
+
+def _is_table_of_another(key: str, value: object, names: list[str]) -> str:
+    """Return what is wrong with [method.KEY], a method's table, beside the methods ``names``."""
+    both = f"to train with it too, write name = {_shown([*names, key])}"
+    fix = f"of one method alone the keys stand in [method] itself, without [method.{key}]" if [key] == names else both
+    return f"method.{key} = {_shown(value)}: {fix}"
 
 
 def _which(name: object, names: object) -> str:

@@ -561,6 +561,18 @@ def test_a_key_of_a_part_is_set_on_the_command_line(tmp_path):
         ({"name": ["lora", "bottleneck"], "bottleneck": {"width": 0}}, "method.bottleneck.width = 0: should be a whole number, 1 or more"),
         ({"name": ["lora", "ia3"], "lora": {"targets": []}}, "method.lora.targets = []: names no layer"),
         ({"name": "lora", "width": 8}, 'method.width = 8: no such key; only "bottleneck" has it'),
+        (
+            {"name": "lora", "lora": {"rank": 4}},
+            "method.lora = {rank = 4}: of one method alone the keys stand in [method] itself, without [method.lora]",
+        ),
+        ({"lora": {"rank": 4}}, "of one method alone the keys stand in [method] itself, without [method.lora]"),
+        ({"name": "ia3", "lora": {"rank": 4}}, 'method.lora = {rank = 4}: to train with it too, write name = ["ia3", "lora"]'),
+        (
+            {"name": ["lora", "ia3"], "prefix": {}},
+            'method.prefix = {}: to train with it too, write name = ["lora", "ia3", "prefix"]',
+        ),
+        ({"name": "lora,prefix"}, 'method.name = "lora,prefix": no such method; several are named in a list: name = ["lora", "prefix"]'),
+        ({"name": "lora + ia3"}, 'several are named in a list: name = ["lora", "ia3"]'),
     ],
 )
 def test_what_is_wrong_with_several_methods_is_said_with_the_table(method, message):
