@@ -12,6 +12,8 @@ python -m qlite.export --merge --push ann/orders --dry-run      what would be se
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +23,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from qlite.calls import called
-from qlite.errors import ExportError, RecipeError, RunError, printable
+from qlite.errors import ExportError, NotMergeable, RecipeError, RunError, printable
 from qlite.files import MANIFEST, new_folder, write_json, write_tensors, write_text
 from qlite.formats.card import ADAPTER, GGUF_ADAPTER
 from qlite.formats.gguf_lora import write_adapter_gguf
@@ -47,6 +49,7 @@ from qlite.training.shown import Shown
 from qlite.units import GIB, format_bytes
 from qlite.verb import let_call, run_verb
 
+QLITES_OWN = "generate, chat and evaluate answer with it as it is, and it has no form for other programs"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 COUNTS = {
     **dict.fromkeys(("dtype", "shard-gib"), ("--merge",)),
@@ -256,7 +259,8 @@ def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: R
     """Write ``run``'s model, its adapter merged into the base, into ``out``."""
     with console:
         try:
-            audit = write_audited(_opened(run, device, console), out, how, console)
+            with _without_circles(run):
+                audit = write_audited(_opened(run, device, console), out, how, console)
         except (Stopped, KeyboardInterrupt) as stopped:
             stopped.add_note("the same command goes on where it was")
             raise
@@ -264,6 +268,19 @@ def _write_merged(run: RunFolder, out: Path, how: Merge, device: str, console: R
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     what = f"{format_bytes(size)} of {str(how.dtype)[6:]} weights{_over(run, audit)}"
     return Export(out, what, size, audit=audit)
+
+
+@contextmanager
+def _without_circles(run: RunFolder) -> Iterator[None]:
+    """Let what says that ``run`` cannot be merged say in which form there is one."""
+    try:
+        yield
+    except NotMergeable as error:
+        raise NotMergeable(f"{error}; {_way_as_adapter(run)}") from error
+
+
+def _way_as_adapter(run: RunFolder) -> str:
+    return "--adapter writes it as PEFT's files" if run.is_known_to_peft else QLITES_OWN
 
 
 def _over(run: RunFolder, audit: Audit) -> str:
@@ -286,7 +303,7 @@ def audit_lines(audit: Audit) -> list[str]:
 def _merge_to_gguf(run: RunFolder, out: Path, as_type: GgufType, how: Merge, device: str, console: RunConsole) -> Export:
     """Write ``run``'s model, its adapter merged into the base, into the folder ``out`` as one GGUF file."""
     file = f"{run.path.resolve().name}-{as_type.name}.gguf"
-    with console:
+    with console, _without_circles(run):
         audit = write_audited_gguf(_opened(run, device, console), out, file, as_type, how, console)
         _renew_report(run, out, console)
     size = (out / file).stat().st_size
@@ -297,9 +314,8 @@ def _write_adapter_as_gguf(run: RunFolder, out: Path, device: str, console: RunC
     """Write ``run``'s adapter into the folder ``out`` as one GGUF file."""
     name, method = run.path.resolve().name, run.recipe().method
     if not hasattr(method, "alpha"):
-        raise ExportError(
-            f"llama.cpp's adapters are LoRA's, and this run has trained by {method.words}; --gguf f16 merges what can be merged"
-        )
+        way = "--gguf f16 merges it" if method.is_mergeable else _way_as_adapter(run)
+        raise ExportError(f"llama.cpp's adapters are LoRA's, and this run has trained by {method.words}; {way}")
     file = f"{name}-lora.gguf"
     with console, new_folder(out) as folder:
         opened = _opened(run, device, console)
@@ -332,9 +348,10 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
     """
     recipe = run.recipe()
     source = run.peft_adapter
-    if not (source / CONFIG).is_file():
+    if not run.is_known_to_peft:
         held = f"the run's own tensors are in {run.adapter / WEIGHTS}"
-        raise ExportError(f"PEFT has no adapter of this kind ({recipe.method.words}); {held}, and --merge writes what can be merged")
+        way = "--merge writes it into the base's weights" if recipe.method.is_mergeable else QLITES_OWN
+        raise ExportError(f"PEFT has no adapter of this kind ({recipe.method.words}); {held}; {way}")
     with new_folder(out) as folder:
         write_tensors(folder / WEIGHTS, read_tensors(source), read_metadata(source))
         config = json.loads((source / CONFIG).read_text(encoding="utf-8"))

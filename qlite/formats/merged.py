@@ -192,7 +192,7 @@ def _tensors_of(prefix: str, module: nn.Module, seen: set[int], originals: Origi
         if getattr(linear, "bias", None) is not None:
             yield Dense(f"{dot}bias", tuple(linear.bias.shape), lambda: _merged_bias(module, frozen(f"{dot}bias", lambda: [linear.bias])))
         elif isinstance(module, AdaptedLinear) and module.merged_bias(None) is not None:
-            raise NotMergeable(f"{prefix} has got a bias, and this family's has none; export it with --adapter instead of --merge")
+            raise NotMergeable(f"{prefix} has got a bias, and this family's has none")
         return
 
     def own_value(name: str, tensor: Tensor) -> Iterable[Tensor]:
@@ -237,7 +237,7 @@ def _refuse_the_rest(model: PreTrainedModel, adapted: tuple[str, ...]) -> None:
     for _, module in adapted_linears(model):
         module.require_mergeable()
     if extra:
-        raise NotMergeable(f"{extra[0]} is no weight of the base model; export it with --adapter instead of --merge")
+        raise NotMergeable(f"{extra[0]} is no weight of the base model")
 
 
 def cast(tensor: Dense, dtype: torch.dtype) -> Iterator[Tensor]:

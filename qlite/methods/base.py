@@ -109,7 +109,7 @@ class AdaptedLinear(StandIn, nn.Module):
         Raises:
             NotMergeable: the module is not a linear map.
         """
-        raise NotMergeable(f"{type(self).__name__} is not one linear map; export it with --adapter instead of --merge")
+        raise NotMergeable(f"{type(self).__name__} is not one linear map")
 
 
 @dataclass(frozen=True, kw_only=True)

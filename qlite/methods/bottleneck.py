@@ -39,10 +39,7 @@ class BottleneckLinear(AdaptedLinear):
         return y + self.adapter_up(self.activation(self.adapter_down(y)))
 
     def merged_weight(self, dense: Tensor) -> Tensor:
-        raise NotMergeable(
-            "a bottleneck adapter is a network of its own and no change of a weight, so there is nothing to merge; generate, chat and "
-            "evaluate answer with it as it is (nor has PEFT this kind, for --adapter)"
-        )
+        raise NotMergeable("a bottleneck adapter is a network of its own and no change of a weight, so there is nothing to merge")
 
     def require_mergeable(self) -> None:
         self.merged_weight(torch.empty(0))

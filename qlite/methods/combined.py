@@ -41,19 +41,29 @@ class Combined(Method):
         return sum(part.positions for part in self.parts)
 
     def having(self, key: str, value: object) -> "Combined":
-        owner, _, rest = key.partition(".")
-        return replace(self, parts=tuple(part.having(rest, value) if part.name == owner else part for part in self.parts))
+        owner, rest = self._owner(key)
+        return replace(self, parts=tuple(part.having(rest, value) if part is owner else part for part in self.parts))
 
     def get(self, key: str) -> object:
-        owner, _, rest = key.partition(".")
-        return next(part for part in self.parts if part.name == owner).get(rest)
+        owner, rest = self._owner(key)
+        return owner.get(rest)
+
+    def _owner(self, key: str) -> tuple[Method, str]:
+        """Return the part whose ``key`` it is, "lora.rank", and what that calls it."""
+        name, _, rest = key.partition(".")
+        for part in self.parts:
+            if part.name == name and rest in {field.name for field in fields(part)}:
+                return part, rest
+        parts = ", ".join(f"method.{part.name}" for part in self.parts)
+        raise RecipeError(f"method.{key}: no such key; several methods have theirs in tables of their own: {parts}")
 
     def resolved(self, tokenizer: PreTrainedTokenizerBase | None) -> "Combined":
         return replace(self, parts=tuple(_resolved(part, tokenizer) for part in self.parts))
 
     def check(self, steps: int) -> None:
         for part in self.parts:
-            part.check(steps)
+            with _in_its_table(part):
+                part.check(steps)
 
     def attach(self, model: nn.Module) -> None:
         # What computes with a frozen linear's own weight stands nearest to it.
@@ -94,7 +104,8 @@ class Combined(Method):
 
     def before_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
         for part in self.parts:
-            part.before_step(model, optimizer, step, steps)
+            with _in_its_table(part):
+                part.before_step(model, optimizer, step, steps)
 
     def after_step(self, model: nn.Module, optimizer: Stepping, step: int, steps: int) -> None:
         for part in self.parts:

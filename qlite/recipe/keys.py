@@ -19,6 +19,9 @@ INTRODUCTION = (
     "On the command line, after the recipe: train.steps=20, or train.steps=none to leave it out."
 )
 
+SEVERAL = 'In a list of several, name = ["lora", "prefix"], each has its keys in a table of its own: [method.lora].'
+"""Is said of method.name, once."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -60,7 +63,9 @@ def all_keys() -> Iterator[Key]:
 def table_keys(table: str, cls: type) -> Iterator[Key]:
     """Yield the keys of ``table`` as ``cls`` reads it."""
     if table == "method":
-        yield Key("method.name", one_of(METHODS), toml_value(cls.name), False, summary(cls))
+        takes = f"{one_of(METHODS)}, or a list of several"
+        is_first = cls is next(iter(METHODS.values()))
+        yield Key("method.name", takes, toml_value(cls.name), False, f"{summary(cls)} {SEVERAL}" if is_first else summary(cls))
     yield from _keys_of(table, table_schema(cls))
 
 

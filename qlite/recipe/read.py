@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from qlite.errors import RecipeError, shown
 from qlite.given import read_given
 from qlite.methods import METHODS, Combined, Method
+from qlite.recipe.changes import change, named_method, override
 from qlite.recipe.keys import closest, describe, one_of, table_adapter, table_in_list, table_keys, table_schema, toml_key, toml_value
 from qlite.recipe.other_names import OTHER_NAMES
-from qlite.recipe.schema import TABLES, Recipe, is_utf8, table_class
+from qlite.recipe.schema import TABLES, Recipe, table_class, tables_with
 from qlite.recipe.write import plain
 from qlite.units import KIB
 
@@ -36,8 +37,6 @@ TOML_HINTS = {
     "Cannot declare": "this table stands twice; put its keys together under one of them",
     "Expected '=' after a key": "a line is key = value, or [table]",
 }
-# Keys of which "none" is a value; on the command line it stands for "not given" everywhere else.
-NONE_IS_A_WORD = ("memory.checkpointing",)
 
 
 def read_recipe(path: Path, overrides: list[str] = (), changes: Mapping[str, object] = MappingProxyType({})) -> Recipe:
@@ -47,8 +46,8 @@ def read_recipe(path: Path, overrides: list[str] = (), changes: Mapping[str, obj
         RecipeError: with every problem: key, value seen, fix.
     """
     tables = parse_toml(path)
-    problems = [problem for text in overrides if (problem := _override(tables, text))]
-    problems += _change(tables, changes)
+    problems = [problem for text in overrides if (problem := override(tables, text))]
+    problems += change(tables, changes)
     return build_recipe(tables, str(path), problems, default_dir=f"runs/{path.stem}")
 
 
@@ -61,7 +60,7 @@ def recipe_of_tables(tables: Mapping[str, object], changes: Mapping[str, object]
     if not isinstance(tables, Mapping):
         raise RecipeError(f'{_shown(plain(tables))}: should be a dict of tables: {{"base": {{"model": ...}}, "train": {{"steps": 20}}}}')
     own = {str(table): plain(values) for table, values in tables.items()}
-    problems = _change(own, changes)
+    problems = change(own, changes)
     return build_recipe(own, "recipe", problems)
 
 
@@ -107,14 +106,13 @@ def _read_table(table: str, values: object, wrong: dict[str, str]) -> object:
 
 def _read_method(values: object, wrong: dict[str, str]) -> Method:
     """Return what [method] says, or ``method = ["lora", "prefix"]``: one method or several, each with a table of its own then."""
-    if isinstance(values, str) or (isinstance(values, list) and all(isinstance(each, str) for each in values)):
-        values = {"name": values}
-    names = values.get("name", "lora") if isinstance(values, dict) else "lora"
+    values = named_method(values)
+    names = values.get("name") if isinstance(values, dict) else None
+    names = "lora" if names is None else names
     single = names if isinstance(names, list) else [names]
     for number, name in enumerate(single):
         if not (isinstance(name, str) and name in METHODS):
-            near = closest(name, METHODS) if isinstance(name, str) else None
-            fix = f'did you mean "{near}"?' if near else f"should be {one_of(METHODS)}"
+            fix = _right_method(name) if isinstance(name, str) else f"should be {one_of(METHODS)}"
             wrong["method.name"] = f"method.name = {_shown(names)}: no such method{_which(name, names)}; {fix}"
         elif name in single[:number]:
             wrong["method.name"] = f'method.name = {_shown(names)}: "{name}" stands twice; leave it out once'
@@ -123,14 +121,37 @@ def _read_method(values: object, wrong: dict[str, str]) -> Method:
     if "method.name" in wrong:
         return METHODS["lora"]()  # its keys cannot be judged without knowing the method
     if not isinstance(names, list):
-        own = {key: value for key, value in values.items() if key != "name"} if isinstance(values, dict) else values
+        own = values
+        if isinstance(values, dict):
+            tables = (values.keys() & METHODS.keys()) - {field.name for field in dataclasses.fields(METHODS[names])}
+            wrong |= {f"method.{key}": _is_table_of_another(key, values[key], [names]) for key in tables}
+            own = {key: value for key, value in values.items() if key not in {"name", *tables}}
         return _read_as("method", METHODS[names], own, wrong)
     for key in values.keys() - {"name", *names}:
+        if key in METHODS:
+            wrong[f"method.{key}"] = _is_table_of_another(key, values[key], names)
+            continue
         fields = [name for name in names if key in {field.name for field in dataclasses.fields(METHODS[name])}]
         fix = f"it stands in [method.{fields[0]}]" if fields else f"[method] has: name, {', '.join(names)}"
         wrong[f"method.{key}"] = f"method.{shown(toml_key(key))} = {_shown(values[key])}: no such key; {fix}"
-    parts = tuple(_read_as(f"method.{name}", METHODS[name], values.get(name, {}), wrong) for name in names)
+    parts = tuple(_read_as(f"method.{name}", METHODS[name], {} if values.get(name) is None else values[name], wrong) for name in names)
     return parts[0] if len(parts) == 1 else Combined(parts=parts)
+
+
+def _right_method(name: str) -> str:
+    """Return what was probably meant by ``name``, which no method has."""
+    several = [part.strip() for part in re.split(r"[,+]", name)]
+    if len(several) > 1 and all(part in METHODS for part in several):
+        return f"several are named in a list: name = {_shown(several)}"
+    near = closest(name, METHODS)
+    return f'did you mean "{near}"?' if near else f"should be {one_of(METHODS)}"
+
+
+def _is_table_of_another(key: str, value: object, names: list[str]) -> str:
+    """Return what is wrong with [method.KEY], a method's table, beside the methods ``names``."""
+    both = f"to train with it too, write name = {_shown([*names, key])}"
+    fix = f"of one method alone the keys stand in [method] itself, without [method.{key}]" if [key] == names else both
+    return f"method.{key} = {_shown(value)}: {fix}"
 
 
 def _which(name: object, names: object) -> str:
@@ -143,6 +164,8 @@ def _read_as(table: str, cls: type, values: object, wrong: dict[str, str]) -> ob
         once = f"write [{table}] once, in single brackets" if isinstance(values, list) else f"write [{table}] and its keys below"
         wrong[table] = f"{table} = {_shown(values)}: this is a table; {once}"
         values = {}
+    fields = [field.name for field in dataclasses.fields(cls)]
+    values = {key: _without_none(value) for key, value in values.items() if value is not None or key not in fields}
     try:
         # By way of JSON: strict about types there, yet a list may be a tuple and a table a dataclass.
         return table_adapter(cls).validate_json(json.dumps(_as_json(values)))
@@ -151,6 +174,11 @@ def _read_as(table: str, cls: type, values: object, wrong: dict[str, str]) -> ob
     filled = {field.name: "?" for field in dataclasses.fields(cls) if f"{table}.{field.name}" in unread and _is_required(field)}
     readable = {key: value for key, value in values.items() if f"{table}.{key}" not in unread}
     return table_adapter(cls).validate_json(json.dumps(_as_json(readable | filled)))
+
+
+def _without_none(value: object) -> object:
+    """Return ``value``; of a table, but for the keys that are to be as if they were not there."""
+    return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
 
 
 def _explain(table: str, cls: type, values: dict, error: ValidationError, wrong: dict[str, str]) -> set[str]:
@@ -228,7 +256,7 @@ def _is_required(field: dataclasses.Field) -> bool:
 def _right_key(table: str, own: list[str], name: str) -> str:
     """Return where the key ``name``, which ``table`` does not have, should probably stand, or what ``table`` has."""
     top = table.partition(".")[0]
-    elsewhere = [other for other in _tables_with(name) if other != top]
+    elsewhere = [other for other in tables_with(name) if other != top]
     others = [other for other, cls in METHODS.items() if name in {f.name for f in dataclasses.fields(cls)}] if top == "method" else []
     if others:
         return f"only {one_of(others)} has it, and this is another method"
@@ -245,14 +273,10 @@ def _unknown_table(table: str, value: object) -> str:
     if isinstance(value, dict):
         near = closest(table, TABLES)
         return f"[{shown(toml_key(table))}]: no such table; " + (f"did you mean [{near}]?" if near else f"there are: {', '.join(TABLES)}")
-    found = _tables_with(table)
+    found = tables_with(table)
     known = OTHER_NAMES.get(table.lower(), f"{found[0]}.{table}" if found else "")
     fix = f"write it as {known.partition('.')[2]} under [{known.partition('.')[0]}]" if known else f"there are: {', '.join(TABLES)}"
     return f"{shown(toml_key(table))} = {_shown(value)}: stands above all tables; {fix}"
-
-
-def _tables_with(name: str) -> list[str]:
-    return [table for table in TABLES if name in {f.name for f in dataclasses.fields(table_class(table, {}))}]
 
 
 def _as_json(value: object, levels: int = 4) -> object:
@@ -270,7 +294,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
-# The file, the command line and Python
+# The file
 
 
 def parse_toml(path: Path) -> dict:
@@ -319,61 +343,3 @@ def _near_files(path: Path) -> str:
     }
     near = closest(f"{path.stem}.toml", files, likeness=0.7)  # the ending, which all share, is a third of a short name
     return f'; did you mean "{files[near]}"?' if near else ""
-
-
-def _override(tables: dict, text: str) -> str | None:
-    """Put one "table.key=value" into ``tables``; return what is wrong with it, or None."""
-    if not is_utf8(text):
-        return f"{shown(text)}: holds bytes that are not UTF-8, and no recipe can; give what is called so another name"
-    key, equals, value = text.partition("=")
-    try:
-        path = _key_path(key) if equals else []
-    except tomllib.TOMLDecodeError:
-        path = []
-    if len(path) < 2:
-        found = _tables_with(key.strip())
-        example = f"{found[0]}.{key.strip()}={value or '...'}" if found else "train.steps=20"
-        return f"{shown(text)}: an override is table.key=value, for example {example}"
-    *outer, last = path
-    for name in outer:
-        tables = tables.setdefault(name, {})
-        if not isinstance(tables, dict):
-            return f"{text}: {'.'.join(outer)} is no table, so it has no key {last}"
-    tables[last] = "none" if key.strip() in NONE_IS_A_WORD and value.strip() == "none" else _override_value(value.strip())
-    return None
-
-
-def _change(tables: dict, changes: Mapping[str, object]) -> list[str]:
-    """Put ``changes`` by full name into ``tables``; return what is wrong with them."""
-    problems = []
-    for name, value in changes.items():
-        table, dot, key = str(name).partition(".")
-        if not dot:
-            found = _tables_with(table)
-            problems.append(f'{shown(table)}: a change is named with its table, for example "{found[0] if found else "train"}.{table}"')
-        elif not isinstance(tables.setdefault(table, {}), dict):
-            problems.append(f"{shown(str(name))}: {table} is no table, so it has no key {key}")
-        elif value is None:
-            tables[table].pop(key, None)
-        else:
-            tables[table][key] = plain(value)
-    return problems
-
-
-def _key_path(key: str) -> list[str]:
-    """Return the parts of a dotted TOML key: train.steps, method.rank_per_target."model.layers.*"."""
-    inner, path = tomllib.loads(f"{key} = {{}}"), []
-    while inner:
-        ((name, inner),) = inner.items()
-        path.append(name)
-    return path
-
-
-def _override_value(value: str) -> object:
-    if value == "none":
-        return None  # as if the key were not there
-    try:
-        parsed = tomllib.loads(f"value = {value}")
-    except (ValueError, RecursionError):
-        return value  # bare words need no quotes on the command line
-    return parsed["value"] if len(parsed) == 1 else value

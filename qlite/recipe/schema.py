@@ -347,6 +347,11 @@ def table_class(table: str, values: dict) -> type[Table]:
     return TABLES[table]
 
 
+def tables_with(name: str) -> list[str]:
+    """Return the tables that have a key ``name``."""
+    return [table for table in TABLES if name in {field.name for field in dataclasses.fields(table_class(table, {}))}]
+
+
 def is_utf8(text: str) -> bool:
     """Return whether ``text`` can be written: one from the command line may hold halves of characters, for bytes that are no text."""
     try:

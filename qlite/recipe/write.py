@@ -45,11 +45,19 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """Return the keys in which two recipes differ, as "train.seed: 0 -> 1"."""
+    """Return the keys in which two recipes differ, as "train.seed: 0 -> 1"; of several methods as "method.lora.rank: 4 -> 8"."""
     before, after = recipe_tables(old), recipe_tables(new)
-    keys = [(table, key) for table in TABLES for key in dict.fromkeys([*before[table], *after[table]])]
-    return [
-        f"{table}.{key}: {toml_value(before[table].get(key))} -> {toml_value(after[table].get(key))}"
-        for table, key in keys
-        if before[table].get(key) != after[table].get(key)
-    ]
+    found = []
+    for table in TABLES:
+        then, now = full_names(table, before[table]), full_names(table, after[table])
+        keys = [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key)]
+        found += [f"{key}: {toml_value(then.get(key))} -> {toml_value(now.get(key))}" for key in keys]
+    return found
+
+
+def full_names(table: str, values: Mapping[str, object]) -> dict[str, object]:
+    """Return the ``values`` of ``table`` by their full names; those of several methods each by its own: "method.lora.rank"."""
+    names = values.get("name") if table == "method" else None
+    parts = [key for key, part in values.items() if isinstance(names, list) and key in names and isinstance(part, Mapping)]
+    own = {f"{table}.{key}": value for key, value in values.items() if key not in parts}
+    return own | {f"{table}.{part}.{key}": value for part in parts for key, value in values[part].items()}

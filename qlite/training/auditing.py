@@ -178,9 +178,10 @@ class Auditor:
             found[name] = self._live.compared(weights, partial(self._console.phase, f"merged over the {name} weights"))
         best = min(found, key=lambda each: found[each].kl)
         if not found[best].kl <= most_kl:
+            apart = "; the adapter alone: --adapter" if self.opened.run.is_known_to_peft else ""
             raise ExportError(
                 f"merged over the {best} weights the model answers otherwise than the run: KL {found[best].kl:.3g} nats a token on "
-                f"{len(self.rows)} rows, and at most {most_kl:g} is allowed (--most-kl). Nothing was written; the adapter alone: --adapter"
+                f"{len(self.rows)} rows, and at most {most_kl:g} is allowed (--most-kl). Nothing was written{apart}"
             )
         told = partial(self._console.phase, "the base without its adapter")
         base_alone = None if trains_base else self._live.compared_to_base(told)

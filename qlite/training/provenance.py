@@ -5,6 +5,7 @@ An adapter is a change of one base under one template. Over another it is loaded
 
 import json
 import re
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from qlite.model.load import LoadedBase
 from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import Recipe
 from qlite.recipe.share import shareable
-from qlite.recipe.write import recipe_tables
+from qlite.recipe.write import full_names, recipe_tables
 from qlite.units import format_bytes
 
 KEY = "qlite"
@@ -32,7 +33,7 @@ WATCHING = {
     *("train.answer_tokens", "train.samples", "train.max_skipped"),
 }
 """Keys that say what is looked at, or where it is kept; so does all of memory, parallel and output."""
-WITHOUT_EFFECT = ("base.model", "base.revision", "base.sha256", "base.attention", "method.dropout")
+WITHOUT_EFFECT = ("base.model", "base.revision", "base.sha256", "base.attention", "method.dropout", "method.*.dropout")
 """Keys of base and method that a trained adapter does not depend on; which files the base is, their hashes tell."""
 
 
@@ -118,13 +119,13 @@ def require_same_keys(folder: Path, recipe: Recipe, path: Path) -> None:
     said = read_provenance(folder)
     if said is None:
         return
-    now = _deciding(recipe)
+    now = {table: full_names(table, values) for table, values in _deciding(recipe).items()}
     try:
         changed = [
-            f"{table}.{key}: {toml_value(value)} -> {toml_value(now[table][key])}"
+            f"{key}: {toml_value(value)} -> {toml_value(now[table][key])}"
             for table in ("base", "method")
-            for key, value in said["recipe"][table].items()
-            if f"{table}.{key}" not in WITHOUT_EFFECT and now[table].get(key, value) != value
+            for key, value in full_names(table, said["recipe"][table]).items()
+            if not any(fnmatchcase(key, pattern) for pattern in WITHOUT_EFFECT) and now[table].get(key, value) != value
         ]
     except (KeyError, TypeError, AttributeError):
         return
@@ -173,8 +174,9 @@ def add_new_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add to ``tokenizer`` the tokens that the adapter in ``folder`` says were made for it (method.new_tokens), where it has them not."""
     said = read_provenance(folder) or {}
     try:
-        new = [str(token) for token in said["recipe"]["method"]["new_tokens"]]
-    except (KeyError, TypeError):
+        keys = full_names("method", said["recipe"]["method"])
+        new = [str(token) for key, value in keys.items() if key.endswith(".new_tokens") for token in value]
+    except (KeyError, TypeError, AttributeError):
         return
     vocabulary = tokenizer.get_vocab()
     token_ids(tokenizer, (), [token for token in dict.fromkeys(new) if token not in vocabulary])

@@ -37,7 +37,7 @@ from qlite.files import (
     write_tensors,
     write_text,
 )
-from qlite.formats.peft import PEFT, WEIGHTS, adapter_tensors, copy_adapter, read_tensors, write_adapter
+from qlite.formats.peft import CONFIG, PEFT, WEIGHTS, adapter_tensors, copy_adapter, read_tensors, write_adapter
 from qlite.optim.build import FlatOptimizer
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
@@ -71,6 +71,11 @@ class RunFolder:
     def peft_adapter(self) -> Path:
         """Where the finished adapter stands in PEFT's format, if PEFT has its type."""
         return beneath if (beneath := self.adapter / PEFT).is_dir() else self.adapter
+
+    @property
+    def is_known_to_peft(self) -> bool:
+        """Whether PEFT has a type for what the run has trained: one of its config files is there."""
+        return (self.peft_adapter / CONFIG).is_file()
 
     @property
     def is_begun(self) -> bool:

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from qlite.device import MemoryUse, peak_process_bytes
-from qlite.formats.peft import CONFIG, PEFT
 from qlite.streams import clean
 from qlite.training.planning import planned_and_measured
 from qlite.training.run_folder import RunFolder
@@ -67,8 +66,7 @@ def _export_form(run: RunFolder) -> str | None:
     """Return how what was trained leaves qlite: merged, as PEFT's files, or not at all."""
     if run.recipe().method.is_mergeable:
         return "--merge"
-    is_known_to_peft = any((folder / CONFIG).is_file() for folder in (run.adapter, run.adapter / PEFT))
-    return "--adapter" if is_known_to_peft else None
+    return "--adapter" if run.is_known_to_peft else None
 
 
 def closing_words(result: dict, path: Path, has_report: bool) -> Iterator[Table | Text]:

@@ -367,7 +367,7 @@ def test_an_adapter_that_is_no_linear_map_is_refused_and_nothing_is_left(folders
     loaded = adapted(folders["llama"], None)
     adapt_linears(loaded.model, ("down_proj",), lambda name, base: Gate(base))
     out = tmp_path / "exports" / "out"
-    with pytest.raises(NotMergeable, match="Gate is not one linear map; export it with --adapter"):
+    with pytest.raises(NotMergeable, match="Gate is not one linear map$"):
         write(out, loaded, shard_bytes=20_000)
     assert list(out.parent.iterdir()) == []
 

@@ -246,3 +246,23 @@ def test_keys_of_a_part_are_read_and_changed_by_its_name():
     changed = both.having("lora.rank", 2)
     assert next(part for part in changed.parts if isinstance(part, LoRA)).rank == 2
     assert changed.parts[1] == both.parts[1]
+
+
+@pytest.mark.parametrize("key", ["ia4.rank", "rank", "lora.rnk", "lora", "ia3.rank"])
+def test_a_key_that_no_part_has_is_refused(key):
+    both = Combined(parts=(LoRA(rank=4), IA3()))
+    for asked in (lambda: both.having(key, 2), lambda: both.get(key)):
+        with pytest.raises(RecipeError, match=rf"method\.{key}: no such key; .* tables of their own: method.lora, method.ia3"):
+            asked()
+
+
+def test_what_is_checked_before_and_in_training_is_told_with_the_table():
+    with pytest.raises(RecipeError, match=r"method\.relora\.resets"):
+        Combined(parts=(ReLoRA(resets=50), IA3())).check(20)
+
+    class Refusing(LoRA):
+        def before_step(self, model: nn.Module, optimizer: object, step: int, steps: int) -> None:
+            raise RecipeError("method.rank = 16: too much")
+
+    with pytest.raises(RecipeError, match=r"^method\.lora\.rank = 16"):
+        Combined(parts=(Refusing(), IA3())).before_step(None, None, 1, 2)

@@ -173,7 +173,7 @@ def test_the_merged_model_equals_the_adapted_one(name, storage):
     model = adapted(name, storage)
     want = model(input_ids=IDS).logits
     if is_any(name, UNMERGEABLE):
-        with pytest.raises(NotMergeable, match="--adapter"):
+        with pytest.raises(NotMergeable, match=r"no weight of the base model$|no change of a weight, so there is nothing to merge$"):
             list(merged_tensors(model))
         return
     tensors = {tensor.name: tensor.whole() for tensor in merged_tensors(model)}

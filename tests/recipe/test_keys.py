@@ -134,3 +134,10 @@ def test_values_are_shown_as_a_recipe_has_them():
         "inf",
         "0x400000000000000000",
     ]
+
+
+def test_that_several_methods_may_be_named_is_said_where_the_name_is(monkeypatch):
+    key = next(key for key in all_keys() if key.name == "method.name")
+    assert key.takes.endswith(', "full" or "galore", or a list of several')
+    assert 'name = ["lora", "prefix"], each has its keys in a table of its own: [method.lora].' in key.text
+    assert " ".join(printed(monkeypatch, 120).split()).count('["lora", "prefix"]') == 1

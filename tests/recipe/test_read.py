@@ -327,6 +327,18 @@ def test_override_is_put_over_the_recipe(tmp_path, override, key, value):
     assert type(found) is type(value)
 
 
+def test_none_leaves_out_a_key_that_has_a_default(tmp_path):
+    path = write(tmp_path, f"{GOOD}[method]\nrank = 4\nrank_per_target = {{q_proj = 8}}\n")
+    given = {"method.rank": 4, "method.rank_per_target": {"q_proj": 8}}
+    for key, left in (("method.rank", {"rank": 16}), ("method.rank_per_target.q_proj", {"rank_per_target": {}})):
+        for recipe in (read_recipe(path, [f"{key}=none"]), read_recipe(path, [], {key: None})):
+            method = recipe.method
+            want = {name.partition(".")[2]: value for name, value in given.items()} | left
+            assert {"rank": method.rank, "rank_per_target": method.rank_per_target} == want
+    with pytest.raises(RecipeError, match='method.rnk = none: no such key; did you mean "rank"'):
+        read_recipe(path, [], {"method.rnk": None})
+
+
 def test_none_leaves_a_key_out_so_that_steps_can_become_epochs(tmp_path):
     train = read_recipe(write(tmp_path, GOOD), ["train.steps=none", "train.epochs=2"]).train
     assert (train.steps, train.epochs) == (None, 2)
@@ -344,7 +356,7 @@ MALFORMED_OVERRIDES = [
     ("train.steps=", 'train.steps = "": should be a whole number, 1 or more'),
     ("train.steps=many", 'train.steps = "many": should be a whole number, 1 or more'),
     ("train.steps=5\nseed=3", 'train.steps = "5\\nseed=3": should be a whole number, 1 or more'),
-    ("train.micro_batch=none", "train.micro_batch = none: should be a whole number, 1 or more"),
+    ("train.micro_btch=none", 'train.micro_btch = none: no such key; did you mean "micro_batch"?'),
     ("trian.steps=5", "[trian]: no such table; did you mean [train]?"),
     ("train.stpes=5", 'train.stpes = 5: no such key; did you mean "steps"?'),
 ]
@@ -481,6 +493,52 @@ def test_several_methods_are_named_in_a_list_and_each_has_its_own_table():
     assert combined(["ia3"]).method == combined("ia3").method == combined({"name": "ia3"}).method
 
 
+SHORT = 'method = {method}\n[base]\nmodel = "x"\n[data]\ntrain = "x"\n[train]\nsteps = 1\n'
+
+
+def test_a_method_in_short_form_takes_overrides_and_changes(tmp_path):
+    path = write(tmp_path, SHORT.format(method='["lora", "prefix"]'))
+    for recipe in (read_recipe(path, ["method.lora.rank=8"]), read_recipe(path, [], {"method.lora.rank": 8})):
+        assert (recipe.method.get("lora.rank"), recipe.method.get("prefix.length")) == (8, 20)
+    path = write(tmp_path, SHORT.format(method='"lora"'))
+    for recipe in (read_recipe(path, ["method.rank=8"]), read_recipe(path, [], {"method.rank": 8})):
+        assert recipe.method.rank == 8
+    tables = {"base": {"model": "x"}, "method": ["lora", "prefix"], "data": {"train": "x"}, "train": {"steps": 1}}
+    assert Recipe.from_tables(tables, {"method.lora.rank": 8}).method.get("lora.rank") == 8
+    assert tables["method"] == ["lora", "prefix"]
+
+
+@pytest.mark.parametrize("key", ["method.lora.rank", "method.lora.alpha", 'method.lora.rank_per_target."model.layers.*"'])
+def test_none_is_as_if_a_key_of_a_part_were_not_there(tmp_path, key):
+    values = 'rank = 4\nalpha = 2.0\nrank_per_target = {"model.layers.*" = 2}\n'
+    path = write(
+        tmp_path, f'[base]\nmodel = "x"\n[method]\nname = ["lora", "ia3"]\n[method.lora]\n{values}[data]\ntrain = "x"\n[train]\nsteps = 1\n'
+    )
+    found = [read_recipe(path, [f"{key}=none"]), read_recipe(path, [], {key: None})]
+    name = key.split(".")[2]
+    for recipe in found:
+        assert recipe.method.get(f"lora.{name}") == getattr(LoRA(), name)
+    assert found[0] == found[1]
+
+
+def test_changes_from_python_reach_a_part_by_its_keys(tmp_path):
+    path = write(tmp_path, SHORT.format(method='["lora", "ia3"]'))
+    method = read_recipe(
+        path, [], {"method.lora.rank": 8, 'method.lora.rank_per_target."model.*"': 3, "method.ia3": {"feedforward": []}}
+    ).method
+    assert (method.get("lora.rank"), method.get("lora.rank_per_target"), method.get("ia3.feedforward")) == (8, {"model.*": 3}, ())
+    for name, message in {
+        "method.lora.rnk": 'method.lora.rnk = 8: no such key; did you mean "rank"?',
+        "train.steps.x": "train.steps.x: train.steps is no table, so it has no key x",
+        "train.a b": 'train."a b" = 8: no such key',
+        "train.x = 1\ny": 'train."x = 1',
+        "train.": 'train."" = 8: no such key',
+    }.items():
+        with pytest.raises(RecipeError) as caught:
+            read_recipe(path, [], {name: 8})
+        assert message in str(caught.value)
+
+
 def test_a_key_of_a_part_is_set_on_the_command_line(tmp_path):
     path = write(
         tmp_path,
@@ -490,7 +548,7 @@ def test_a_key_of_a_part_is_set_on_the_command_line(tmp_path):
     assert (recipe.method.get("lora.rank"), recipe.method.get("bottleneck.width")) == (2, 8)
     again = write(tmp_path, recipe_toml(recipe))
     assert read_recipe(again) == recipe
-    assert recipe_differences(recipe, read_recipe(path, ["method.lora.rank=3"])) != []
+    assert recipe_differences(recipe, read_recipe(path, ["method.lora.rank=3"])) == ["method.lora.rank: 2 -> 3"]
 
 
 @pytest.mark.parametrize(
@@ -503,6 +561,18 @@ def test_a_key_of_a_part_is_set_on_the_command_line(tmp_path):
         ({"name": ["lora", "bottleneck"], "bottleneck": {"width": 0}}, "method.bottleneck.width = 0: should be a whole number, 1 or more"),
         ({"name": ["lora", "ia3"], "lora": {"targets": []}}, "method.lora.targets = []: names no layer"),
         ({"name": "lora", "width": 8}, 'method.width = 8: no such key; only "bottleneck" has it'),
+        (
+            {"name": "lora", "lora": {"rank": 4}},
+            "method.lora = {rank = 4}: of one method alone the keys stand in [method] itself, without [method.lora]",
+        ),
+        ({"lora": {"rank": 4}}, "of one method alone the keys stand in [method] itself, without [method.lora]"),
+        ({"name": "ia3", "lora": {"rank": 4}}, 'method.lora = {rank = 4}: to train with it too, write name = ["ia3", "lora"]'),
+        (
+            {"name": ["lora", "ia3"], "prefix": {}},
+            'method.prefix = {}: to train with it too, write name = ["lora", "ia3", "prefix"]',
+        ),
+        ({"name": "lora,prefix"}, 'method.name = "lora,prefix": no such method; several are named in a list: name = ["lora", "prefix"]'),
+        ({"name": "lora + ia3"}, 'several are named in a list: name = ["lora", "ia3"]'),
     ],
 )
 def test_what_is_wrong_with_several_methods_is_said_with_the_table(method, message):

@@ -39,6 +39,7 @@ CASES = {
 LOWERED = {"saved_inputs": "host", "base": "host", "embedding": "host", "mlp_chunk": 16}
 SHORT = Sampling(max_tokens=12)
 QUICK = {"exact_match_rows": 0, "eval_every": 0}
+QLITES_OWN = "; generate, chat and evaluate answer with it as it is, and it has no form for other programs$"
 WITH_PEFT = ("prefix", "prompt", "llama_adapter")
 
 
@@ -152,9 +153,12 @@ def test_a_conversation_reads_what_it_has_said(case, done):
 
 @cases
 def test_no_weight_can_say_it_so_merging_is_refused(case, done, tmp_path):
-    with pytest.raises(NotMergeable, match="--adapter"):
+    way = "; --adapter writes it as PEFT's files$" if case in WITH_PEFT else QLITES_OWN
+    with pytest.raises(NotMergeable, match=f"is no weight of the base model{way}"):
         export(done(case) / "run", merge=Merge(rows=0), out=tmp_path / "merged", quiet=True)
-    with pytest.raises(ExportError, match="llama.cpp"):
+    with pytest.raises(NotMergeable, match=way):
+        export(done(case) / "run", gguf="f16", out=tmp_path / "gguf", quiet=True)
+    with pytest.raises(ExportError, match=f"llama.cpp.*{way}"):
         export(done(case) / "run", adapter="gguf", out=tmp_path / "gguf", quiet=True)
     assert not list(tmp_path.iterdir())
 
@@ -162,7 +166,7 @@ def test_no_weight_can_say_it_so_merging_is_refused(case, done, tmp_path):
 @cases
 def test_the_adapter_is_exported_where_peft_has_its_type(case, done, tmp_path):
     if case not in WITH_PEFT:
-        with pytest.raises(ExportError, match="PEFT has no adapter"):
+        with pytest.raises(ExportError, match=f"PEFT has no adapter.*{QLITES_OWN}"):
             export(done(case) / "run", adapter="peft", out=tmp_path / "peft", quiet=True)
         return
     export(done(case) / "run", adapter="peft", out=tmp_path / "peft", quiet=True)

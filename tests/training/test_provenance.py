@@ -98,6 +98,42 @@ def test_keys_that_change_nothing_of_it_are_not(mine):
     opened(mine).attach()
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> Path:
+    """A finished run by two methods."""
+    folder = tmp_path_factory.mktemp("of_two")
+    method = {"name": ["lora", "ia3"], "lora": {"rank": 4, "dropout": 0.1}, "ia3": {}}
+    run(tiny_recipe(folder, method=method, train={"steps": 2, "exact_match_rows": 0, "eval_every": 0}))
+    return folder
+
+
+def test_of_several_methods_each_key_is_compared_by_itself(of_two):
+    path = of_two / "run" / "recipe.toml"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace("dropout = 0.1", "dropout = 0.0"))
+        opened(of_two).attach()
+        path.write_text(text.replace("alpha = 32.0", "alpha = 64.0"))
+        with pytest.raises(AdapterError, match=r"recipe.toml has now: method\.lora\.alpha: 32.0 -> 64.0\. Put the old ones back"):
+            opened(of_two)
+    finally:
+        path.write_text(text)
+
+
+def test_a_run_of_several_methods_is_opened_after_a_method_has_got_a_new_key(of_two, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(of_two, folder)
+    path = folder / "run" / "recipe.toml"
+    path.write_text(path.read_text().replace(str(of_two), str(folder)))
+    weights = folder / "run" / "adapter" / WEIGHTS
+    said = read_provenance(weights.parent)
+    del said["recipe"]["method"]["lora"]["loftq_rounds"]  # as an earlier version would have written it
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(weights), weights, metadata | {KEY: json.dumps(said)})
+    opened(folder).attach()
+
+
 def test_another_base_under_the_same_path_is_refused(mine):
     change_base(mine)
     with pytest.raises(AdapterError, match=r"was trained over another base: base \(model.safetensors, .*and this is base \(model.saf"):
