@@ -15,6 +15,7 @@ from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
 from qlite.training.forecast import STEP, Forecast, worst_workload
 from qlite.training.kept_plans import kept_forecast
+from qlite.training.step import rank_keys
 from qlite.training.ways_out import Keys, coarser_vocabulary
 from qlite.units import format_bytes, format_step_seconds
 
@@ -107,9 +108,10 @@ def fit(
     if least is None:
         raise problem
     if best is None:
+        lower = ", ".join(["train.tokens", *rank_keys(recipe.method)])
         raise MachineError(
             f"nothing fits; the least that this recipe needs is {format_bytes(least)}, with everything lowered. "
-            "Lower train.tokens, method.rank or train.exact_match_rows, or take a smaller base.model"
+            f"Lower {lower} or train.exact_match_rows, or take a smaller base.model"
         )
     return replace(best, card=card.name, reasons=tuple(reasons), slower=tuple(slower))
 

@@ -80,7 +80,7 @@ class Planner:
         In training or, if not, in a pass without gradients.
         """
         batch, phase = Batch.of([one_row(tokens)] * rows, 0), STEP if is_training else EVALUATION
-        work, lines = Workload(batch, None if is_training else batch), general_advice(rows, tokens)
+        work, lines = Workload(batch, None if is_training else batch), general_advice(self.recipe.method, rows, tokens)
         # With the memory as full as it is, a plan may find no room itself.
         with device.Attempt(), suppress(QliteError):
             peak = self.plan(work).phases[phase].bytes

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,16 @@ Advice = Callable[[int, int, bool], list[str]]
 """Says, a line each, what would let so many rows of so many tokens fit: in training or, if not, in a pass without gradients."""
 
 
-def general_advice(rows: int, tokens: int, is_training: bool = True) -> list[str]:
-    """Return the ways out that there are on every machine."""
-    return [f"Lower train.tokens below {tokens} or method.rank, see memory.* in --keys, or free memory that other programs hold"]
+def general_advice(method: Method, rows: int, tokens: int, is_training: bool = True) -> list[str]:
+    """Return the ways out that there are on every machine, for a model trained by ``method``."""
+    lower = " or ".join([f"train.tokens below {tokens}", *rank_keys(method)])
+    return [f"Lower {lower}, see memory.* in --keys, or free memory that other programs hold"]
+
+
+def rank_keys(method: Method) -> list[str]:
+    """Return the full names of ``method``'s ranks, "method.rank", or of several methods "method.lora.rank"; none where it has none."""
+    parts = [part for part in method.each if hasattr(part, "rank")]
+    return [f"method.{part.name}.rank" if len(method.each) > 1 else "method.rank" for part in parts]
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,9 @@ class Stepper:
     the order of their sums; dropout alone draws other masks where rows are cut apart.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method, loss_chunk: int, device: torch.device, advice: Advice = general_advice):
-        self.model, self.method, self.device, self.advice = model, method, device, advice
+    def __init__(self, model: PreTrainedModel, method: Method, loss_chunk: int, device: torch.device, advice: Advice | None = None):
+        self.model, self.method, self.device = model, method, device
+        self.advice = advice or partial(general_advice, method)
         self.head: nn.Module = logits_head(model)
         self.limits = Limits(loss_chunk)
         """In training; a run keeps them in its checkpoints."""
@@ -162,9 +171,10 @@ class Stepper:
                     self.tell("out of memory in the optimizer's step: what was cached was freed, and it went on where it stood")
                 return retries
             device.free_cached(self.device)
+        lower = "".join(f" or lower {key}" for key in rank_keys(self.method))
         raise MachineError(
             "out of memory in the optimizer's step, also after all that was cached has been freed. Take another optimizer.name "
-            '("paged_adamw8bit" needs least) or lower method.rank'
+            f'("paged_adamw8bit" needs least){lower}'
         )
 
     def _make_room(self, limits: Limits) -> str:

@@ -16,6 +16,7 @@ from qlite.data.batches import Batch
 from qlite.data.encode import Encoded
 from qlite.errors import MachineError, OutOfMemory
 from qlite.hashes import sha256
+from qlite.methods import METHODS, Combined
 from qlite.methods.base import trainable_tensors
 from qlite.methods.lora import LoRA
 from qlite.optim.build import FlatOptimizer, Optimizer
@@ -304,6 +305,32 @@ def test_an_optimizer_that_never_fits_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizer.inner, "step", step)
     with pytest.raises(MachineError, match=r"optimizer's step.*optimizer.name"):
         own.step([Batch.of(random_rows(2), PAD)], optimizer, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        (LoRA(), ["method.rank"]),
+        (METHODS["prefix"](), []),
+        (METHODS["full"](), []),
+        (Combined(parts=(LoRA(), METHODS["ia3"]())), ["method.lora.rank"]),
+        (Combined(parts=(LoRA(), METHODS["low_rank"]())), ["method.lora.rank", "method.low_rank.rank"]),
+    ],
+)
+def test_a_rank_is_named_where_the_method_has_one(method, keys, monkeypatch):
+    lower = " or ".join(["train.tokens below 64", *keys])
+    advised = Stepper(tiny_llama(), method, 256, CPU).advice(1, 64, True)
+    assert advised == [f"Lower {lower}, see memory.* in --keys, or free memory that other programs hold"]
+    own, optimizer = stepper()
+    own.method = method
+
+    def step() -> None:
+        raise full()
+
+    monkeypatch.setattr(optimizer.inner, "step", step)
+    with pytest.raises(MachineError) as caught:
+        own.step([Batch.of(random_rows(2), PAD)], optimizer, 1.0)
+    assert str(caught.value).endswith('("paged_adamw8bit" needs least)' + "".join(f" or lower {key}" for key in keys))
 
 
 def test_an_evaluation_that_runs_out_of_memory_measures_the_same_loss():

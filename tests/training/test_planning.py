@@ -285,7 +285,7 @@ def test_advice_that_finds_no_room_itself_is_general(folder, monkeypatch, error)
     for module in (planning, ways_out_module):
         monkeypatch.setattr(module, "kept_forecast", forecast)
         planner = Planner(recipe_of(folder), torch.device("cpu"), lambda *_: None)
-        assert planner.advice(1, 64) == general_advice(1, 64)
+        assert planner.advice(1, 64) == general_advice(planner.recipe.method, 1, 64)
 
 
 def test_a_begun_run_may_be_told_to_go_on_all_the_same(folder):
