@@ -165,6 +165,7 @@ def test_beside_lora_on_other_linears_both_are_trained():
 # A whole run
 
 
+@pytest.mark.slow
 def test_a_run_stopped_goes_on_to_the_same_bytes_and_is_merged(tmp_path):
     keys = {"method": {"name": "low_rank", "rank": 16}, "train": {"steps": 4, "accumulation": 1, "exact_match_rows": 0}}
     recipe = tiny_recipe(tmp_path, **keys)
@@ -178,9 +179,9 @@ def test_a_run_stopped_goes_on_to_the_same_bytes_and_is_merged(tmp_path):
     merged = export(tmp_path / "run", merge="fp32", out=tmp_path / "merged", device="cpu", quiet=True)
     for kind in ("dequantised", "original"):
         assert merged.audit.found[kind].top1 > 0.9, kind
-    with pytest.raises(ExportError, match="PEFT has no adapter type for this method"):
+    with pytest.raises(ExportError, match="PEFT has no adapter of this kind"):
         export(tmp_path / "run", adapter="peft", out=tmp_path / "peft", quiet=True)
-    with pytest.raises(ExportError, match='method.name = "low_rank": llama.cpp.s adapters are LoRA alone; use --gguf f16'):
+    with pytest.raises(ExportError, match="llama.cpp's adapters are LoRA's, and this run has trained by low_rank"):
         export(tmp_path / "run", adapter="gguf", out=tmp_path / "gguf", quiet=True)
 
 

@@ -63,7 +63,7 @@ CASES = {
 
 # In the default suite each storage, checkpointing and packing with some of the others, and all keys together; each alone with -m slow.
 SLOW = {
-    *("adalora, base on the host", "relora, base on the host", "loftq in rounds", "torch's optimizer"),
+    *("adalora, base on the host", "relora, base on the host", "loftq in rounds", "torch's optimizer", "float32", "vocabulary in 4 bit"),
     *("all together", "4 bit, none, packed", "16 bit, block, packed", "8 bit, attention"),
     "low rank in the place of weights",
     *("4 bit, attention", "4 bit, block, packed", "8 bit, block", "8 bit, attention, packed", "8 bit, none", "8 bit, none, packed"),

@@ -133,6 +133,7 @@ def test_a_signal_in_an_evaluation_loses_no_step_of_any_run(tmp_path):
         assert_alike(tmp_path / "straight" / name, tmp_path / "stopped" / name)
 
 
+@pytest.mark.slow
 def test_all_make_their_step_before_any_is_evaluated(tmp_path, monkeypatch):
     """So no step's time holds another run's evaluation."""
     seen = []
@@ -163,6 +164,7 @@ def test_a_run_killed_between_its_result_and_its_report_gets_one(tmp_path):
     assert (tmp_path / "all" / "r4" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_left_as_they_are(tmp_path):
     together_in(tmp_path, kinds={"r4": KINDS["r4"]})
     before = (tmp_path / "all" / "r4" / "result.json").read_bytes()
