@@ -1,7 +1,7 @@
 """Which methods obey the contract over which storage: a grid of laws kept, and each gap with its reason.
 
     python tools/methods_grid.py                  # runs tests/methods/test_contract.py, some minutes
-    python tools/methods_grid.py --quick          # without the variants that differ by their keys alone
+    python tools/methods_grid.py --quick          # without 8 bit and the variants that differ by their keys alone
 
 A cell says how many laws hold; "-" and a reason: the method refuses that storage, and the refusal is tested. Exit code 4 if a law fails.
 """
@@ -27,7 +27,7 @@ STORAGES = ("16 bit", "8 bit", "4 bit")
 def main(argv: list[str]) -> None:
     """Print the grid; exit 4 if a law fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="leave the slow variants out")
+    parser.add_argument("--quick", action="store_true", help="leave 8 bit and some variants out")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "laws.xml"
