@@ -11,8 +11,6 @@ Vetterli 2007 for the effective rank.
 """
 
 import argparse
-import csv
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from qlite.analysis.findings import NEARLY_ALL, Findings, amplify, average, comp
 from qlite.analysis.page import page
 from qlite.analysis.similarity import by_chance
 from qlite.analysis.spectrum import SHARE
+from qlite.analysis.tables import as_csv
 from qlite.calls import called
 from qlite.errors import AdapterError, RecipeError, RunError, some_of
 from qlite.files import new_folder, write_json, write_text
@@ -227,17 +226,9 @@ def _weights_under(given: Given, updates: dict[str, LowRank], model: str | None,
 def _write(folder: Path, found: Findings) -> None:
     with new_folder(folder) as made:
         for name, rows in found.tables().items():
-            write_text(made / f"{name}.csv", _as_csv(rows))
+            write_text(made / f"{name}.csv", as_csv(rows))
         write_json(made / RECORD, found.as_record())
         write_text(made / PAGE, page(found))
-
-
-def _as_csv(rows: list[dict[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peer_memory import Followed
+from pictures import open_pyplot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlite.training.forecast as forecasting
@@ -126,11 +127,7 @@ def show(points: list[Point]) -> None:
 
 def draw(lines: dict[str, list[Point]], path: Path) -> None:
     """Write both figures as one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = open_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, points in lines.items():
         tokens = [point.tokens for point in points]

@@ -11,10 +11,8 @@ a stopped study goes on, and another rank or seed only adds its own. It writes t
 """
 
 import argparse
-import csv
 import gzip
 import hashlib
-import io
 import json
 import struct
 import time
@@ -25,9 +23,11 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from pictures import open_pyplot
 from torch import Tensor, nn
 
-from qlite.errors import DataError, MachineError, RecipeError, RunError
+from qlite.analysis.tables import as_csv
+from qlite.errors import DataError, RecipeError, RunError
 from qlite.files import make_folder, write_json, write_text
 from qlite.methods.pure_low_rank import PureLowRankLinear
 from qlite.verb import run_verb
@@ -246,28 +246,13 @@ def as_markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def as_csv(rows: list[dict[str, str]]) -> str:
-    """Return the table as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def draw(found: list[Training], path: Path) -> None:
     """Write accuracy over epochs for each kind and rank, and the last one over the rank; the mean over seeds, its spread shaded.
 
     Raises:
         MachineError: there is no matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MachineError("no picture was drawn, for matplotlib is not installed: pip install matplotlib, and the same again") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = open_pyplot()
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained", sharey=True)
     ranks = sorted({each.rank for each in found} - {0})
     full = _curve(found, FULL, 0)

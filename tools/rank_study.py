@@ -12,15 +12,15 @@ It prints and writes table.csv, and rank_study.png where matplotlib is there.
 """
 
 import argparse
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from pictures import open_pyplot
 
-from qlite.errors import MachineError, RecipeError, RunError
+from qlite.analysis.tables import as_csv
+from qlite.errors import RecipeError, RunError
 from qlite.files import make_folder, write_text
 from qlite.methods.base import trainable_count
 from qlite.methods.lora import LoRA
@@ -183,15 +183,6 @@ def point_row(point: Point, part: str) -> dict[str, object]:
     return row | {"last_training_loss": mean(list(each.losses.values())[-1] for each in point.results)}
 
 
-def as_csv(rows: list[dict[str, object]]) -> str:
-    """Return the rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def by_rank(points: dict[tuple[str, int], Point], sets: tuple[str, ...], ranks: tuple[int, ...]) -> str:
     """Return table 6: a row for each set, a column for each rank."""
     rows = [[", ".join(SETS[name]), *(_cell(points[name, rank]) for rank in ranks)] for name in sets]
@@ -224,12 +215,7 @@ def draw(points: dict[tuple[str, int], Point], sets: tuple[str, ...], ranks: tup
     Raises:
         MachineError: there is no matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MachineError("no picture was drawn, for matplotlib is not installed: pip install matplotlib, and the same again") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = open_pyplot()
 
     def loss(point: Point) -> float:
         return mean(point.losses or [list(each.losses.values())[-1] for each in point.results])

@@ -9,18 +9,16 @@ ratio is that of the same round. The first round does not count. Memory is what 
 import argparse
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from qlite.memory.plan import MemoryPlan
-from qlite.methods.together import join
-from qlite.methods.views import view_of
-from qlite.model.lowering import lower_memory
 from qlite.recipe.sweep import read_sweep
 from qlite.training.console import open_console
-from qlite.training.parts import Machine, Parts, assemble, load_base, read_rows
+from qlite.training.parts import Machine, Parts, read_rows
 from qlite.training.run_folder import RunFolder
 from qlite.training.state import TrainState
-from qlite.training.sweep import JointMeter, planned
+from qlite.training.sweep import JointMeter, assemble_together, planned
 from qlite.training.together import Member, Together
 from qlite.units import format_bytes
 from qlite.verb import run_verb
@@ -39,13 +37,8 @@ def main(argv: list[str]) -> None:
         rows = {name: read_rows(recipe, console) for name, recipe in recipes.items()}
         rows, joint_plan = planned(rows, machine.where, console)
         plans = [own.planner(machine.where, console).plan_run(own.data, own.batches, lambda _: None) for own in rows.values()]
-        meter = JointMeter(machine.where)
-        first = next(iter(rows.values()))
-        base = load_base(first.recipe, machine, console, meter, first.notes)
-        views = [view_of(base.model) for _ in rows]
-        parts = [assemble(own, base, view, machine, meter, console) for own, view in zip(rows.values(), views, strict=True)]
-        together = Together(base.model, join(base.model, views), machine.where, len(views))
-        lower_memory(base.model, first.recipe.memory, machine.where)
+        parts, together = assemble_together(list(rows.values()), machine, JointMeter(machine.where), console)
+    together.stepping = nullcontext  # following every tensor costs time of its own
     members = [
         Member(name, own, RunFolder(Path()), console, TrainState(), i) for i, (name, own) in enumerate(zip(rows, parts, strict=True))
     ]

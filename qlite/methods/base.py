@@ -24,9 +24,7 @@ Targets = str | tuple[str, ...]
 PEFT_PREFIX = "base_model.model."
 """Before a tensor's name in the model, in PEFT's files of what it puts into a model's layers."""
 Original = Callable[[str], Tensor]
-"""Gives a frozen linear's weight [out, in] in float32 as the base's own files have it, by the linear's dotted name in the plain model.
-
-Raises ModelError where they have none: a base that was quantised before."""
+"""Gives a frozen linear's weight [out, in] in float32 as the base's own files have it, by the linear's dotted name in the plain model."""
 
 
 class Stepping(Protocol):

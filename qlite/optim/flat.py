@@ -29,6 +29,16 @@ def join_float32(weight: Tensor, remainder: Tensor) -> Tensor:
     return (upper + remainder.to(torch.int32)).view(torch.float32)
 
 
+def put_float32(master: Tensor, weight: Tensor, remainder: Tensor | None) -> None:
+    """Write ``master`` into ``weight`` and ``remainder``, both of its shape; without a remainder the weight is float32 itself."""
+    if remainder is None:
+        weight.copy_(master)
+        return
+    upper, lower = split_float32(master)
+    weight.copy_(upper)
+    remainder.copy_(lower)
+
+
 class FlatParameters:
     """All trainable tensors of one optimizer group and dtype, as views into one flat buffer of N elements.
 
@@ -73,13 +83,8 @@ class FlatParameters:
     @torch.no_grad()
     def write(self, param: nn.Parameter, value: Tensor) -> None:
         """Let ``param`` and its master be ``value`` [of its shape], float32, exactly."""
-        master = value.to(self.grad.device, torch.float32)
-        if self.remainder is None:
-            param.copy_(master)
-            return
-        upper, lower = split_float32(master.contiguous())
-        param.copy_(upper)
-        self.remainder[self.place(param)] = lower.view(-1)
+        remainder = None if self.remainder is None else self.remainder[self.place(param)].view(param.shape)
+        put_float32(value.to(self.grad.device, torch.float32).contiguous(), param, remainder)
 
     @torch.no_grad()
     def open(self) -> None:
@@ -100,9 +105,7 @@ class FlatParameters:
         """
         if self.remainder is not None:
             for master, weight, remainder in self._chunks():
-                upper, lower = split_float32(master)
-                weight.copy_(upper)
-                remainder.copy_(lower)
+                put_float32(master, weight, remainder)
         self.drop()
         self.grad.zero_()
 

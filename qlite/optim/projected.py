@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from qlite.optim.flat import CHUNK, join_float32, split_float32
+from qlite.optim.flat import CHUNK, join_float32, put_float32
 
 
 class ProjectedParameters:
@@ -71,13 +71,7 @@ class ProjectedParameters:
             if number < self._closed:
                 continue
             wide = weight if remainder is None else join_float32(weight, remainder)
-            wide = torch.addmm(wide, low, basis.float(), alpha=self.scale).mul_(1 - decay)
-            if remainder is None:
-                weight.copy_(wide)
-            else:
-                upper, lower = split_float32(wide)
-                weight.copy_(upper)
-                remainder.copy_(lower)
+            put_float32(torch.addmm(wide, low, basis.float(), alpha=self.scale).mul_(1 - decay), weight, remainder)
             self._closed = number + 1
         self.drop()
         self.forget()

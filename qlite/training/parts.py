@@ -36,6 +36,8 @@ class Parts:
     recipe: Recipe
     """The run's own, with what "auto" has chosen."""
     model: PreTrainedModel
+    begin: Callable[[], None]
+    """Gives the method's tensors the first values that depend on the base's weights."""
     settle: Callable[[], None]
     """Brings the base into the state that the method's tensors, once loaded, say."""
     data: DataSet
@@ -52,7 +54,7 @@ class Parts:
     notes: list[str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Machine:
     """Where a run computes, and with what kernels."""
 
@@ -112,14 +114,14 @@ def read_rows(recipe: Recipe, console: Observer) -> Rows:
     return Rows(recipe, method, data, batches, steps, notes)
 
 
-def load_base(recipe: Recipe, machine: Machine, console: Observer, meter: Meter, notes: list[str]) -> LoadedBase:
-    """Return the base of ``recipe``, frozen, its kernels compiled."""
+def load_base(recipe: Recipe, machine: Machine, console: Observer, meter: Meter, notes: list[str]) -> tuple[LoadedBase, Machine]:
+    """Return the base of ``recipe``, frozen, and ``machine`` with the kernels that were compiled for it."""
     with meter.loading():
         base = recipe.base.load(machine.where, console.phase, recipe.memory)
-    machine.kernels = recipe.base.compile(machine.where, console.phase)
+    machine = replace(machine, kernels=recipe.base.compile(machine.where, console.phase))
     if "not compiled" in machine.kernels:
         notes.append(f"norms, rotary positions and SwiGLU are {machine.kernels}")
-    return base
+    return base, machine
 
 
 def require_positions(recipe: Recipe, model: PreTrainedModel) -> None:
@@ -140,7 +142,6 @@ def assemble(rows: Rows, base: LoadedBase, model: PreTrainedModel, machine: Mach
     device.seed_all(recipe.train.seed)
     with meter.attaching():
         rows.method.attach(model)
-        rows.method.start(model, original)
     notes.append(f"{device.describe(where)}; {recipe.method.words}: {format_count(trainable_count(model))} trained parameters")
     lower_memory(model, recipe.memory, where)
     if recipe.train.packing:
@@ -153,7 +154,7 @@ def assemble(rows: Rows, base: LoadedBase, model: PreTrainedModel, machine: Mach
     if rows.method.trains_base:
         whole, state = map(format_bytes, sizes)
         notes.append(f"{rows.method.words}: the adapter is the whole model, {whole}; each checkpoint holds it and {state} more")
-    told, settle = provenance(recipe, base, identity), partial(rows.method.settle, model, original)
-    return Parts(
-        recipe, model, settle, rows.data, rows.batches, rows.steps, stepper, optimizer, meter, machine.as_record(), identity, told, notes
-    )
+    begin, settle = (partial(hook, model, original) for hook in (rows.method.start, rows.method.settle))
+    run = {"data": rows.data, "batches": rows.batches, "steps": rows.steps, "notes": notes}
+    made = {"stepper": stepper, "optimizer": optimizer, "meter": meter, "machine": machine.as_record()}
+    return Parts(recipe, model, begin, settle, identity=identity, provenance=provenance(recipe, base, identity), **run, **made)

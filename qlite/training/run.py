@@ -96,6 +96,7 @@ def start(parts: Parts, run: RunFolder, console: Observer, fresh: bool) -> tuple
         if changed:
             observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")
     else:
+        parts.begin()
         answer(recipe, parts, observer, 0)
     return observer, loggers, state
 
@@ -125,5 +126,5 @@ def prepare(recipe: Recipe, console: Observer) -> Parts:
     meter.plan = rows.planner(machine.where, console).plan_run(rows.data, rows.batches, rows.notes.append)
     if meter.plan:
         disk.require_room(recipe.output, disk.planned_bytes(meter.plan))
-    base = load_base(rows.recipe, machine, console, meter, rows.notes)
+    base, machine = load_base(rows.recipe, machine, console, meter, rows.notes)
     return assemble(rows, base, base.model, machine, meter, console)

@@ -25,7 +25,7 @@ from qlite.training.automatic import settled
 from qlite.training.budget import as_begun
 from qlite.training.forecast import Workload, adopt_all
 from qlite.training.meter import Meter
-from qlite.training.parts import Machine, Rows, assemble, load_base, read_rows
+from qlite.training.parts import Machine, Parts, Rows, assemble, load_base, read_rows
 from qlite.training.planning import Planner, work_of
 from qlite.training.report import Observer
 from qlite.training.run import finish, start
@@ -83,13 +83,7 @@ def _train(recipes: dict[str, Recipe], runs: dict[str, RunFolder], fresh: bool, 
     rows, plan = planned(rows, machine.where, console)
     meter = JointMeter(machine.where)
     meter.plan = plan
-    first = next(iter(rows.values()))
-    base = load_base(first.recipe, machine, console, meter, first.notes)
-    views = [view_of(base.model) for _ in rows]
-    parts = [assemble(own, base, view, machine, meter, console) for own, view in zip(rows.values(), views, strict=True)]
-    together = Together(base.model, join(base.model, views), machine.where, len(views))
-    lower_memory(base.model, first.recipe.memory, machine.where)
-    together.stepping = meter.of(base.model)
+    parts, together = assemble_together(list(rows.values()), machine, meter, console)
     for note in [note for note in parts[0].notes if all(note in own.notes for own in parts)]:
         console.note(note)
     with ExitStack() as stack:
@@ -105,6 +99,18 @@ def _train(recipes: dict[str, Recipe], runs: dict[str, RunFolder], fresh: bool, 
     failed = [f"{member.name}: {member.failed}" for member in members if member.failed is not None]
     if failed:
         raise Diverged("; ".join(failed))
+
+
+def assemble_together(rows: list[Rows], machine: Machine, meter: "JointMeter", console: Observer) -> tuple[list[Parts], Together]:
+    """Load the base of all ``rows`` and put each one's adapter on a view of it; return what each run is made of, and their joint passes."""
+    first = rows[0]
+    base, machine = load_base(first.recipe, machine, console, meter, first.notes)
+    views = [view_of(base.model) for _ in rows]
+    parts = [assemble(own, base, view, machine, meter, console) for own, view in zip(rows, views, strict=True)]
+    together = Together(base.model, join(base.model, views), machine.where, len(views))
+    lower_memory(base.model, first.recipe.memory, machine.where)
+    together.stepping = meter.of(base.model)
+    return parts, together
 
 
 def planned(rows: dict[str, Rows], where: torch.device, console: Observer) -> tuple[dict[str, Rows], MemoryPlan | None]:
