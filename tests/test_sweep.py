@@ -48,6 +48,6 @@ def test_a_mistake_begins_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(recipe_toml(tiny_recipe(tmp_path)))
     (tmp_path / "ranks.toml").write_text('recipe = "tiny.toml"\n[runs.low]\nmethod.rank = 2\n[runs.high]\nmethod.rank = 1000\n')
-    with pytest.raises(RecipeError, match="1000 is more than"):
+    with pytest.raises(RecipeError, match="method.rank = 1000: is more than"):
         main(["ranks.toml"])
     assert not (tmp_path / "runs").exists()

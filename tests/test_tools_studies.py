@@ -217,7 +217,7 @@ def test_a_rank_study_refuses_what_makes_no_sense(recipe, tmp_path):
     with pytest.raises(RecipeError) as error:
         rank_study.main([str(recipe), "--ranks", "1", "64", "--sets", "q", "qv", "--budget", "40", "--out", str(tmp_path)])
     assert [problem.partition(" is more than")[0] for problem in error.value.problems] == [
-        "--budget 40: method.rank: 40", "--sets qv --ranks 64: method.rank: 64"
+        "--budget 40: method.rank = 40:", "--sets qv --ranks 64: method.rank = 64:"
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
@@ -255,7 +255,7 @@ def test_both_ways_begin_nearer_to_the_original_at_every_rank(recipe, capsys):
 
 
 def test_what_cannot_begin_is_refused_before_a_weight_is_read(recipe, tmp_path):
-    with pytest.raises(RecipeError, match="--ranks 100: method.rank: 100 is more than .* can have"):
+    with pytest.raises(RecipeError, match="--ranks 100: method.rank = 100: is more than .* can have"):
         start_errors.main([str(recipe), "--ranks", "4", "100"])
     with pytest.raises(RecipeError, match="--ranks 0: should be 1 or more"):
         start_errors.main([str(recipe), "--ranks", "0"])

@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 from qlite.errors import RecipeError
 from qlite.methods.base import PEFT_PREFIX, AdaptedLinear, Method, Stepping, Targets, adapt_linears, saved_tensors
 from qlite.methods.lora_product import Adapted, lora_products
-from qlite.quant.linear import compute_dtype, is_linear
+from qlite.methods.low_rank import require_pair
+from qlite.quant.linear import compute_dtype
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 # PEFT's layer divides by rank + 1e-5; so do we, and the file is what was trained.
@@ -154,21 +155,14 @@ class AdaLoRA(Method):
             )
 
     def attach(self, model: nn.Module) -> None:
-        problems = []
         if self.start_rank <= self.rank:
-            problems = [f"method.start_rank = {self.start_rank}: nothing would be dropped; should be more than method.rank = {self.rank}"]
-        adapt_linears(model, self.targets, lambda name, base: self._adapt(name, base, problems))
-        if problems:
-            raise RecipeError(problems)
+            raise RecipeError(
+                f"method.start_rank = {self.start_rank}: nothing would be dropped; should be more than method.rank = {self.rank}"
+            )
+        adapt_linears(model, self.targets, self._adapt)
 
-    def _adapt(self, name: str, base: nn.Module, problems: list[str]) -> nn.Module:
-        if not is_linear(base):
-            problems.append(f"method.name: {name} is adapted by another of the methods already; AdaLoRA needs the linear itself")
-            return base
-        smaller = min(base.in_features, base.out_features)
-        if self.start_rank > smaller:
-            problems.append(f"method.start_rank = {self.start_rank}: more than {name} can have ({smaller}); lower it or leave {name} out")
-            return base
+    def _adapt(self, name: str, base: nn.Module) -> SVDLinear:
+        require_pair(name, base, self.start_rank, "method.start_rank")
         return SVDLinear(base, self.start_rank, self.alpha, self.dropout)
 
     def penalty(self, model: nn.Module) -> Tensor | None:

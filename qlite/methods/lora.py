@@ -16,10 +16,10 @@ from qlite.errors import RecipeError
 from qlite.methods.base import PEFT_PREFIX, Method, Original, Targets, adapt_linears, matches, saved_tensors, select_linears
 from qlite.methods.lora_init import BegunLinear, LoftqLinear, LoftqRoundsLinear, PissaLinear, begun_linears
 from qlite.methods.lora_linear import DoRALinear, LoRALinear, join_siblings
-from qlite.methods.low_rank import peft_updates
+from qlite.methods.low_rank import peft_updates, require_pair
 from qlite.methods.token_rows import head_tied_to, rows_to_train, token_ids, train_rows
 from qlite.methods.whole import select_whole, train_whole
-from qlite.quant.linear import QuantLinear, is_linear
+from qlite.quant.linear import QuantLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +85,8 @@ class LoRA(Method):
         return {"lr_ratio": self.b_lr_ratio} if self.b_lr_ratio != 1 and name.endswith(".lora_B.weight") else {}
 
     def _adapt(self, name: str, base: nn.Module) -> LoRALinear:
-        if not is_linear(base):
-            raise RecipeError(f"method.name: {name} is adapted by another of the methods already, and LoRA needs its own weight")
         rank = self.rank_of(name)
-        smaller = min(base.in_features, base.out_features)
-        if rank > smaller:
-            raise RecipeError(
-                f"method.rank: {rank} is more than {name} can have ({smaller}); lower it, or set it apart in method.rank_per_target"
-            )
+        require_pair(name, base, rank, way="set it apart in method.rank_per_target, or leave it out of method.targets")
         return self._kind(base, rank, self.scaling_of(name, rank), self.dropout)
 
     @property

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qlite.errors import RecipeError
 from qlite.methods.base import PEFT_PREFIX
+from qlite.quant.linear import is_linear
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ def weighted_sum(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
     A = torch.cat([part.A.float() for _, part in parts])
     B = torch.cat([part.B.float() * (weight * part.scaling) for weight, part in parts], dim=1)
     return LowRank(A, B, 1.0)
+
+
+def require_pair(name: str, base: nn.Module, rank: int, key: str = "method.rank", way: str = "leave it out of method.targets") -> None:
+    """Raise RecipeError unless the linear ``base`` called ``name`` is the model's own and can have two factors of ``rank``, from ``key``.
+
+    ``way``: what else can be done than to lower it.
+    """
+    if not is_linear(base):
+        raise RecipeError(f"method.name: {name} is adapted by another of the methods already, and this one needs its own weight; {way}")
+    smaller = min(base.in_features, base.out_features)
+    if rank > smaller:
+        raise RecipeError(f"{key} = {rank}: is more than {name} can have ({smaller}); lower it, or {way}")
 
 
 def peft_updates(updates: dict[str, LowRank]) -> tuple[dict, dict[str, Tensor]]:

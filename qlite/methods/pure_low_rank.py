@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlite.errors import RecipeError, some_of
 from qlite.methods.base import AdaptedLinear, Method, Original, Stepping, Targets, adapt_linears, adapted_linears, dtype_and_device
-from qlite.quant.linear import is_linear
+from qlite.methods.low_rank import require_pair
 
 LOOKED_AT = 3
 """The step at which what has not moved never will: in a block a gradient that is zero for want of another layer's B passes it when that
@@ -81,12 +81,7 @@ class PureLowRank(Method):
         adapt_linears(model, self.targets, self._replace)
 
     def _replace(self, name: str, base: nn.Module) -> PureLowRankLinear:
-        if not is_linear(base):
-            raise RecipeError(f"method.name: {name} is adapted by another of the methods already, and low_rank takes the weight away; "
-                              "leave one of them out, or give each targets of its own")  # fmt: skip
-        smaller = min(base.in_features, base.out_features)
-        if self.rank > smaller:
-            raise RecipeError(f"method.rank = {self.rank}: is more than {name} can have ({smaller}); lower it, or leave it out of targets")
+        require_pair(name, base, self.rank)
         return PureLowRankLinear(base, self.rank, self.init)
 
     def start(self, model: nn.Module, original: Original) -> None:

@@ -18,8 +18,7 @@ from qlite.errors import RecipeError
 from qlite.methods.base import Method, Stepping, Targets, adapt_linears
 from qlite.methods.lora_linear import LoRALinear, first_A, join_siblings
 from qlite.methods.lora_product import Adapted
-from qlite.methods.low_rank import peft_updates
-from qlite.quant.linear import is_linear
+from qlite.methods.low_rank import peft_updates, require_pair
 
 
 class ReLoRALinear(LoRALinear):
@@ -75,20 +74,11 @@ class ReLoRA(Method):
             )
 
     def attach(self, model: nn.Module) -> None:
-        problems = []
-        adapt_linears(model, self.targets, lambda name, base: self._adapt(name, base, problems))
-        if problems:
-            raise RecipeError(problems)
+        adapt_linears(model, self.targets, self._adapt)
         join_siblings(model)
 
-    def _adapt(self, name: str, base: nn.Module, problems: list[str]) -> nn.Module:
-        if not is_linear(base):
-            problems.append(f"method.name: {name} is adapted by another of the methods already; ReLoRA needs the linear itself")
-            return base
-        smaller = min(base.in_features, base.out_features)
-        if self.rank > smaller:
-            problems.append(f"method.rank = {self.rank}: more than {name} can have ({smaller}); lower it or leave {name} out")
-            return base
+    def _adapt(self, name: str, base: nn.Module) -> ReLoRALinear:
+        require_pair(name, base, self.rank)
         return ReLoRALinear(base, self.rank, self.alpha / self.rank, self.dropout, self.resets)
 
     def lr_factor(self, step: int, steps: int) -> float:

@@ -112,10 +112,10 @@ def attached(**method: object) -> Callable[[Path], Callable[[], object]]:
 # What only the model shows. tiny_llama is 64 wide, with 2 blocks of 7 linears.
 WIDE = "model.layers.0.self_attn.q_proj"
 FIT = {
-    "more rank than the layers have": (attached(rank=65), f"method.rank: 65 is more than {WIDE} can have (64)"),
-    "more rank than the narrowest layers have": (attached(rank=33), "method.rank: 33 is more than"),
+    "more rank than the layers have": (attached(rank=65), f"method.rank = 65: is more than {WIDE} can have (64)"),
+    "more rank than the narrowest layers have": (attached(rank=33), "method.rank = 33: is more than"),
     "a rank beyond all memory": (attached(rank=10**15), "is more than"),
-    "a rank of one layer beyond it": (attached(rank_per_target={"down_proj": 65}), "method.rank: 65 is more than"),
+    "a rank of one layer beyond it": (attached(rank_per_target={"down_proj": 65}), "method.rank = 65: is more than"),
     "a target that is not there": (attached(targets=("q_prj",)), 'no linear layer is called "q_prj"; did you mean "q_proj"?'),
     "targets of which one is not there": (attached(targets=("q_proj", "wq")), 'no linear layer is called "wq"; this model has: '),
     "a pattern that matches nothing": (attached(targets=("model.layers.9.*",)), 'no linear layer is called "model.layers.9.*"'),

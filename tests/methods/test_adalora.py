@@ -181,7 +181,7 @@ def test_where_the_base_lies_changes_nothing_of_what_is_learned(memory, tmp_path
     ("keys", "told"),
     [
         ({"rank": 12}, r"method.start_rank = 12: nothing would be dropped; should be more than method.rank = 12"),
-        ({"rank": 2, "start_rank": 100}, r"method.start_rank = 100: more than model.layers.0.self_attn.q_proj can have \(64\)"),
+        ({"rank": 2, "start_rank": 100}, r"method.start_rank = 100: is more than model.layers.0.self_attn.q_proj can have \(64\)"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(keys, told):

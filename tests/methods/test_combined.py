@@ -176,7 +176,7 @@ def test_messages_name_the_table_in_which_the_key_stands():
     assert str(caught.value) == 'method.ia3.targets: no linear layer is called "k_prj"; did you mean "k_proj"?'
     with pytest.raises(RecipeError) as caught:
         Combined(parts=(IA3(), LoRA(rank=99))).attach(tiny_llama())
-    assert str(caught.value).startswith("method.lora.rank: 99 is more than")
+    assert str(caught.value).startswith("method.lora.rank = 99: is more than")
     assert "in method.lora.rank_per_target" in str(caught.value)
 
 

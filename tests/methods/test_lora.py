@@ -124,7 +124,7 @@ def test_ranks_can_differ_by_target_and_the_first_match_counts():
 def test_a_rank_for_no_target_and_a_rank_too_large_are_errors():
     with pytest.raises(RecipeError, match=r'method.rank_per_target: "lm_head" matches none of the 14'):
         LoRA(rank_per_target={"lm_head": 2}).attach(tiny_llama())
-    with pytest.raises(RecipeError, match=r"method.rank: 33 is more than model.layers.0.self_attn.k_proj can have \(32\)"):
+    with pytest.raises(RecipeError, match=r"method.rank = 33: is more than model.layers.0.self_attn.k_proj can have \(32\)"):
         LoRA(rank=33).attach(tiny_llama())
 
 

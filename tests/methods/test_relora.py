@@ -125,7 +125,7 @@ def test_parts_that_are_too_short_are_refused_before_anything_is_loaded(keys, to
 
 
 def test_a_rank_that_a_linear_cannot_have_is_refused():
-    with pytest.raises(RecipeError, match=r"method.rank = 100: more than model.layers.0.self_attn.q_proj can have \(64\)"):
+    with pytest.raises(RecipeError, match=r"method.rank = 100: is more than model.layers.0.self_attn.q_proj can have \(64\)"):
         ReLoRA(rank=100).attach(tiny_llama())
 
 
