@@ -19,7 +19,7 @@ from qlite.training.report import Broadcast, Observer, SpillWatch
 from qlite.training.run_folder import RunFolder
 from qlite.training.run_report import leave_report
 from qlite.training.state import TrainState
-from qlite.training.steps import answer, take_steps
+from qlite.training.steps import Answered, answer, take_steps
 from qlite.training.summary import summarise
 
 
@@ -65,8 +65,13 @@ def train(recipe: Recipe, run: RunFolder, console: Observer, fresh: bool = False
         finish(parts, run, observer, console, state)
 
 
-def start(parts: Parts, run: RunFolder, console: Observer, fresh: bool) -> tuple[Broadcast, Loggers, TrainState]:
-    """Begin ``run`` or go on with it; return who is told of its steps, the loggers among them, and where it stands."""
+def start(
+    parts: Parts, run: RunFolder, console: Observer, fresh: bool, known: Answered | None = None
+) -> tuple[Broadcast, Loggers, TrainState]:
+    """Begin ``run`` or go on with it; return who is told of its steps, the loggers among them, and where it stands.
+
+    ``known``: what other runs that begin as this one does have answered before their first step.
+    """
     recipe = parts.recipe
     # Only now is anything written or deleted: a mistyped path or target has shown itself by here.
     if fresh and run.is_begun:
@@ -97,7 +102,7 @@ def start(parts: Parts, run: RunFolder, console: Observer, fresh: bool) -> tuple
             observer.note(f"since the run began the machine has changed, so its last bits may, too: {'; '.join(changed)}")
     else:
         parts.begin()
-        answer(recipe, parts, observer, 0)
+        answer(recipe, parts, observer, 0, known)
     return observer, loggers, state
 
 

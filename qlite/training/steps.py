@@ -17,7 +17,7 @@ from qlite.stopping import Stopped, StoppedAtOnce, stopping_softly
 from qlite.training import divergence
 from qlite.training.evaluate import compare_answers, evaluate, sample
 from qlite.training.limits import Limits
-from qlite.training.report import Broadcast, Observer, StepReport, StopWatch, is_due
+from qlite.training.report import AnswerReport, Broadcast, Observer, StepReport, StopWatch, is_due
 from qlite.training.run_folder import UNEVALUATED, RunFolder
 from qlite.training.state import TrainState
 
@@ -186,8 +186,17 @@ def measure(recipe: Recipe, parts: "Parts", run: RunFolder, observer: Observer, 
     return after
 
 
-def answer(recipe: Recipe, parts: "Parts", observer: Observer, step: int) -> None:
-    """Let the model answer held-out prompts, if the recipe asks for it."""
-    if recipe.train.exact_match_rows:
+Answered = dict[tuple[str, int, int], AnswerReport]
+"""What was answered, by the data's keys, how many prompts and of how many tokens."""
+
+
+def answer(recipe: Recipe, parts: "Parts", observer: Observer, step: int, known: Answered | None = None) -> None:
+    """Let the model answer held-out prompts, if the recipe asks for it. ``known``: what models that answer alike have answered before."""
+    plan, known = recipe.train, {} if known is None else known
+    if not plan.exact_match_rows:
+        return
+    asked = (repr(recipe.data), plan.exact_match_rows, plan.answer_tokens)
+    if asked not in known:
         with parts.meter.answering():
-            observer.answered(compare_answers(parts.model, parts.data, recipe.train, step, observer))
+            known[asked] = compare_answers(parts.model, parts.data, plan, step, observer)
+    observer.answered(known[asked])

@@ -87,9 +87,9 @@ def _train(recipes: dict[str, Recipe], runs: dict[str, RunFolder], fresh: bool, 
     for note in [note for note in parts[0].notes if all(note in own.notes for own in parts)]:
         console.note(note)
     with ExitStack() as stack:
-        members = []
+        members, known = [], {}  # without a step all of them answer as the base does
         for number, (name, own) in enumerate(zip(rows, parts, strict=True)):
-            observer, loggers, state = start(own, runs[name], console.of(name), fresh)
+            observer, loggers, state = start(own, runs[name], console.of(name), fresh, known)
             stack.enter_context(loggers.going_on_after(state.step))
             members.append(Member(name, own, runs[name], observer, state, number))
         take_steps_together(members, together, console)

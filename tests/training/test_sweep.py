@@ -12,7 +12,7 @@ from qlite.errors import Diverged, MachineError, RecipeError
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
 from qlite.recipe.sweep import read_sweep
-from qlite.training import sweep, together
+from qlite.training import steps, sweep, together
 from qlite.training.run_folder import RunFolder
 from qlite.training.sweep import begin_sweep
 from tests.marks import slow
@@ -142,6 +142,15 @@ def test_all_make_their_step_before_any_is_evaluated(tmp_path, monkeypatch):
         monkeypatch.setattr(together, name, lambda *given, real=real, name=name: seen.append(name) or real(*given))
     together_in(tmp_path)
     assert seen == [*(4 * (3 * ["advance"] + 3 * ["conclude"])), *(2 * (2 * ["advance"] + 2 * ["conclude"]))]
+
+
+def test_what_all_answer_before_their_first_step_is_answered_once(tmp_path, monkeypatch):
+    seen, real = [], steps.compare_answers
+    monkeypatch.setattr(steps, "compare_answers", lambda *given: seen.append(given[3]) or real(*given))
+    console = together_in(tmp_path, kinds={"r4": KINDS["r4"], "r2": KINDS["r2"], "fewer": {"train": {"exact_match_rows": 2}}})
+    assert seen == [0, 0, STEPS, STEPS, STEPS]
+    for name, watcher in console.runs.items():
+        assert [(each.step, each.rows) for each in watcher.answers] == [(step, 2 if name == "fewer" else 3) for step in (0, STEPS)]
 
 
 def test_records_may_lose_lines_where_a_full_disk_ends_nothing(tmp_path, monkeypatch):
