@@ -30,6 +30,7 @@ from tests.tiny import STORAGES, one_batch, tiny_llama
 VARIANTS = {
     "lora": METHODS["lora"](rank=4),
     "lora, rslora": METHODS["lora"](rank=4, rslora=True),
+    "lora, plus": METHODS["lora"](rank=4, b_lr_ratio=16.0),
     "lora, dora": METHODS["lora"](rank=4, dora=True),
     "lora, ranks": METHODS["lora"](rank=4, targets=("q_proj", "*.mlp.*"), rank_per_target={"q_proj": 2}),
     "lora, alphas": METHODS["lora"](rank=4, alpha_per_target={"q_proj": 4.0, "*.1.*": 1.5}),
@@ -82,7 +83,15 @@ IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 # What differs from another variant by its keys alone.
 LATER = {
-    *("lora, rslora", "lora, alphas", "lora, loftq in rounds", "ia3, all linears", "bottleneck, pfeiffer", "galore, some linears"),
+    *(
+        "lora, plus",
+        "lora, rslora",
+        "lora, alphas",
+        "lora, loftq in rounds",
+        "ia3, all linears",
+        "bottleneck, pfeiffer",
+        "galore, some linears",
+    ),
     *("ia3 + lora + bottleneck", "low_rank, autoencoder", "low_rank, lora", "prefix, no MLP", "prompt, text", "llama_adapter, one gate"),
 }
 variants = pytest.mark.parametrize("name", [slow(name) if name in LATER else name for name in VARIANTS])
