@@ -112,7 +112,7 @@ def test_packed_and_with_the_mlps_in_tiles_it_learns(case, tmp_path):
     losses = losses_of(tmp_path)
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    assert case.replace("lora", "LoRA") in (done / case / "run" / "report.html").read_text()
+    assert case.replace("lora", "LoRA") in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("case", some(CASES))
