@@ -63,6 +63,7 @@ class Side:
 
 
 KEPT = Side("qlite, attention kept", "qlite", keys={"memory.checkpointing": "attention"})
+AUTO = Side("qlite, memory.checkpointing = auto, its default", "qlite", keys={"memory.checkpointing": "auto"})
 QLITE, TRAINER, LIMIT = Side("qlite", "qlite"), Side("PEFT + Trainer", "trainer", "peft"), Side("the products alone", "limit")
 PEERS = [
     TRAINER,
@@ -121,12 +122,16 @@ def main(argv: list[str]) -> None:
 
 
 def set_up(out: Path) -> None:
-    """Make an environment for each peer, with the torch that runs here."""
+    """Make an environment for each peer, with the torch that runs here.
+
+    unsloth takes PyPI's build (===) whatever else is at hand: its torchvision loads beside no other.
+    """
     import torch
 
     for name, packages in ENVIRONMENTS.items():
         venv.create(out / name, with_pip=True, clear=True)
-        pip = [str(python_of(out, name)), "-m", "pip", "install", "-q", f"torch==={torch.__version__.partition('+')[0]}", *packages]
+        version = f"{'===' if name == 'unsloth' else '=='}{torch.__version__.partition('+')[0]}"
+        pip = [str(python_of(out, name)), "-m", "pip", "install", "-q", f"torch{version}", *packages]
         subprocess.run(pip, check=True)
 
 
@@ -153,7 +158,7 @@ def run_small(args, chosen) -> None:
         table(f"{work}", work, in_turns(work, chosen(ON_A_CARD), args), args)
         return
     for allocator, title in (("own", "each side's own allocator settings"), ("raised", "glibc's thresholds raised for all")):
-        sides = [QLITE, KEPT, *(replace(side, allocator=allocator) for side in PEERS), LIMIT]
+        sides = [QLITE, KEPT, AUTO, *(replace(side, allocator=allocator) for side in PEERS), LIMIT]
         table(f"{work}; {title}", work, in_turns(work, chosen(sides), args), args)
 
 

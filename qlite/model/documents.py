@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from qlite.model.kept_attention import attending
+from qlite.model.product_attention import sdpa_or_products
 from qlite.offload import sent
 
 try:
@@ -186,7 +186,7 @@ def _attention(
     is_plain = attention_mask is None or isinstance(attention_mask, DeferredMask)
     if documents is None or any(options.get(name) is not None for name in ("position_bias", "softcap")):
         mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask
-        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        return sdpa_or_products(module, query, key, value, mask, options)
     batch, _, width, _ = query.shape
     # Views of [B * T, heads, head size], where a document is a stretch whatever line it lies in.
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
@@ -257,7 +257,7 @@ def _seeing(mask: Tensor, count: int) -> Tensor:
 def _one_document(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> Tensor:
     """Return the attention [T, H, D] of one document of T tokens, causal or under ``mask`` [1, 1, T, T]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    return sdpa_attention_forward(module, q, k, v, mask, **options)[0].squeeze(0)
+    return sdpa_or_products(module, q, k, v, mask, options).squeeze(0)
 
 
 def _diagonal_blocks(mask: Tensor, documents: Documents, width: int) -> list[Tensor]:

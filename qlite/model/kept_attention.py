@@ -10,6 +10,7 @@ because a kernel that never writes the T x T scores leaves nothing large to reco
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -50,6 +51,11 @@ def _during(mode: "_Mode"):
             yield
     finally:
         _state.mode = before
+
+
+def kept_or_computed(compute: Callable[[], Tensor]) -> Tensor:
+    """Return what ``compute`` gives, all of an attention that draws nothing; or what it gave in the block's first pass, if that is kept."""
+    return compute() if _state.mode is None else _state.mode.attention(compute, (), {})
 
 
 class _Mode(TorchDispatchMode):

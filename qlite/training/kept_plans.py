@@ -10,6 +10,7 @@ from qlite.data.batches import Batch
 from qlite.errors import MachineError
 from qlite.files import cache_folder, drop_oldest, mark_used, new_folder, write_json
 from qlite.hashes import code_hash, short_hash
+from qlite.model import product_attention
 from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
 from qlite.training.forecast import Forecast, Workload, forecast
@@ -50,6 +51,7 @@ def _facts(recipe: Recipe, shapes: BaseShapes, work: Workload) -> dict:
         # Its dtype is what it was last built in; that of the tensors is the recipe's.
         "config": {key: value for key, value in shapes.config.to_dict().items() if key != "dtype"},
         "dtypes": shapes.dtypes,
+        "products": product_attention.are_traced(),
         "work": [_layout(work.train), work.held_out and _layout(work.held_out), work.answers],
     }
 

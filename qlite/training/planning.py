@@ -13,6 +13,7 @@ from qlite.data.dataset import DataSet
 from qlite.errors import QliteError
 from qlite.memory.ledger import Moment, Peak
 from qlite.memory.plan import MemoryPlan
+from qlite.model.product_attention import traced_for
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.schema import Recipe
 from qlite.training.automatic import settled
@@ -63,7 +64,8 @@ class Planner:
         """Return what ``work`` takes, by another ``recipe`` of the same base if one is given, against what the device has free now."""
         self.told("plan the memory", 0, 1)
         free, words = device.free_memory(self.where), f"{device.describe(self.where)} as it is now"
-        found = kept_forecast(recipe or self.recipe, self.shapes, work)
+        with traced_for(self.where):
+            found = kept_forecast(recipe or self.recipe, self.shapes, work)
         self.told("plan the memory", 1, 1)
         if self.where.type == "cuda":  # whose context is there by now: its bytes are not free
             return MemoryPlan.on_card(found.peaks(), free, words, found.int8_bytes, has_context=True)
@@ -90,7 +92,8 @@ class Planner:
 
     def _lines(self, before: int, work: Workload, phases: tuple[str, ...], plan: MemoryPlan | None = None) -> list[str]:
         """Return the ways out, those that need least first; what alone fits the device of ``plan`` is marked."""
-        found = ways_out(self.recipe, self.shapes, before, lambda changed: _smaller(changed, self.recipe, work), phases, self._tracing)
+        with traced_for(self.where):
+            found = ways_out(self.recipe, self.shapes, before, lambda changed: _smaller(changed, self.recipe, work), phases, self._tracing)
         marks = {True: "fits  ", False: "      ", None: ""}
         return [f"  {marks[plan and plan.room_for(way.peak)]}{way}" for way in sorted(found, key=lambda way: way.peak)]
 

@@ -1,0 +1,152 @@
+"""Causal attention by matrix products, for CPUs with AVX-512's bfloat16: there torch's flash kernel takes twice as long.
+
+The scores are computed for a tile of queries at a time, against the keys that these may see, so of T x T scores only T times a tile's
+height ever exist. Query heads that share a key head are rows of one product, and neither keys nor values are repeated for them. The
+gradient computes the scores again (Dao et al. 2022, arXiv:2205.14135, section 3.1); the softmax is torch's, in float32 inside.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from qlite.model.kept_attention import kept_or_computed
+
+# What transformers' SDPA would take into account beside the mask.
+UNKNOWN = ("position_bias", "softcap", "cache", "is_causal")
+_is_traced_for_here: ContextVar[bool] = ContextVar("is_traced_for_here", default=False)
+"""Whether a plan is for this CPU."""
+
+
+def sdpa_or_products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+    """Return the attention's output [B, T, H, E], causal where ``mask`` is None: what transformers' SDPA gives, by what is fastest here.
+
+    ``query`` [B, H, T, D], ``key`` [B, H or fewer, S, D], ``value`` [B, H or fewer, S, E]; ``options`` as transformers gives them.
+    """
+    if mask is None and _takes(module, query, key, options):
+        return attend_by_products(query, key, value, options.get("scaling") or query.shape[-1] ** -0.5)
+    return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+
+
+def _takes(module: nn.Module, query: Tensor, key: Tensor, options: dict) -> bool:
+    is_here = _is_traced_for_here.get() if isinstance(query, FakeTensor) else query.device.type == "cpu"
+    if not is_here or query.dtype != torch.bfloat16 or not are_faster_here():
+        return False
+    is_plain = not options.get("dropout") and all(options.get(name) is None for name in UNKNOWN)
+    return is_plain and query.shape[2] == key.shape[2] > 1 and getattr(module, "is_causal", True)
+
+
+@cache
+def are_faster_here() -> bool:
+    """Return whether products are known to be faster than this CPU's flash kernel: with AVX-512 they were timed, with AMX or on ARM not."""
+    has_instructions, has_tiles = (getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return has_instructions and not has_tiles
+
+
+@contextmanager
+def traced_for(where: torch.device) -> Iterator[None]:
+    """Let what is traced on tensors without values compute its attention as it will on ``where``. Outside of it, as on a card."""
+    token = _is_traced_for_here.set(where.type == "cpu")
+    try:
+        yield
+    finally:
+        _is_traced_for_here.reset(token)
+
+
+def are_traced() -> bool:
+    """Return whether a trace now has products in it, in bfloat16."""
+    return _is_traced_for_here.get() and are_faster_here()
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return causal attention [B, T, H, E] of ``query`` [B, H, T, D], ``key`` [B, G, T, D] and ``value`` [B, G, T, E], H a multiple of G."""
+    return _Attention.apply(query, key, value, scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return kept_or_computed(lambda: _attended(query, key, value, scale))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return *_gradients(*ctx.saved_tensors, grad, ctx.scale), None
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    batch, heads, length, _ = query.shape
+    out = query.new_empty(batch, length, heads, value.shape[-1])
+    keys, values = _centred(_by_head(key)), _by_head(value)
+    for start, end in _tiles(query):
+        share = _shares(query[:, :, start:end], keys, scale, start)
+        _put(out[:, start:end].transpose(1, 2), torch.bmm(share, values[:, :end]))
+    return out
+
+
+def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, for ``grad`` [B, T, H, E] of the output."""
+    keys, values, grad = _by_head(key), _by_head(value), grad.transpose(1, 2)
+    grad_query = torch.empty_like(query)
+    # Each tile adds to them: in float32, so that nothing is rounded more than once.
+    grad_keys, grad_values = (x.new_zeros(x.shape, dtype=torch.float32) for x in (keys, values))
+    for start, end in _tiles(query):
+        rows, grad_rows = (_by_group(x[:, :, start:end], len(keys)) for x in (query, grad))
+        share = _shares(query[:, :, start:end], keys, scale, start)
+        grad_values[:, :end] += torch.bmm(share.transpose(1, 2), grad_rows)
+        grad_scores = torch.bmm(grad_rows, values[:, :end].transpose(1, 2))
+        torch._softmax_backward_data(grad_scores, share, -1, share.dtype, grad_input=grad_scores)
+        grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), rows)
+        _put(grad_query[:, :, start:end], torch.bmm(grad_scores, keys[:, :end]))
+    grads = (grad_query, grad_keys.to(key.dtype).view_as(key), grad_values.to(value.dtype).view_as(value))
+    return grads[0].mul_(scale), grads[1].mul_(scale), grads[2]
+
+
+def _tiles(query: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield where each tile of queries begins and ends. As high as a head is wide: its scores are then as large as query, key for key."""
+    length, height = query.shape[2], query.shape[3]
+    return ((start, min(start + height, length)) for start in range(0, length, height))
+
+
+def _shares(query: Tensor, keys: Tensor, scale: float, start: int) -> Tensor:
+    """Return what each row of a tile, the queries from ``start`` on, takes of each key up to its end: [B * G, rows, end], rows adding up to 1."""
+    height = query.shape[2]
+    end = start + height
+    rows = _by_group(query, len(keys))
+    # With beta = 0 the first argument gives its shape alone.
+    scores = torch.baddbmm(rows.new_empty(1).expand(len(rows), rows.shape[1], end), rows, keys[:, :end].transpose(1, 2), beta=0, alpha=scale)
+    future = rows.new_full((height, height), float("-inf")).triu(1)
+    scores.view(len(rows), -1, height, end)[..., start:] += future
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """Return ``x`` [B, G, T, D] as [B * G, T, D], row after row."""
+    return x.reshape(-1, *x.shape[2:]).contiguous()
+
+
+def _centred(keys: Tensor) -> Tensor:
+    """Return ``keys`` [N, T, D] without their mean over T: it adds the same to all scores of a query, which a softmax does not see.
+
+    What is left is rounded less: scores, and gradients of queries, come out nearer to float32's than the flash kernel's do, which keeps
+    its scores in float32 (Zhang et al. 2024, arXiv:2410.02367, section 4.2; tools/LOG.md, "Attention by products").
+    """
+    return (keys - keys.mean(dim=1, keepdim=True, dtype=torch.promote_types(keys.dtype, torch.float32))).to(keys.dtype)
+
+
+def _by_group(x: Tensor, count: int) -> Tensor:
+    """Return ``x`` [B, H, tile, D] with the query heads of one key head one below the other: [``count``, rows, D]."""
+    return x.reshape(count, -1, x.shape[-1])
+
+
+def _put(place: Tensor, rows: Tensor) -> None:
+    """Write ``rows`` [B * G, rows, D] to ``place`` [B, H, tile, D]."""
+    place.copy_(rows.view(place.shape))
