@@ -136,8 +136,8 @@ def _by_head(x: Tensor) -> Tensor:
 def _centred(keys: Tensor) -> Tensor:
     """Return ``keys`` [N, T, D] without their mean over T: it adds the same to all scores of a query, which a softmax does not see.
 
-    What is left is rounded less: scores, and gradients of queries, come out nearer to float32's than the flash kernel's do, which keeps
-    its scores in float32 (Zhang et al. 2024, arXiv:2410.02367, section 4.2; tools/LOG.md, "Attention by products").
+    What is left is rounded less: the scores, and the gradient of the queries, whose weights add up to no more than their own rounding
+    (Zhang et al. 2024, arXiv:2410.02367, section 4.2; tools/LOG.md, "Attention by products").
     """
     return (keys - keys.mean(dim=1, keepdim=True, dtype=torch.promote_types(keys.dtype, torch.float32))).to(keys.dtype)
 
