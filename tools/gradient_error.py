@@ -1,4 +1,4 @@
-"""How far an adapter's gradient in bfloat16 is from the same gradient in float32: qlite's, by every attention that this CPU has, and PEFT's.
+"""How far an adapter's gradient in bfloat16 is from the same in float32: qlite's, by every attention that this CPU has, and PEFT's.
 
     pip install peft accelerate
     python tools/gradient_error.py [RECIPE] [--lines 4] [--tokens 512] [--seeds 5]
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def distances(base: Base, recipe: Recipe, size: tuple[int, int], seed: int, folder: Path) -> dict[str, float]:
-    """Return the distance of each side's gradient for a batch of ``size`` (lines, tokens); ``folder`` has the base as PEFT's side loads it."""
+    """Return the distance of each side's gradient for a batch of ``size``: lines, tokens; ``folder`` has the base as PEFT loads it."""
     loaded = base.load(CPU, lambda *_: None)
     batch = lines(recipe.data.load(loaded.tokenizer, recipe.train.tokens, lambda _: None).train, *size)
     device.seed_all(seed)

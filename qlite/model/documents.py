@@ -2,7 +2,7 @@
 
 transformers finds the documents by position ids that restart at 0 and masks the T x T scores of a line, all of which are
 computed all the same. The attention of this file computes each document's own scores and nothing else; it stands beside
-transformers' own under the name ``DOCUMENTS``, and without documents it is exactly transformers' SDPA.
+transformers' own under the name ``DOCUMENTS``, and without documents it is transformers' SDPA (or, where that is slower, products).
 """
 
 import inspect

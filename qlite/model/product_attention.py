@@ -1,8 +1,12 @@
-"""Causal attention by matrix products, for CPUs with AVX-512's bfloat16: there torch's flash kernel takes twice as long.
+"""Causal attention by matrix products, for CPUs with AVX-512's bfloat16: at 512 tokens torch's flash kernel takes twice as long there.
 
 The scores are computed for a tile of queries at a time, against the keys that these may see, so of T x T scores only T times a tile's
 height ever exist. Query heads that share a key head are rows of one product, and neither keys nor values are repeated for them. The
 gradient computes the scores again (Dao et al. 2022, arXiv:2205.14135, section 3.1); the softmax is torch's, in float32 inside.
+
+A tile's keys are multiplied without the mean of those before it. That adds the same to all scores of a query, which a softmax does not see,
+and what is left is rounded less: the scores, and the gradient of the queries, a sum of keys whose weights add up to no more than their
+own rounding (Zhang et al. 2024, arXiv:2410.02367, section 4.2, which takes the mean of all; no token is to be changed by later ones).
 """
 
 from collections.abc import Iterator
@@ -16,10 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qlite.cpu_products import has_bfloat16_products
 from qlite.model.kept_attention import kept_or_computed
 
 # What transformers' SDPA would take into account beside the mask.
 UNKNOWN = ("position_bias", "softcap", "cache", "is_causal")
+LENGTHS = range(32, 2049)
+"""Of lines and documents that products were timed to be faster for; beyond, they are as fast at best."""
+LEAST_HEAD = 64
+"""Width of a head below which they are slower."""
 _is_traced_for_here: ContextVar[bool] = ContextVar("is_traced_for_here", default=False)
 """Whether a plan is for this CPU."""
 
@@ -36,17 +45,19 @@ def sdpa_or_products(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 def _takes(module: nn.Module, query: Tensor, key: Tensor, options: dict) -> bool:
     is_here = _is_traced_for_here.get() if isinstance(query, FakeTensor) else query.device.type == "cpu"
-    if not is_here or query.dtype != torch.bfloat16 or not are_faster_here():
+    # Where no gradient is due, an answer keeps its bits whether it is asked alone or padded beside others, which is SDPA's under a mask.
+    if not is_here or not torch.is_grad_enabled() or query.dtype != torch.bfloat16 or not are_faster_here():
         return False
-    is_plain = not options.get("dropout") and all(options.get(name) is None for name in UNKNOWN)
-    return is_plain and query.shape[2] == key.shape[2] > 1 and getattr(module, "is_causal", True)
+    length, width = query.shape[2:]
+    is_plain = not options.get("dropout") and all(options.get(name) is None for name in UNKNOWN) and getattr(module, "is_causal", True)
+    return is_plain and length == key.shape[2] and length in LENGTHS and width >= LEAST_HEAD
 
 
 @cache
 def are_faster_here() -> bool:
-    """Return whether products are known to be faster than this CPU's flash kernel: with AVX-512 they were timed, with AMX or on ARM not."""
+    """Return whether products are known to be faster than this CPU's flash kernel: timed with AVX-512, not with AMX or on ARM."""
     has_instructions, has_tiles = (getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return has_instructions and not has_tiles
+    return has_instructions and not has_tiles and has_bfloat16_products()
 
 
 @contextmanager
@@ -65,7 +76,7 @@ def are_traced() -> bool:
 
 
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return causal attention [B, T, H, E] of ``query`` [B, H, T, D], ``key`` [B, G, T, D] and ``value`` [B, G, T, E], H a multiple of G."""
+    """Return causal attention [B, T, H, E] of ``query`` [B, H, T, D], ``key`` [B, G, T, D], ``value`` [B, G, T, E]; H a multiple of G."""
     return _Attention.apply(query, key, value, scale)
 
 
@@ -85,9 +96,9 @@ class _Attention(torch.autograd.Function):
 def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
-    keys, values = _centred(_by_head(key)), _by_head(value)
+    keys, values = _by_head(key), _by_head(value)
     for start, end in _tiles(query):
-        share = _shares(query[:, :, start:end], keys, scale, start)
+        share = _shares(_by_group(query[:, :, start:end], len(keys)), _seen(keys, start, end), scale, start)
         _put(out[:, start:end].transpose(1, 2), torch.bmm(share, values[:, :end]))
     return out
 
@@ -100,46 +111,45 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: f
     grad_keys, grad_values = (x.new_zeros(x.shape, dtype=torch.float32) for x in (keys, values))
     for start, end in _tiles(query):
         rows, grad_rows = (_by_group(x[:, :, start:end], len(keys)) for x in (query, grad))
-        share = _shares(query[:, :, start:end], keys, scale, start)
+        seen = _seen(keys, start, end)
+        share = _shares(rows, seen, scale, start)
         grad_values[:, :end] += torch.bmm(share.transpose(1, 2), grad_rows)
-        grad_scores = torch.bmm(grad_rows, values[:, :end].transpose(1, 2))
+        # What all shares of a row gain alike, their softmax does not see either.
+        grad_scores = torch.bmm(grad_rows, _seen(values, start, end).transpose(1, 2))
         torch._softmax_backward_data(grad_scores, share, -1, share.dtype, grad_input=grad_scores)
+        # Of what was taken from the keys none is left here: a row of the scores' gradients adds up to zero.
         grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), rows)
-        _put(grad_query[:, :, start:end], torch.bmm(grad_scores, keys[:, :end]))
+        _put(grad_query[:, :, start:end], torch.bmm(grad_scores, seen))
     grads = (grad_query, grad_keys.to(key.dtype).view_as(key), grad_values.to(value.dtype).view_as(value))
     return grads[0].mul_(scale), grads[1].mul_(scale), grads[2]
 
 
 def _tiles(query: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield where each tile of queries begins and ends. As high as a head is wide: its scores are then as large as query, key for key."""
+    """Yield where each tile of queries begins and ends. As high as a head is wide: its scores are then no more numbers than the queries."""
     length, height = query.shape[2], query.shape[3]
     return ((start, min(start + height, length)) for start in range(0, length, height))
 
 
-def _shares(query: Tensor, keys: Tensor, scale: float, start: int) -> Tensor:
-    """Return what each row of a tile, the queries from ``start`` on, takes of each key up to its end: [B * G, rows, end], rows adding up to 1."""
-    height = query.shape[2]
-    end = start + height
-    rows = _by_group(query, len(keys))
+def _seen(x: Tensor, start: int, end: int) -> Tensor:
+    """Return keys or values [N, T, D] up to ``end``, without the mean of those before ``start``; for the first tile without the first."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x[:, :end] - x[:, : max(start, 1)].mean(dim=1, keepdim=True, dtype=wide)).to(x.dtype)
+
+
+def _shares(rows: Tensor, keys: Tensor, scale: float, start: int) -> Tensor:
+    """Return what each of ``rows`` [N, G * tile, D], the queries from ``start`` on, takes of each of ``keys`` [N, end, D]: shares of 1."""
+    end = keys.shape[1]
+    height = end - start
     # With beta = 0 the first argument gives its shape alone.
-    scores = torch.baddbmm(rows.new_empty(1).expand(len(rows), rows.shape[1], end), rows, keys[:, :end].transpose(1, 2), beta=0, alpha=scale)
-    future = rows.new_full((height, height), float("-inf")).triu(1)
-    scores.view(len(rows), -1, height, end)[..., start:] += future
+    scores = torch.baddbmm(rows.new_empty(1).expand(*rows.shape[:2], end), rows, keys.transpose(1, 2), beta=0, alpha=scale)
+    future = torch.ones(height, height, dtype=torch.bool, device=rows.device).triu(1)
+    scores.view(len(rows), -1, height, end)[..., start:].masked_fill_(future, float("-inf"))
     return torch.softmax(scores, -1, out=scores)
 
 
 def _by_head(x: Tensor) -> Tensor:
     """Return ``x`` [B, G, T, D] as [B * G, T, D], row after row."""
     return x.reshape(-1, *x.shape[2:]).contiguous()
-
-
-def _centred(keys: Tensor) -> Tensor:
-    """Return ``keys`` [N, T, D] without their mean over T: it adds the same to all scores of a query, which a softmax does not see.
-
-    What is left is rounded less: the scores, and the gradient of the queries, whose weights add up to no more than their own rounding
-    (Zhang et al. 2024, arXiv:2410.02367, section 4.2; tools/LOG.md, "Attention by products").
-    """
-    return (keys - keys.mean(dim=1, keepdim=True, dtype=torch.promote_types(keys.dtype, torch.float32))).to(keys.dtype)
 
 
 def _by_group(x: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ from qlite import device
 from qlite.errors import RecipeError
 from qlite.memory.cards import USUAL_CARD, Card, find_card
 from qlite.memory.plan import CONTEXT_BYTES, MemoryPlan
+from qlite.model.product_attention import traced_for
 from qlite.model.shapes import base_shapes
 from qlite.recipe.keys import toml_value
 from qlite.recipe.schema import Recipe
@@ -43,7 +44,8 @@ def within_budget(recipe: Recipe, run: RunFolder, fresh: bool, console: Observer
         console.note(f"memory.budget = {budget}, and only {format_bytes(free)} are free: fitted to that")
     plan_of = partial(_plan, min(parse_bytes(budget), free), is_card)
     told = partial(console.phase, "try what fits memory.budget")
-    found = fit(recipe, base_shapes(recipe.base, console.phase), plan_of, _card(device.describe(where)), told)
+    with traced_for(where):
+        found = fit(recipe, base_shapes(recipe.base, console.phase), plan_of, _card(device.describe(where)), told)
     for line in fit_words(recipe, found):
         console.note(line)
     return found.recipe

@@ -1,24 +1,29 @@
-"""Attention by products is SDPA's, nearer to float32 than the flash kernel's, holds no T x T, and is taken where it is faster and alone there."""
+"""Attention by products is SDPA's, changes no token by later ones, holds no T x T, and is taken, and planned, where it is faster."""
 
 import json
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlite.errors import MachineError
 from qlite.model import product_attention
-from qlite.model.documents import attend_by_documents
+from qlite.model.documents import attend_by_documents, documents_attention
 from qlite.model.head import hidden_states
-from qlite.model.product_attention import are_faster_here, attend_by_products, traced_for
+from qlite.model.product_attention import are_faster_here, are_traced, attend_by_products, traced_for
 from qlite.model.shapes import base_shapes
 from qlite.recipe.schema import Memory
+from qlite.training import budget, planning
 from qlite.training.forecast import worst_workload
 from qlite.training.kept_plans import kept_forecast
+from qlite.training.planning import Planner
+from qlite.training.run_folder import RunFolder
 from tests.model.watch import LAYERS, adapt, are_equal, distance, gradient, ids
 from tests.tiny import tiny_llama
-from tests.tiny_run import run, tiny_recipe
+from tests.tiny_run import Watcher, run, tiny_recipe
 
 SCALE = 0.3
 
@@ -58,16 +63,28 @@ def test_output_and_gradients_are_sdpas(sizes):
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_in_bfloat16_it_is_nearer_to_float32_than_the_flash_kernel_where_keys_have_a_mean():
-    qkv = [drawn(2, 4, 200, 32, torch.bfloat16), *(drawn(2, 2, 200, 32, torch.bfloat16, seed, mean=3.0) for seed in (1, 2))]
+def errors(attend, mean: float) -> list[float]:
+    """Return how far output and gradients in bfloat16 are from float32's, relative, where keys have a mean of that size."""
+    qkv = [drawn(2, 4, 200, 64, torch.bfloat16), *(drawn(2, 2, 200, 64, torch.bfloat16, seed, mean) for seed in (1, 2))]
     exact = passes(by_sdpa, [x.float() for x in qkv])
-    products, flash = (
-        [((a.float() - b).norm() / b.norm()).item() for a, b in zip(passes(attend, qkv), exact, strict=True)]
-        for attend in (lambda *x: attend_by_products(*x, SCALE), by_sdpa)
-    )
-    # The query's gradient is a sum over keys, whose mean adds up to nothing but the rounding of the shares.
-    assert 0 < products[1] < 0.5 * flash[1]
-    assert all(0 < one < 1.3 * other for one, other in zip(products, flash, strict=True))
+    return [((a.float() - b).norm() / b.norm()).item() for a, b in zip(passes(attend, qkv), exact, strict=True)]
+
+
+def test_in_bfloat16_what_keys_have_in_common_costs_no_digits():
+    def attend(*qkv):
+        return attend_by_products(*qkv, SCALE)
+
+    plain, found, flash = errors(attend, 0.0), errors(attend, 10.0), errors(by_sdpa, 10.0)
+    assert all(0 < one < 1.5 * other for one, other in zip(found, plain, strict=True))
+    assert found[1] < 0.3 * flash[1]  # the queries' gradient, a sum of keys
+
+
+def test_no_token_is_changed_by_later_ones():
+    q, k, v = (drawn(1, 2, 100, 16, torch.bfloat16, seed) for seed in range(3))
+    before = attend_by_products(q, k, v, SCALE)
+    for worth in (7.0, float("inf"), float("nan")):
+        k[:, :, 90:] = worth
+        assert torch.equal(attend_by_products(q, k, v, SCALE)[:, :90], before[:, :90])
 
 
 class Largest(TorchDispatchMode):
@@ -93,16 +110,26 @@ def test_no_scores_of_all_queries_are_ever_there():
 # Where it is taken
 
 
+class Taken(list):
+    """The lengths that products were taken for, one after the other."""
+
+    in_plans = 0
+    """How many of them without values."""
+
+
 @pytest.fixture
-def taken(monkeypatch) -> list[tuple[int, ...]]:
-    """Lets products be taken on any CPU; the sizes of the queries that were, one after the other."""
-    seen = []
+def taken(monkeypatch) -> Taken:
+    """Lets products be taken on any CPU and for models as small as a test's."""
+    seen = Taken()
 
     def attended(query: Tensor, *others):
-        seen.append(tuple(query.shape))
+        seen.append(query.shape[2])
+        seen.in_plans += isinstance(query, FakeTensor)
         return attend_by_products(query, *others)
 
     monkeypatch.setattr(product_attention, "are_faster_here", lambda: True)
+    monkeypatch.setattr(product_attention, "LENGTHS", range(2, 2049))
+    monkeypatch.setattr(product_attention, "LEAST_HEAD", 8)
     monkeypatch.setattr(product_attention, "attend_by_products", attended)
     return seen
 
@@ -144,36 +171,97 @@ def test_each_document_of_a_packed_line_has_its_own(taken):
     positions = torch.cat([torch.arange(5), torch.arange(1), torch.arange(14)]).repeat(2, 1)
     model = model_of()
     packed = hidden_states(model, ids(), positions)
-    assert [shape[2] for shape in taken] == [5, 14, 5, 14] * LAYERS  # one token alone has nothing to be multiplied for
+    assert taken == [5, 14, 5, 14] * LAYERS  # one token alone has nothing to be multiplied for
     alone = hidden_states(model, ids()[:1, 6:])
     assert (packed[:1, 6:] - alone).abs().max() < 0.05 * alone.abs().max()
 
 
 def test_what_it_does_not_know_is_left_to_sdpa(taken):
-    model = model_of(attention_dropout=0.1)
-    gradient(model)
+    gradient(model_of(attention_dropout=0.1))
     assert not taken  # it draws
-    model.eval()
+    model = model_of()
+    prompt = model(ids(1, 6), use_cache=True)
+    assert len(taken) == LAYERS
+    model(ids(1, 1), past_key_values=prompt.past_key_values, use_cache=True)
+    model(ids(1, 3), past_key_values=prompt.past_key_values, use_cache=True)
+    model(ids(2, 6), attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]))
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model(ids(1, 6))
+    assert len(taken) == LAYERS  # tokens after others, padding on the left, and an attention that sees the future
+
+
+def test_without_a_gradient_a_row_alone_has_the_bits_that_it_has_in_a_padded_batch(taken):
+    model = model_of().eval()
+    alone, both = ids(1, 6), torch.cat([torch.cat([torch.zeros(1, 3, dtype=torch.long), ids(1, 6)], dim=1), ids(1, 9)])
+    mask, positions = torch.ones(2, 9, dtype=torch.long), torch.arange(9).repeat(2, 1)
+    mask[0, :3], positions[0] = 0, torch.tensor([0, 0, 0, 0, 1, 2, 3, 4, 5])
     with torch.no_grad():
-        answer = model(ids(1, 6), use_cache=True)
-        assert len(taken) == LAYERS  # a prompt
-        model(ids(1, 1), past_key_values=answer.past_key_values, use_cache=True)
-        model(ids(1, 3), past_key_values=answer.past_key_values, use_cache=True)
-        assert len(taken) == LAYERS  # tokens after it
-        model(ids(2, 6), attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]))
-        assert len(taken) == LAYERS  # padding on the left
-    assert model(ids(2, 6), position_ids=torch.arange(6).expand(2, -1)).logits.isfinite().all()
-    assert len(taken) == 2 * LAYERS
+        assert torch.equal(model(both, attention_mask=mask, position_ids=positions).logits[0, 3:], model(alone).logits[0])
+    assert not taken
+
+
+class Side(torch.nn.Module):
+    """Puts two keys before all others, as prefix tuning does."""
+
+    is_off = False
+
+    def forward(self, attend, query, key, value, mask, documents):
+        before = [x[0, :, :2].flip(-1) for x in (key, value)]
+        return attend(query, key, value, mask, documents, before=before)
+
+
+@pytest.mark.parametrize("options", [{"scaling": 0.3}, {"is_causal": False}, {"position_bias": 1}, {"before": True}, {}], ids=str)
+@torch.enable_grad()
+def test_it_is_sdpas_whatever_the_family_says(options, taken, monkeypatch):
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    if options.pop("before", False):
+        module.side = Side()
+    if "position_bias" in options:
+        options["position_bias"] = torch.linspace(-1, 1, 40 * 40, dtype=torch.bfloat16).view(1, 1, 40, 40)
+    q, k, v = (drawn(2, heads, 40, 16, torch.bfloat16, seed) for seed, heads in enumerate((4, 2, 2)))
+    found, _ = documents_attention(module, q, k, v, None, **options)
+    assert len(taken) == (not options.keys() & {"is_causal", "position_bias"})
+    monkeypatch.setattr(product_attention, "are_faster_here", lambda: False)
+    expected, _ = documents_attention(module, q, k, v, None, **options)
+    assert (found - expected).float().norm() < 0.01 * expected.float().norm()
+
+
+def test_short_documents_long_lines_and_narrow_heads_are_left_to_sdpa(monkeypatch):
+    monkeypatch.setattr(product_attention, "are_faster_here", lambda: True)
+    module = torch.nn.Module()
+    for length, width, is_taken in ((31, 64, False), (32, 64, True), (32, 32, False), (2048, 64, True), (2049, 64, False)):
+        x = torch.empty(1, 1, length, width, dtype=torch.bfloat16)
+        assert product_attention._takes(module, x, x, {}) == is_taken
+        assert not product_attention._takes(module, x.to("meta"), x, {})
 
 
 @pytest.mark.parametrize("keys", [{}, {"mlp_chunk": 16, "checkpointing": "block"}], ids=["plain", "MLPs in tiles"])
 def test_a_run_by_products_is_planned_with_them(keys, taken, tmp_path):
     recipe = tiny_recipe(tmp_path, base={"dtype": "bfloat16"}, memory={"plan": "tell", "loss_chunk": 8, **keys})
     run(recipe)
-    assert taken
+    assert taken.in_plans
     record = json.loads((tmp_path / "run" / "memory.json").read_text())
     planned, measured = record["planned"]["phases"]["training"]["bytes"], record["measured"]["training"]["bytes"]
     assert abs(planned - measured) <= max(0.01 * measured, 2100)  # bitsandbytes' code tables of 2 KiB are made once a process
+
+
+def test_so_are_its_ways_out_and_what_fits_its_budget(taken, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(planning, "ways_out", lambda *_: asked.append(are_traced()) or [])
+    recipe = tiny_recipe(tmp_path, base={"dtype": "bfloat16"})
+    Planner(recipe, torch.device("cpu"), lambda *_: None).advice(2, 20)
+    assert asked == [True]
+
+    def fit(*_):
+        asked.append(are_traced())
+        raise MachineError("asked")
+
+    monkeypatch.setattr(budget, "fit", fit)
+    with pytest.raises(MachineError, match="asked"):
+        budget.within_budget(recipe.having({"memory.budget": "1GiB"}), RunFolder(tmp_path / "run"), True, Watcher())
+    assert asked == [True, True]
 
 
 def test_a_plan_for_a_card_has_none(taken, tmp_path):
@@ -193,9 +281,10 @@ def test_a_plan_for_a_card_has_none(taken, tmp_path):
 
 
 def test_where_it_is_faster_is_asked_of_the_processor(monkeypatch):
-    for instructions, tiles in ((True, False), (True, True), (False, False)):
+    for instructions, tiles, products in ((True, False, True), (True, True, True), (False, False, True), (True, False, False)):
         are_faster_here.cache_clear()
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=instructions: has)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=tiles: has)
-        assert are_faster_here() == (instructions and not tiles)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=instructions: has, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=tiles: has, raising=False)
+        monkeypatch.setattr(product_attention, "has_bfloat16_products", lambda has=products: has)
+        assert are_faster_here() == (instructions and not tiles and products)
     are_faster_here.cache_clear()

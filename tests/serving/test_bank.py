@@ -29,7 +29,7 @@ METHODS = {
 }
 IDS = torch.randint(0, 64, (8, 9), generator=torch.Generator().manual_seed(3))
 # Of the largest logit, in float32. Measured: at most 5.3e-6; these adapters are as large as their base, and the sums' order differs.
-BOUND = 1e-5
+BOUND = 2e-5
 
 
 @torch.no_grad()
