@@ -37,7 +37,8 @@ KINDS = {
     "4 bit": {},
     "8 bit": {"base": {"bits": 8}},
     "16 bit": {"base": {"bits": 16}},
-    "DoRA": {"method": {"dora": True}},
+    # In float32: in bfloat16 two letters of one answer are tied on a processor that multiplies it, and rounding decides.
+    "DoRA": {"method": {"dora": True}, "base": {"dtype": "float32"}},
     "vocabulary in 8 bit": {"base": {"embedding_bits": 8, "head_bits": 8}},
     "adapted head": {"method": {"targets": ["lm_head", "q_proj"]}},
     "float32": {"base": {"dtype": "float32"}},
@@ -101,9 +102,7 @@ def test_the_nearer_base_is_taken_in_every_storage(tmp_path, kind):
     assert audit.onto == min(audit.found, key=lambda onto: audit.found[onto].kl)
     assert set(audit.found) == ({"dequantised"} if kind == "16 bit" else {"dequantised", "original"})
     best = audit.found[audit.onto]
-    # Of a run in bfloat16, half learned: on one kind of processor or another two letters are as good as tied in one answer.
-    assert best.answers == 7
-    assert best.same_answers >= 6
+    assert best.same_answers == best.answers == 7
     assert best.kl < 1e-3
     assert audit.written.kl == pytest.approx(best.kl, rel=1e-3, abs=1e-9)
 
@@ -297,7 +296,7 @@ def test_what_is_trained_beside_the_matrices_is_looked_at_too(tmp_path, monkeypa
         patched.setattr(RowsEmbedding, "merged_weight", lambda module, dense: dense)
         without = audited(opened, tmp_path / "rows", most_kl=100.0)
     with_rows = json.loads((tmp_path / "good" / "audit.json").read_text())["candidates"][without.onto]["kl"]
-    assert without.found[without.onto].kl > 2 * with_rows
+    assert without.found[without.onto].kl > 3 * with_rows
     write = merged.write_tensor_file
 
     def spoilt(path: Path, table: dict, pieces: object) -> None:
