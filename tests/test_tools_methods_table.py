@@ -53,6 +53,7 @@ def test_the_table_of_a_relative_recipe_has_what_is_beside_its_base_and_what_has
     base = BLOCKS + 2 * VOCAB_SIZE * D
     assert "bits = 4" in (folder / "out" / "lora-tiny-0.toml").read_text()
     assert [(each["trained"], each["of"]) for each in found.values()] == [(LORA, base), (base, base)]
+    assert (folder / "out" / "methods.png").read_bytes().startswith(b"\x89PNG")
     rows = (folder / "out" / "methods.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| lora", "| full"]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("figures.json")}

@@ -10,7 +10,8 @@ of its own; what is finished is not done again, and what was made with other set
 
 Time for a token: greedy decoding with a cache after 32 random tokens, the adapter on and off in turns, in one process; 1.00 is the base's.
 Of full training and GaLore, whose base is gone, it is not told: their model has the base's shape. The share is of the base's numbers,
-in whatever bits they are stored, a tensor that is embedding and head once.
+in whatever bits they are stored, a tensor that is embedding and head once. Losses are of the rows that are answered, too.
+The table is written as methods.md, its figures as methods.json, and methods.png where matplotlib is there.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 from latency import answer, random_ids
 from parameter_counts import dense_count
+from pictures import open_pyplot
 
 from qlite.errors import MachineError, RecipeError, RunError
 from qlite.evaluate import evaluate
@@ -110,7 +112,7 @@ def main(argv: list[str]) -> None:
     if unknown := set(args.only or ()) - set(names):
         raise RecipeError(f"--only {' '.join(sorted(unknown))}: recipes/baselines has {', '.join(names)}")
     out = args.out.resolve()
-    own = args.recipe and Task(args.recipe.stem, args.recipe.resolve(), {}, "", ("exact_match", "rouge_l"), args.rows)
+    own = args.recipe and Task(args.recipe.stem, args.recipe.resolve(), {}, "", ("loss", "exact_match", "rouge_l"), args.rows)
     tasks = [own] if own else real_tasks(args.data.resolve(), out, args.rows)
     planned = [Planned(name, task, seed, out) for name in dict.fromkeys(args.only or names) for task in tasks for seed in range(args.seeds)]
     prepare(planned, args.steps)
@@ -122,6 +124,7 @@ def main(argv: list[str]) -> None:
     text = table(found, tasks)
     write_text(out / "methods.md", text)
     print(text)
+    draw(found, tasks, out / "methods.png")
 
 
 def prepare(planned: list[Planned], steps: int) -> None:
@@ -266,6 +269,45 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
+def draw(found: list[dict], tasks: list[Task], path: Path) -> None:
+    """Write the table as a picture: above what the methods reach, below what they cost, those of the lowest loss first.
+
+    Raises:
+        MachineError: there is no matplotlib.
+    """
+    pyplot = open_pyplot()
+    own = {name: [each for each in found if each["method"] == name] for name in dict.fromkeys(each["method"] for each in found)}
+    names = sorted(own, key=lambda name: statistics.mean(each["scores"]["loss"] for each in own[name]), reverse=True)
+    quality = {
+        f"{task.name}: {metric}": {name: [each["scores"][metric] for each in own[name] if each["task"] == task.name] for name in names}
+        for task in tasks
+        for metric in task.metrics
+    }
+    cost = {
+        "trained, share of the base": {name: [each["trained"] / each["of"] for each in own[name]] for name in names},
+        "tensors at most, GiB": {name: [each["measured"] / 2**30 for each in own[name] if each["measured"]] for name in names},
+        "seconds a step": {name: [each["step_seconds"] for each in own[name]] for name in names},
+    }
+    for batch in map(str, BATCHES):
+        ratios = {name: [each["token"][batch]["ratio"] for each in own[name] if each["token"][batch]] for name in names}
+        cost[f"time for a token to the base's, batch of {batch}"] = ratios
+    columns = max(len(quality), len(cost))
+    size = (3.4 * columns, 0.56 * len(names) + 2)
+    figure, axes = pyplot.subplots(2, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for row, panels in zip(axes, (quality, cost), strict=True):
+        for axis in row[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (title, values) in zip(row, panels.items(), strict=False):
+            for place, each in enumerate(values.values()):
+                axis.plot(each, [place] * len(each), "o", color="tab:blue", markersize=5, alpha=0.7)
+            axis.set(title=title, yticks=range(len(names)), yticklabels=names)
+            axis.title.set_fontsize(9)
+            axis.grid(alpha=0.3)
+    axes[1][0].set_xscale("log")
+    figure.savefig(path, dpi=120)
+    print(path)
+
+
 def real_tasks(data: Path, out: Path, rows: int) -> list[Task]:
     """Return E2E and snips, their rows written where need be."""
     e2e = data / "e2e_nlg"
@@ -280,7 +322,7 @@ def real_tasks(data: Path, out: Path, rows: int) -> list[Task]:
             ROOT / "recipes" / "e2e.toml",
             {"data.train": str((e2e / "lora-paper-valid.txt").resolve()), "train.answer_tokens": 64, **sizes},
             str((e2e / "lora-paper-test.txt").resolve()),
-            ("bleu", "rouge_l"),
+            ("loss", "bleu", "rouge_l"),
             rows,
         ),
         Task(
@@ -293,7 +335,7 @@ def real_tasks(data: Path, out: Path, rows: int) -> list[Task]:
                 **sizes,
             },
             "",
-            ("exact_match",),
+            ("loss", "exact_match"),
             rows,
         ),
     ]
