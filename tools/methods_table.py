@@ -67,6 +67,8 @@ class Planned:
     task: Task
     seed: int
     out: Path
+    is_timed: bool
+    """Its answers are timed: once for each method, for rows and seed are nothing to a token's time."""
 
     @property
     def run(self) -> Path:
@@ -100,9 +102,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", nargs="+", help="names of files in recipes/baselines, without their ending")
     parser.add_argument("--recipe", type=Path, help="take base, rows and sizes of this recipe, in the place of E2E and snips")
     parser.add_argument("--one", nargs=3, metavar=("RUN", "TEST", "METRICS"), help=argparse.SUPPRESS)
+    parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        measure_one(Path(args.one[0]), args.one[1], args.one[2].split(","), args.rows)
+        measure_one(Path(args.one[0]), args.one[1], args.one[2].split(","), args.rows, args.timed)
         return
     if (args.data is None) == (args.recipe is None):
         raise RecipeError("give the folder with e2e_nlg and snips_nlu, or a --recipe")
@@ -114,7 +117,12 @@ def main(argv: list[str]) -> None:
     out = args.out.resolve()
     own = args.recipe and Task(args.recipe.stem, args.recipe.resolve(), {}, "", ("loss", "exact_match", "rouge_l"), args.rows)
     tasks = [own] if own else real_tasks(args.data.resolve(), out, args.rows)
-    planned = [Planned(name, task, seed, out) for name in dict.fromkeys(args.only or names) for task in tasks for seed in range(args.seeds)]
+    planned = [
+        Planned(name, task, seed, out, is_timed=task is tasks[0] and seed == 0)
+        for name in dict.fromkeys(args.only or names)
+        for task in tasks
+        for seed in range(args.seeds)
+    ]
     prepare(planned, args.steps)
     found = []
     for each in planned:
@@ -164,7 +172,8 @@ def one_run(planned: Planned) -> dict:
     if not planned.figures.exists():
         task, run = planned.task, planned.run
         _run([sys.executable, "-m", "qlite.train", str(planned.recipe)], run)
-        _run([sys.executable, __file__, "--one", str(run), task.test, ",".join(task.metrics), "--rows", str(task.rows)], run)
+        timed = ["--timed"] if planned.is_timed else []
+        _run([sys.executable, __file__, "--one", str(run), task.test, ",".join(task.metrics), "--rows", str(task.rows), *timed], run)
     return json.loads(planned.figures.read_text(encoding="utf-8"))
 
 
@@ -184,6 +193,8 @@ def recipe_text(planned: Planned, steps: int) -> str:
     tables = {**common, **{key: own[key] for key in ("method", "optimizer") if key in own}}
     bits = {key: value for key, value in own["base"].items() if key.endswith("bits")}
     tables["base"] = {**{key: value for key, value in common["base"].items() if not key.endswith("bits")}, **bits}
+    if planned.task.test:
+        tables["data"].pop("test", None)  # measured afterwards, as many rows as are asked for
     packing = own.get("train", {}).get("packing", False)
     changes = {"train.steps": steps, "train.seed": planned.seed, "schedule.warmup_steps": max(1, steps // 10)}
     changes |= {"train.exact_match_rows": 0, "train.eval_every": 0, "train.packing": packing, "output.save_every": 0}
@@ -201,8 +212,8 @@ def _toml(place: list[str], keys: dict) -> list[str]:
     return ["", f"[{'.'.join(place)}]", *plain, *inner]
 
 
-def measure_one(folder: Path, test: str, metrics: list[str], rows: int) -> None:
-    """Write the figures of the finished run in ``folder`` into it."""
+def measure_one(folder: Path, test: str, metrics: list[str], rows: int, is_timed: bool) -> None:
+    """Write the figures of the finished run in ``folder`` into it, a token's time where ``is_timed``."""
     run = RunFolder(folder)
     result, overview = run.result, json.loads((folder / "overview.json").read_text(encoding="utf-8"))
     found = evaluate(folder, data=test or None, metrics=metrics, rows=rows, base=False, quiet=True).comparison
@@ -218,9 +229,8 @@ def measure_one(folder: Path, test: str, metrics: list[str], rows: int) -> None:
         "measured": result["peak_tensor_bytes"],
         "process": result["peak_memory_bytes"],
         "step_seconds": statistics.median(steps),
-        "held_out_loss": result["eval_loss"],
         "scores": scores,
-        "token": {str(batch): token_time(opened.base.model, batch) for batch in BATCHES},
+        "token": {str(batch): token_time(opened.base.model, batch) for batch in BATCHES} if is_timed else {},
     }
     write_json(folder / "figures.json", figures)
 
@@ -261,7 +271,8 @@ def table(found: list[dict], tasks: list[Task]) -> str:
 
 
 def _ratio(own: list[dict], batch: str) -> str:
-    return f"{statistics.median(each['token'][batch]['ratio'] for each in own):.2f}" if own[0]["token"][batch] else "-"
+    timed = [time["ratio"] for each in own if (time := each["token"].get(batch))]
+    return f"{timed[0]:.2f}" if timed else "-"
 
 
 def _spread(values: list[float]) -> str:
@@ -289,7 +300,7 @@ def draw(found: list[dict], tasks: list[Task], path: Path) -> None:
         "seconds a step": {name: [each["step_seconds"] for each in own[name]] for name in names},
     }
     for batch in map(str, BATCHES):
-        ratios = {name: [each["token"][batch]["ratio"] for each in own[name] if each["token"][batch]] for name in names}
+        ratios = {name: [time["ratio"] for each in own[name] if (time := each["token"].get(batch))] for name in names}
         cost[f"time for a token to the base's, batch of {batch}"] = ratios
     columns = max(len(quality), len(cost))
     size = (3.4 * columns, 0.56 * len(names) + 2)
@@ -330,11 +341,10 @@ def real_tasks(data: Path, out: Path, rows: int) -> list[Task]:
             ROOT / "recipes" / "snips.toml",
             {
                 "data.train": str((out / "snips_train.jsonl").resolve()),
-                "data.test": str((out / "snips_test.jsonl").resolve()),
                 "train.answer_tokens": 64,
                 **sizes,
             },
-            "",
+            str((out / "snips_test.jsonl").resolve()),
             ("loss", "exact_match"),
             rows,
         ),
