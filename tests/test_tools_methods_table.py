@@ -115,6 +115,14 @@ def test_figures_that_do_not_say_their_settings_are_refused(methods_table, folde
         methods_table.main(command())
 
 
+def test_questions_are_taken_from_the_whole_file_each_with_all_its_answers(methods_table, tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("".join(f"{name}||{answer}\n" for name in "abcdef" for answer in range(3)))
+    found = methods_table.spread_lines(path, 3, lambda line: line.split("||")[0])
+    assert found.splitlines() == [f"{name}||{answer}" for name in "ace" for answer in range(3)]
+    assert methods_table.spread_lines(path, 9, lambda line: line.split("||")[0]) == path.read_text()
+
+
 def test_numbers_below_1_are_refused(methods_table):
     with pytest.raises(RecipeError, match="--steps 0: should be 1 or more"):
         methods_table.main(command(steps="0"))

@@ -10,7 +10,8 @@ of its own; what is finished is not done again, and what was made with other set
 
 Time for a token: greedy decoding with a cache after 32 random tokens, the adapter on and off in turns, in one process; 1.00 is the base's.
 Of full training and GaLore, whose base is gone, it is not told: their model has the base's shape. The share is of the base's numbers,
-in whatever bits they are stored, a tensor that is embedding and head once. Losses are of the rows that are answered, too.
+in whatever bits they are stored, a tensor that is embedding and head once. Losses are of the questions that are answered, too. Of E2E
+and snips these are taken evenly from the whole test file, in which neighbours are alike; E2E's with all their references.
 The table is written as methods.md, its figures as methods.json, and methods.png where matplotlib is there.
 """
 
@@ -20,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +57,8 @@ class Task:
     changes: dict[str, object]
     test: str
     metrics: tuple[str, ...]
-    rows: int
-    """Held-out rows that are answered."""
+    rows: int | None
+    """The first held-out rows that are answered; None: all of ``test``."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("data", nargs="?", type=Path, help="the folder that has e2e_nlg and snips_nlu")
     parser.add_argument("--out", type=Path, default=Path("build/methods"))
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run")
-    parser.add_argument("--rows", type=int, default=50, help="held-out rows that each run answers")
+    parser.add_argument("--rows", type=int, default=50, help="held-out questions that each run answers")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method and task")
     parser.add_argument("--only", nargs="+", help="names of files in recipes/baselines, without their ending")
     parser.add_argument("--recipe", type=Path, help="take base, rows and sizes of this recipe, in the place of E2E and snips")
@@ -105,7 +107,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        measure_one(Path(args.one[0]), args.one[1], args.one[2].split(","), args.rows, args.timed)
+        measure_one(Path(args.one[0]), args.one[1], args.one[2].split(","), None if args.one[1] else args.rows, args.timed)
         return
     if (args.data is None) == (args.recipe is None):
         raise RecipeError("give the folder with e2e_nlg and snips_nlu, or a --recipe")
@@ -173,7 +175,8 @@ def one_run(planned: Planned) -> dict:
         task, run = planned.task, planned.run
         _run([sys.executable, "-m", "qlite.train", str(planned.recipe)], run)
         timed = ["--timed"] if planned.is_timed else []
-        _run([sys.executable, __file__, "--one", str(run), task.test, ",".join(task.metrics), "--rows", str(task.rows), *timed], run)
+        rows = ["--rows", str(task.rows)] if task.rows else []
+        _run([sys.executable, __file__, "--one", str(run), task.test, ",".join(task.metrics), *rows, *timed], run)
     return json.loads(planned.figures.read_text(encoding="utf-8"))
 
 
@@ -212,7 +215,7 @@ def _toml(place: list[str], keys: dict) -> list[str]:
     return ["", f"[{'.'.join(place)}]", *plain, *inner]
 
 
-def measure_one(folder: Path, test: str, metrics: list[str], rows: int, is_timed: bool) -> None:
+def measure_one(folder: Path, test: str, metrics: list[str], rows: int | None, is_timed: bool) -> None:
     """Write the figures of the finished run in ``folder`` into it, a token's time where ``is_timed``."""
     run = RunFolder(folder)
     result, overview = run.result, json.loads((folder / "overview.json").read_text(encoding="utf-8"))
@@ -320,21 +323,24 @@ def draw(found: list[dict], tasks: list[Task], path: Path) -> None:
 
 
 def real_tasks(data: Path, out: Path, rows: int) -> list[Task]:
-    """Return E2E and snips, their rows written where need be."""
+    """Return E2E and snips with ``rows`` questions each, their rows written where need be."""
     e2e = data / "e2e_nlg"
     for path in (e2e / "lora-paper-valid.txt", e2e / "lora-paper-test.txt", data / "snips_nlu"):
         if not path.exists():
             raise RecipeError(f'there is no "{path}"; README says where the data is from')
     subprocess.run([sys.executable, str(ROOT / "tools" / "snips_rows.py"), str(data / "snips_nlu"), "--out", str(out)], check=True)
     sizes = {"train.micro_batch": 8, "train.accumulation": 1}
+    tests = {"e2e": out / f"e2e_test_{rows}.txt", "snips": out / f"snips_test_{rows}.jsonl"}
+    write_text(tests["e2e"], spread_lines(e2e / "lora-paper-test.txt", rows, lambda line: line.split("||")[0]))
+    write_text(tests["snips"], spread_lines(out / "snips_test.jsonl", rows, lambda line: line))
     return [
         Task(
             "e2e",
             ROOT / "recipes" / "e2e.toml",
             {"data.train": str((e2e / "lora-paper-valid.txt").resolve()), "train.answer_tokens": 64, **sizes},
-            str((e2e / "lora-paper-test.txt").resolve()),
+            str(tests["e2e"]),
             ("loss", "bleu", "rouge_l"),
-            rows,
+            None,
         ),
         Task(
             "snips",
@@ -344,11 +350,20 @@ def real_tasks(data: Path, out: Path, rows: int) -> list[Task]:
                 "train.answer_tokens": 64,
                 **sizes,
             },
-            str((out / "snips_test.jsonl").resolve()),
+            str(tests["snips"]),
             ("loss", "exact_match"),
-            rows,
+            None,
         ),
     ]
+
+
+def spread_lines(path: Path, count: int, question: Callable[[str], str]) -> str:
+    """Return the lines of ``count`` questions of ``path``, or of all, evenly from its beginning to its end."""
+    groups: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        groups.setdefault(question(line), []).append(line)
+    names, few = list(groups), min(count, len(groups))
+    return "".join(line for i in range(few) for line in groups[names[i * len(names) // few]])
 
 
 if __name__ == "__main__":
