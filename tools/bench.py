@@ -195,7 +195,7 @@ def in_turns(work: Work, sides: list[Side], args) -> dict[str, dict]:
                 said = next_line(name, process)
                 seconds = said.pop("seconds")
                 found[name]["seconds"] += [seconds] if turn else []  # the first warms up
-                found[name] |= {**said, "anonymous": max(said["anonymous"], found[name]["anonymous"])}
+                found[name] |= said
             print(f"  round {turn} of {args.rounds}", file=sys.stderr, flush=True)
         return found
     finally:
@@ -205,7 +205,7 @@ def in_turns(work: Work, sides: list[Side], args) -> dict[str, dict]:
 
 
 def start(side: Side, work: Work, lie: dict[str, str], args) -> subprocess.Popen:
-    """Start a side's process; it loads while the others wait."""
+    """Start a side's process. All of them load at once."""
     python = python_of(args.out, side.environment)
     if not python.exists():
         raise MachineError(f"{side.name}: there is no {python}; run with --setup first, or without it: --sides qlite,products")
@@ -219,7 +219,7 @@ def start(side: Side, work: Work, lie: dict[str, str], args) -> subprocess.Popen
         "rank": RANK,
         "alpha": ALPHA,
         "lr": LR,
-        "optimizer": "adamw" if side.runs == "qlite" else "adamw_torch",
+        "optimizer": "adamw" if side.runs == "qlite" else "adamw_torch_fused",
         "dtype": args.dtype,
         "device": args.device,
         "keys": side.keys,
@@ -250,9 +250,9 @@ def table(title: str, work: Work, found: dict[str, dict], args) -> None:
     tokens = work.micro_batch * work.tokens
     print(f"\n{title}, {args.dtype}, rank {RANK}, checkpointed, {args.rounds} rounds\n")
     columns = ["", "tokens/s (spread)", "qlite's to it, round by round (spread)", "of the products' speed"]
-    # On a card: what torch reserved there, and of that in tensors; else the process, and of that anonymous.
+    # On a card: what torch reserved there, and of that in tensors; else the process, and of that the most that no file has.
     where, most, inner = ("card", "reserved", "allocated") if args.device == "cuda" else ("process", "process", "anonymous")
-    columns += [f"{where} MiB at most", "qlite's to it", f"{inner} MiB", "s to the first step"]
+    columns += [f"{where} MiB at most", "qlite's to it", f"{inner} MiB at most", "s to load, all at once"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     ours, limit = found.get(QLITE.name), found.get(LIMIT.name)
     for name, side in found.items():
@@ -300,7 +300,7 @@ def run_counts(args, _chosen) -> None:
     for piece in ("counts of qlite", "counts of qlite, attention kept", "counts of PEFT + Trainer"):
         here(piece, args, work)
         found[piece.removeprefix("counts of ")] = json.loads((args.out / f"{piece}.json").read_text(encoding="utf-8"))
-    print(f"\n{work}, {args.dtype}: one step with its optimizer, counted op by op\n")
+    print(f"\n{work}, {args.dtype}: the second step, with its optimizer, counted op by op; attention is one kernel, as on a card\n")
     names = {"kernels": "kernels", "bytes": "GB read and written", "flops": "GFLOP", "dequantised": "dequantisations of each weight"}
     print("| | " + " | ".join(names.values()) + " | " + " | ".join(f"{card}, s, an estimate" for card in CARDS) + " |")
     print("|---" * (1 + len(names) + len(CARDS)) + "|")
@@ -321,6 +321,7 @@ def run_load(args, _chosen) -> None:
     work = Work(LARGE, 1, 512)
     prepared(work, args)
     pieces = ["load by transformers", "load by qlite", "load by qlite, cached"]
+    here(pieces[-1], args, work)  # what it reads is written now
     found = {piece: [] for piece in pieces}
     for _ in range(3):
         for piece in pieces:

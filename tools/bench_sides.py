@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,6 +43,26 @@ class Turns:
         self._began = time.perf_counter()
 
 
+class Anonymous(threading.Thread):
+    """Looks every 5 ms at how many bytes this process holds that no file has, and keeps the most."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most = 0
+
+    def run(self) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            while True:
+                statm.seek(0)
+                _, resident, of_files, *_ = map(int, statm.read().split())
+                self.most = max(self.most, (resident - of_files) * page)
+                time.sleep(0.005)
+
+
+ANONYMOUS = Anonymous()
+
+
 def card():
     """Return ``torch.cuda`` if this process has used a card."""
     torch = sys.modules.get("torch")
@@ -55,10 +76,9 @@ def wait_for_card() -> None:
 
 
 def memory() -> dict[str, int]:
-    """Return the largest resident bytes of this process, and its anonymous ones now, by the kernel's count; on a card also torch's own."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
-    found = {"process": found["VmHWM"], "anonymous": found["RssAnon"]}
+    """Return the most resident bytes that this process had, and the most anonymous ones; on a card also torch's own."""
+    (most,) = (line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+    found = {"process": int(most.split()[1]) * 1024, "anonymous": ANONYMOUS.most}
     if cuda := card():
         found |= {"reserved": cuda.max_memory_reserved(), "allocated": cuda.max_memory_allocated()}
     return found
@@ -285,6 +305,7 @@ SIDES = {"qlite": run_qlite, "trainer": run_trainer, "trl": run_trl, "unsloth": 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    ANONYMOUS.start()
     given = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     with contextlib.suppress(BrokenPipeError):
         SIDES[sys.argv[1]](given, Turns(given["steps"]))

@@ -24,6 +24,7 @@ from qlite import device
 from qlite.data.batches import Batch
 from qlite.data.encode import Encoded
 from qlite.model.lowering import lower_memory
+from qlite.model.product_attention import traced_for
 from qlite.model.shapes import BaseShapes, base_shapes
 from qlite.recipe.read import build_recipe
 from qlite.recipe.schema import Recipe
@@ -103,7 +104,8 @@ def measure(name: str, base: dict, lengths: list[int], steps: int) -> list[Point
 
 
 def planned(recipe: Recipe, shapes: BaseShapes, batch: Batch) -> int:
-    peaks = forecast(recipe, shapes, Workload(batch)).peaks()
+    with traced_for(torch.device("cpu")):
+        peaks = forecast(recipe, shapes, Workload(batch)).peaks()
     return max(peaks[STEP].bytes, peaks[forecasting.OPTIMIZER_STEP].bytes)
 
 

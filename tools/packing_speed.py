@@ -7,7 +7,7 @@ Each round trains one step of each way in turn, all with about the same number o
 Useful are tokens that are no padding. The loss is not compared: the same rows, packed or not, give the same gradient
 (tests/model/test_packing.py). "By products" is the ratio that the products alone would give: those of the blocks are made for padding,
 too, and for a row three times (forward, again, backward); the head's are made twice, and only for tokens that are trained, which padding
-is in no way. The rest of the difference is attention: over a line of many rows it is masked, and longer than a row.
+is in no way. The rest of the difference is attention, which each document has on its own, and what every token costs beside products.
 """
 
 import argparse

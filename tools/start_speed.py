@@ -50,12 +50,13 @@ def start(recipe: Path, overrides: list[str]) -> None:
     from qlite.recipe.read import read_recipe
     from qlite.training import run
     from qlite.training.console import open_console
+    from qlite.training.step import Stepper
 
     def step(*_: object, **__: object) -> None:
         print(time.time() - psutil.Process().create_time(), flush=True)
         sys.exit(0)
 
-    run.Stepper.step = step
+    Stepper.step = step
     run.begin(read_recipe(recipe, overrides), fresh=True, console=open_console(recipe.stem))
 
 

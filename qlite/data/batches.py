@@ -150,9 +150,10 @@ class TokenBatches:
     def plan(self, number: int) -> list[list[list[int]]]:
         """Return the micro-batches of step ``number`` as lines of row numbers."""
         epoch, within = divmod(number - 1, self.steps_per_epoch)
-        if self._kept[0] != epoch:
-            self._kept = (epoch, self._epoch(epoch))
-        micro_batches = self._kept[1]
+        kept = self._kept  # read once: the thread that prepares the next step may put another epoch there
+        if kept[0] != epoch:
+            kept = self._kept = (epoch, self._epoch(epoch))
+        micro_batches = kept[1]
         return sorted(micro_batches[within * self.accumulation : (within + 1) * self.accumulation], key=self._size, reverse=True)
 
     def _batch(self, lines: list[list[int]]) -> Batch:

@@ -103,7 +103,7 @@ class Stepper:
             if attempt.ran_out:
                 optimizer.zero_grad()
                 accidents.append(self._make_room(self.limits))
-        # The step's one wait for the device: what is not finite must be known before it is stepped.
+        # Ours is one wait for the device: what is not finite must be known before it is stepped. bitsandbytes waits at its update's end.
         loss, grad_norm = torch.stack([loss, optimizer.clip(clip_norm)]).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             optimizer.zero_grad()
