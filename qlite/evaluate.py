@@ -29,7 +29,7 @@ from qlite.calls import called
 from qlite.data.dataset import Data
 from qlite.data.encode import Encoded
 from qlite.data.formats import FORMATS
-from qlite.errors import DataError, MachineError, RecipeError, RunError
+from qlite.errors import DataError, MachineError, RecipeError
 from qlite.formats.peft import WEIGHTS
 from qlite.hashes import sha256
 from qlite.methods.base import adapters_off, longest_input
@@ -244,10 +244,7 @@ def held_out(opened: OpenRun, count: int | None, console: Observer) -> Material:
     data, tokens = opened.recipe.data, opened.recipe.train.tokens
     part = "test" if data.test else "train"
     loaded = data.load(opened.base.tokenizer, tokens, lambda _: None, console.phase, opened.encoder)
-    try:
-        opened.run.check_identity({**loaded.identity, "base.model": opened.base.identity})
-    except RunError:
-        console.note("the data or its encoding is not what it was when the run began: rows held out now may have been trained on")
+    opened.note_other_rows(loaded, console.note)
     test = loaded.test.take(np.arange(min(count or len(loaded.test), len(loaded.test))))
     rows = [(test[index], test.where(index)) for index in range(len(test))]
     # The text behind them is read again: what is kept of them are ids alone. In the order of the rows, which is not the file's.

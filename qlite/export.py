@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     rows = f"held-out rows on which merged model and run are compared; by default {Merge.rows}"
     parser.add_argument("--audit-rows", type=int, help=rows)
-    most = "nats a token between both beyond which nothing is written (0.1; of less than 8 bits 1)"
+    most = "nats a token between both beyond which nothing is written (0.1; of less than 8 bits 0.5)"
     parser.add_argument("--most-kl", type=float, help=most)
     parser.add_argument("--shard-gib", type=float, help=f"largest weight file; by default {SHARD_BYTES / GIB:g}")
     parser.add_argument("--device", help="where to merge: auto (unless given), cpu, cuda, cuda:1")
@@ -341,7 +341,7 @@ def _opened(run: RunFolder, device: str, console: Observer) -> OpenRun:
 
 
 def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
-    """Write ``run``'s adapter as PEFT reads it into ``out``, with the tokenizer where that has tokens of the run's own.
+    """Write ``run``'s adapter as PEFT reads it into ``out``, with the tokenizer where tokens or template are not the base's.
 
     Raises:
         ExportError: PEFT has no such method.
@@ -358,7 +358,7 @@ def _copy_adapter_files(run: RunFolder, out: Path) -> Export:
         # PEFT's own reader of it asks for the base by name; where it lies on this machine is nobody else's.
         write_json(folder / CONFIG, {**config, "base_model_name_or_path": local_name(config["base_model_name_or_path"])})
         write_text(folder / "README.md", run_card(run, ADAPTER, {}, {}))
-        if isinstance(recipe.method, LoRA) and recipe.method.new_tokens:
+        if recipe.data.template != "auto" or (isinstance(recipe.method, LoRA) and recipe.method.new_tokens):
             tokenizer = recipe.base.tokenizer(lambda *_: None)
             recipe.method.resolved(tokenizer)
             tokenizer.chat_template = run.template or tokenizer.chat_template

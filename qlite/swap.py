@@ -15,10 +15,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from transformers import GenerationConfig
+
+from qlite.data.encode import Encoder
 from qlite.errors import AdapterError, QliteError, RecipeError, RunError
-from qlite.formats.peft import WEIGHTS
+from qlite.formats.merged import ended_by
 from qlite.formats.swapped import Holdings, MergedFolder, Presence, Updates, presence
-from qlite.hashes import sha256
 from qlite.model.checkpoint import SafetensorsCheckpoint
 from qlite.model.source import ModelFiles
 from qlite.recipe.share import local_name
@@ -42,12 +44,14 @@ def main(argv: list[str]) -> None:
     if args.out.exists() and not args.force:
         raise RunError(f'"{args.out}" exists already; choose another --out, or replace it with --force')
     merged, old, new, given = read_all(args.merged, args.remove, args.add)
-    hashes = {option: sha256(each.folder / WEIGHTS) for option, each in given.items()}
+    hashes = {option: each.sha256 for option, each in given.items()}
     before = require_presence(merged, old, new, hashes)
-    tokenizer = merged.checkpoint.tokenizer()
+    tokenizer, generation = merged.checkpoint.tokenizer(), merged.checkpoint.generation_config()
     added = given.get("--add")
     if added is not None and added.run and added.run.template is not None:
         tokenizer.chat_template = added.run.template  # what the adapter was trained with
+        generation = generation or GenerationConfig.from_model_config(merged.checkpoint.config())
+        generation = ended_by(generation, Encoder(tokenizer, added.run.template, "answers").stop_ids)
     shares, swaps = {option: each.share for option, each in before.items()}, merged.swaps() + 1
     after = merged.holdings().after(hashes.get("--remove"), hashes.get("--add"))
     # The folder may go to others: no folder of this machine.
@@ -55,7 +59,7 @@ def main(argv: list[str]) -> None:
     record = {key: value and local_name(value) for key, value in named.items()} | {"shares_before": shares, "swaps": swaps}
     record |= {"holds": list(after.hashes), "holds_all": after.is_all}
     with open_console(f"qlite swap  {args.merged}") as console:
-        merged.write_swapped(args.out, old, new, tokenizer, record, partial(console.phase, "swap"))
+        merged.write_swapped(args.out, old, new, tokenizer, generation, record, partial(console.phase, "swap"))
     for option, each in before.items():
         told = f"{each.share:.3f} of it was in the weights (up to {each.noise:.3f} of that by chance)"
         print(f"{option[2:]}: {given[option].path}; {told}")

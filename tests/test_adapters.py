@@ -168,6 +168,15 @@ def test_an_exported_adapter_is_not_added_to_one_of_another_base_and_the_sum_say
     assert read_provenance(tmp_path / "more")["identity"] == {}
 
 
+def test_an_adapter_that_names_another_base_and_no_weights_is_told_of(folder, capsys):
+    model = tiny_llama(vocab_size=VOCAB_SIZE)
+    put_on(model, LoRA(rank=2), seed=0)
+    write_adapter(folder / "strangers", model, LoRA(rank=2), "another/model")
+    generate.main(["--prompt", "abc", *adapters(folder, "run", "strangers"), *OPTIONS])
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert 'strangers: says that it is of "another/model" and does not say of which weights' in said
+
+
 def exported_as_of_another(run_folder: Path, out: Path, key: str) -> Path:
     """Write the run's adapter into ``out`` as PEFT reads it, and let it say another hash of ``key``."""
     export.main(["--adapter", str(run_folder), "--out", str(out)])

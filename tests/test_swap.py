@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from qlite import swap
+from qlite import export, swap
 from qlite.errors import AdapterError, RecipeError, RunError
 from qlite.formats.foreign import read_foreign_adapter
 from qlite.formats.merged import write_merged
@@ -22,6 +22,8 @@ from qlite.model.checkpoint import SafetensorsCheckpoint
 from qlite.model.source import ModelFiles
 from tests.adapters import put_on, random_update, randomise
 from tests.families import FAMILIES, new_tokenizer, saved_folder
+from tests.tiny_run import run, tiny_recipe
+from tests.tiny_tokenizer import tiny_tokenizer
 
 METHODS = {
     "a": LoRA(rank=4, alpha=10.0),
@@ -176,6 +178,21 @@ def test_where_the_folder_names_the_adapters_in_it_that_decides(folder, tmp_path
     assert json.loads((swapped_to("since", folder / "merged-a", "--add", str(b)) / "swap.json").read_text())["holds"] == [
         sha256(b / WEIGHTS)
     ]
+
+
+def test_a_run_of_pissa_is_known_in_its_own_merge_and_answers_end_as_it_has_learned(tmp_path):
+    base = {"bits": 16, "dtype": "float32"}
+    run(tiny_recipe(tmp_path, base=base, method={"init": "pissa", "rank": 4}, train={"steps": 2, "accumulation": 1}))
+    export.main(["--merge", str(tmp_path / "run"), "--dtype", "fp32"])
+    merged, out, again = tmp_path / "run" / "merged-fp32", tmp_path / "out", tmp_path / "again"
+    swap.main([str(merged), "--remove", str(tmp_path / "run"), "--out", str(out)])
+    assert json.loads((out / "swap.json").read_text())["holds"] == []
+    before, trained, found = weights(tmp_path / "base"), weights(merged), weights(out)
+    for name, tensor in found.items():
+        assert (tensor - before[name]).norm() <= 1e-2 * (trained[name] - before[name]).norm(), name
+    (out / "generation_config.json").unlink()
+    swap.main([str(out), "--add", str(tmp_path / "run"), "--out", str(again)])
+    assert tiny_tokenizer().convert_tokens_to_ids("<|im_end|>") in GenerationConfig.from_pretrained(again).eos_token_id
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -50,7 +50,7 @@ def test_merged_weights_load_in_transformers_and_answer_as_the_live_adapter(fini
     tokenizer = AutoTokenizer.from_pretrained(out)
     for prompt in PROMPTS:
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        new = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=opened.encoder.stop_ids, pad_token_id=0)
+        new = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
         words = tokenizer.decode(new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         assert words == answer_batch(opened.base.model, opened.encoder, [opened.encoder.encode_prompt(prompt)], GREEDY)[0]
     assert "float16 weights, merged over the dequantised base weights" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlite.errors import ExportError
+from qlite.errors import ExportError, RecipeError, RunError
 from qlite.evaluate import held_out
 from qlite.serving.answer import Sampling, answer_batch
 from qlite.training.console import open_console
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> None:
         opened = open_run(run, "cpu", console.phase)
         opened.attach()
         questions = held_out(opened, args.prompts, console).questions
+    if not questions:
+        raise RecipeError(f"--prompts {args.prompts}: no held-out row of this run asks a question; nothing was compared")
     sampling = Sampling(max_tokens=opened.recipe.train.answer_tokens)
     live = [answer_batch(opened.base.model, opened.encoder, [question.prompt], sampling)[0] for question in questions]
     prompts = [question.messages for question in questions]
@@ -47,8 +49,12 @@ def main(argv: list[str]) -> None:
 
 def answers_of_export(folder: Path, prompts: list[list[dict]], max_tokens: int) -> list[str]:
     """Return the greedy answers of the model in ``folder``, by transformers alone."""
+    if not (folder / "config.json").is_file():
+        raise RunError(f'"{folder}" is no merged folder; first: python -m qlite.export --merge')
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     print(f"{folder}: {model.dtype}, missing keys {len(info['missing_keys'])}, unexpected keys {len(info['unexpected_keys'])}")
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ExportError("its weights are not those that its config.json describes")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     answers = []
     for prompt in prompts:

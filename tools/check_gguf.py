@@ -148,7 +148,7 @@ def files(run: RunFolder, opened: OpenRun, args: argparse.Namespace) -> tuple[Pa
 def compare(opened: OpenRun, material: Material, given: tuple[Path, Path | None]) -> list[str]:
     """Print how llama.cpp's ids, answers and perplexity compare with the run's; return what is too far apart."""
     model, encoder, most = opened.base.model, opened.encoder, opened.recipe.train.answer_tokens
-    longest = max(max(len(row) for row, _ in material.rows), max(len(question.prompt) for question in material.questions) + most)
+    longest = max([*(len(row) for row, _ in material.rows), *(len(question.prompt) + most for question in material.questions)])
     cpp = LlamaCpp(*given, context=longest + 1)
     prompts = [question.prompt for question in material.questions]
     same_ids = sum(cpp.ids(encoder.tokenizer.decode(ids)) == list(ids) for ids in prompts)

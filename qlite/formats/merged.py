@@ -4,7 +4,8 @@ Each weight is made dense, merged in float32, rounded once to the target dtype, 
 a time, however large a file is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,16 @@ def write_company(folder: Path, tokenizer: PreTrainedTokenizerBase, generation_c
     tokenizer.save_pretrained(folder)
     if generation_config is not None:
         generation_config.save_pretrained(folder)
+
+
+def ended_by(config: GenerationConfig, stop_ids: Sequence[int]) -> GenerationConfig:
+    """Return ``config`` with ``stop_ids`` among the tokens at which an answer ends."""
+    own = config.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    if not set(stop_ids) <= set(own):
+        config = deepcopy(config)
+        config.eos_token_id = sorted({*own, *stop_ids})
+    return config
 
 
 def write_weights(

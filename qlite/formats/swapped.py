@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlite.files import write_json, write_text
 from qlite.formats.merged import Dense, total_bytes, write_company, write_shards
@@ -165,7 +165,14 @@ class MergedFolder:
         return self.checkpoint.read(self._source[layer])
 
     def write_swapped(
-        self, out: Path, old: Updates, new: Updates, tokenizer: PreTrainedTokenizerBase, record: dict, told: Callable[[int, int], None]
+        self,
+        out: Path,
+        old: Updates,
+        new: Updates,
+        tokenizer: PreTrainedTokenizerBase,
+        generation: GenerationConfig | None,
+        record: dict,
+        told: Callable[[int, int], None],
     ) -> None:
         """Write the folder ``out``: the same in the same dtypes, ``old`` taken out and ``new`` put in; ``record`` is kept beside it.
 
@@ -189,5 +196,5 @@ class MergedFolder:
             folder = made.path
             write_shards(made, tensors, {source: source for source in shapes}, torch.float16, told)
             write_text(folder / "config.json", (checkpoint.files.folder / "config.json").read_text(encoding="utf-8"))
-            write_company(folder, tokenizer, checkpoint.generation_config())
+            write_company(folder, tokenizer, generation)
             write_json(folder / RECORD, record)

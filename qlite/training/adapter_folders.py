@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qlite.errors import AdapterError, QliteError, shown
 from qlite.formats.foreign import ForeignAdapter, read_foreign_adapter
-from qlite.formats.peft import CONFIG
+from qlite.formats.peft import CONFIG, WEIGHTS
+from qlite.hashes import sha256
 from qlite.methods.lora import LoRA
 from qlite.methods.low_rank import LowRank
 from qlite.serving.bank import BASE
@@ -45,6 +46,11 @@ class Given:
     def identity(self) -> dict[str, str]:
         """Hashes of what it was trained with: as the run says, or as the file itself does where qlite has written it."""
         return self.run.identity if self.run else said_identity(read_provenance(self.path))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file that a merge's record names: a run's own, which is not always what PEFT reads."""
+        return sha256((self.run.adapter if self.run else self.path) / WEIGHTS)
 
     @property
     def base_name(self) -> str:

@@ -155,12 +155,8 @@ class Auditor:
         """Return the weights of ``checkpoint``'s files as the model names them; none to merge over where ``onto`` is "dequantised"."""
         return Originals(self.opened.base.model, checkpoint, self._names) if onto == "original" else None
 
-    def chosen(self, rounding: Rounding, onto: Onto | None, most_kl: float) -> Audit:
-        """Return over which weights the export is to be merged, and why. ``onto``: over these.
-
-        Raises:
-            ExportError: merged over the better ones the model answers otherwise than the run.
-        """
+    def chosen(self, rounding: Rounding, onto: Onto | None) -> Audit:
+        """Return over which weights the export is to be merged, and why. ``onto``: over these."""
         base, stored = self.opened.base, self.opened.recipe.base
         is_packed = min(stored.bits, stored.embedding_bits, stored.head_bits) < 16
         asked: list[Onto] = [onto] if onto else ["dequantised", "original"] if is_packed else ["dequantised"]
@@ -177,15 +173,20 @@ class Auditor:
             weights = MergedWeights(base.model, rounding, self.originals(base.checkpoint, name))
             found[name] = self._live.compared(weights, partial(self._console.phase, f"merged over the {name} weights"))
         best = min(found, key=lambda each: found[each].kl)
-        if not found[best].kl <= most_kl:
-            apart = "; the adapter alone: --adapter" if self.opened.run.is_known_to_peft else ""
-            raise ExportError(
-                f"merged over the {best} weights the model answers otherwise than the run: KL {found[best].kl:.3g} nats a token on "
-                f"{len(self.rows)} rows, and at most {most_kl:g} is allowed (--most-kl). Nothing was written{apart}"
-            )
         told = partial(self._console.phase, "the base without its adapter")
         base_alone = None if trains_base else self._live.compared_to_base(told)
         return Audit(best, len(self.rows), self._are_held_out, found, base_alone)
+
+    def require_near(self, audit: Audit, most_kl: float) -> None:
+        """Raise ExportError where what ``audit`` has chosen answers otherwise than the run."""
+        if not audit.found or audit.found[audit.onto].kl <= most_kl:
+            return
+        apart = "; the adapter alone: --adapter" if self.opened.run.is_known_to_peft else ""
+        why = f". {advice[0].upper()}{advice[1:]}" if (advice := audit.advice()) else ""
+        raise ExportError(
+            f"merged over the {audit.onto} weights the model answers otherwise than the run: KL {audit.found[audit.onto].kl:.3g} nats a "
+            f"token on {audit.rows} rows, and at most {most_kl:g} is allowed (--most-kl). Nothing was written{apart}{why}"
+        )
 
     def with_survival(self, audit: Audit, rounding: Rounding) -> Audit:
         """Return ``audit`` with what is left of training's changes of the weights after ``rounding``."""
@@ -226,6 +227,7 @@ def held_out_rows(opened: OpenRun, count: int, console: Observer) -> tuple[list[
         data = opened.recipe.data.load(opened.base.tokenizer, opened.recipe.train.tokens, lambda _: None, console.phase, opened.encoder)
     except DataError as error:
         raise DataError(f"an export is compared with the run on its rows, and {error}. Without comparing: --audit-rows 0") from error
+    opened.note_other_rows(data, console.note)
     rows = data.test if len(data.test) else data.train
     return [rows[index] for index in range(min(count, len(rows)))], len(data.test) > 0
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from qlite.errors import ExportError, RecipeError
 from qlite.files import new_folder, write_json, write_text
 from qlite.formats.card import GGUF, MERGED, Kind
 from qlite.formats.gguf_merged import StoredAs, require_gguf_tokenizer, write_merged_gguf
 from qlite.formats.gguf_types import GgufType
-from qlite.formats.merged import SHARD_BYTES, cast, require_room, write_company, write_weights
+from qlite.formats.merged import SHARD_BYTES, cast, ended_by, require_room, write_company, write_weights
 from qlite.formats.peft import WEIGHTS
 from qlite.formats.unfinished import unfinished_folder
 from qlite.hashes import code_hash, sha256, short_hash
@@ -42,7 +43,7 @@ class Merge:
     rows: int = 16
     """Held-out rows that it is checked on; 0: it is not."""
     most_kl: float | None = None
-    """Mean KL, nats a token, beyond which nothing is written; None: 0.1, of less than 8 bits 1."""
+    """Mean KL, nats a token, beyond which nothing is written; None: 0.1, of less than 8 bits 0.5."""
     shard_bytes: int = SHARD_BYTES
 
     def __post_init__(self):
@@ -55,7 +56,7 @@ class Merge:
 
     def limit(self, bits: float) -> float:
         """Return ``most_kl`` for what is stored in ``bits`` a value."""
-        return self.most_kl if self.most_kl is not None else 0.1 if bits >= 8 else 1.0
+        return self.most_kl if self.most_kl is not None else 0.1 if bits >= 8 else 0.5
 
 
 def write_audited(opened: OpenRun, out: Path, merge: Merge, console: Observer) -> Audit:
@@ -75,11 +76,12 @@ def write_audited(opened: OpenRun, out: Path, merge: Merge, console: Observer) -
             console.note("going on with an export that was stopped: compared before, written from its first unfinished file on")
             audit = Audit.of_record(made.findings)
         else:
-            audit = auditor.chosen(rounding, merge.onto, merge.limit(16))
+            audit = auditor.chosen(rounding, merge.onto)
+            auditor.require_near(audit, merge.limit(16))
             made.find(audit.as_record())
         originals = auditor.originals(base.checkpoint, audit.onto)
         write_weights(made, base.model, merge.dtype, console.phase, merge.shard_bytes, originals)
-        write_company(folder, base.tokenizer, base.generation_config)
+        write_company(folder, base.tokenizer, _generation(opened))
         checkpoint = open_checkpoint(ModelFiles(folder, None, str(folder)))
         _require_described(checkpoint, opened)
         audit = auditor.read_back(audit, checkpoint, rounding)
@@ -97,9 +99,10 @@ def write_audited_gguf(opened: OpenRun, out: Path, file: str, as_type: GgufType,
     with new_folder(out) as folder:
         require_gguf_tokenizer(base)
         auditor = Auditor(opened, merge.rows, console)
-        audit = auditor.chosen(rounding, merge.onto, merge.limit(as_type.bits))
+        audit = auditor.chosen(rounding, merge.onto)
         if as_type.bits < 16 and audit.found:
             audit = auditor.with_survival(audit, rounding)
+        auditor.require_near(audit, merge.limit(as_type.bits))
         originals = auditor.originals(base.checkpoint, audit.onto)
         write_merged_gguf(folder / file, base, run_saying(opened, opened.run.path.resolve().name), as_type, console.phase, originals)
         audit = auditor.read_back(audit, open_checkpoint(ModelFiles(folder, file, file)), rounding)
@@ -112,6 +115,13 @@ def write_audited_gguf(opened: OpenRun, out: Path, file: str, as_type: GgufType,
 
 def _record(opened: OpenRun, audit: Audit) -> dict:
     return {"adapter_sha256": sha256(opened.run.adapter / WEIGHTS), **audit.as_record()}
+
+
+def _generation(opened: OpenRun) -> GenerationConfig:
+    """Return how the base asks to be sampled, with the end of a turn in the run's template as an end of answers, too."""
+    base = opened.base
+    own = base.generation_config or GenerationConfig.from_model_config(base.model.config)
+    return ended_by(own, opened.encoder.stop_ids)
 
 
 def _key(opened: OpenRun, merge: Merge) -> str:

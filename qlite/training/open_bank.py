@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qlite.errors import AdapterError, QliteError
+from qlite.errors import AdapterError, QliteError, shown
 from qlite.model.lowering import lower_memory
 from qlite.model.shapes import base_shapes
 from qlite.model.wheel import Progress
@@ -69,7 +69,7 @@ def _base_run(run: str | None, given: list[Given], problems: list[str]) -> RunFo
 
 
 def _notes(given: list[Given], opened: OpenRun) -> list[str]:
-    bits, recipes = opened.recipe.base.bits, {each.name: each.run.recipe() for each in given if each.run}
+    bits, model, recipes = opened.recipe.base.bits, opened.recipe.base.model, {each.name: each.run.recipe() for each in given if each.run}
     told = [
         f"{name}: was trained over {recipe.base.bits}-bit weights, and answers over {bits}-bit ones"
         for name, recipe in recipes.items()
@@ -77,6 +77,11 @@ def _notes(given: list[Given], opened: OpenRun) -> list[str]:
     ]
     # Its update counts from the original weights; the bank's are those, quantised.
     begun = {name: recipe.method.init for name, recipe in recipes.items() if getattr(recipe.method, "init", "zero") != "zero"}
+    told += [
+        f'{each.name}: says that it is of "{shown(each.base_name)}" and does not say of which weights; here it answers over "{model}"'
+        for each in given
+        if each.run is None and "base.model" not in each.identity and each.base_name not in ("unknown", model)
+    ]
     return told + [
         f'{name}: was trained over what method.init = "{init}" leaves of the weights, and answers here over the base, not quite as in '
         "its run"

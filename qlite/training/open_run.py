@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from qlite import device
+from qlite.data.dataset import DataSet
 from qlite.data.encode import Encoder
-from qlite.errors import printable
+from qlite.errors import RunError, printable
 from qlite.formats.peft import load_adapter
 from qlite.methods.base import Method
 from qlite.model.load import LoadedBase
@@ -40,6 +41,14 @@ class OpenRun:
         self.method.settle(self.base.model, original)
         lower_memory(self.base.model, self.recipe.memory, self.device)
         self.base.model.requires_grad_(False).eval()
+
+
+    def note_other_rows(self, data: DataSet, note: Callable[[str], None]) -> None:
+        """Tell ``note`` where ``data``, its rows as they are now, is not what the run began with."""
+        try:
+            self.run.check_identity({**data.identity, "base.model": self.base.identity})
+        except RunError:
+            note("the data or its encoding is not what it was when the run began: rows held out now may have been trained on")
 
 
 def _to_stderr(message: str) -> None:

@@ -99,7 +99,7 @@ def require_asked(folder: Path, run: RunFolder, asked: str, onto: str | None) ->
         )
     elif onto is not None and audit.get("onto") != onto:
         wrong = f"is merged over the {audit.get('onto')} weights, and this asks for --onto {onto}"
-    elif source != sha256(run.adapter / WEIGHTS):
+    elif source != sha256((run.peft_adapter if asked == "--adapter" else run.adapter) / WEIGHTS):
         wrong = f'holds another adapter than "{run.path}" does' if source else f'does not say whether it is of the run in "{run.path}"'
     else:
         return

@@ -17,7 +17,7 @@ from qlite.formats.gguf_types import TYPES
 from qlite.methods.base import adapted_linears
 from qlite.serving.merge_audit import Agreement
 from qlite.serving.survival import Survival, survival
-from qlite.training import merging
+from qlite.training import auditing, merging
 from qlite.training.auditing import Audit
 from qlite.training.merging import Merge, write_audited_gguf
 from qlite.training.open_run import OpenRun, open_run
@@ -98,11 +98,12 @@ def test_survival_is_what_its_formula_says(opened):
     assert len(exact) == 14
 
 
-def test_what_answers_otherwise_is_not_written(opened, tmp_path):
-    with pytest.raises(ExportError, match=r"at most 1e-09 is allowed \(--most-kl\)"):
+def test_what_answers_otherwise_is_not_written_and_what_would_keep_more_is_said(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(auditing, "ENOUGH_LEFT", 2.0)
+    with pytest.raises(ExportError, match=r"at most 1e-09 is allowed \(--most-kl\).* A type of more bits keeps more"):
         audited(opened, tmp_path / "exports" / "out", "q4_0", most_kl=1e-9)
     assert list((tmp_path / "exports").iterdir()) == []
-    assert (Merge().limit(16), Merge().limit(8.5), Merge().limit(4.5), Merge(most_kl=0.3).limit(4.5)) == (0.1, 0.1, 1.0, 0.3)
+    assert (Merge().limit(16), Merge().limit(8.5), Merge().limit(4.5), Merge(most_kl=0.3).limit(4.5)) == (0.1, 0.1, 0.5, 0.3)
 
 
 def test_a_file_that_is_not_written_right_is_found_when_it_is_read_back(opened, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What goes to the hub, and what is said where it does not get there: against a server that speaks the hub's language."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from qlite import export
 from qlite.errors import ExportError, MachineError, RecipeError, RunError
 from qlite.files import new_folder, write_json, write_text
+from qlite.formats.peft import WEIGHTS
 from qlite.hashes import sha256
 from qlite.training.pushing import pack
 from qlite.training.run_folder import RunFolder
@@ -159,6 +161,16 @@ def test_what_an_audit_says_of_an_export_decides_whether_it_is_sent(finished, tm
     else:
         export.main([*arguments, "--push", "ann/orders", "--dry-run"])
         assert "Nothing was sent (--dry-run)." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [{"init": "pissa", "rank": 4}, {"name": "prefix"}], ids=lambda method: next(iter(method.values())))
+def test_an_adapter_whose_file_for_peft_is_another_than_the_runs_own_is_sent_as_it_was_shown(tmp_path, hub, method):
+    run(tiny_recipe(tmp_path, method=method, train={"steps": 2, "accumulation": 1, "exact_match_rows": 0}))
+    finished = RunFolder(tmp_path / "run")
+    assert sha256(finished.adapter / WEIGHTS) != sha256(finished.peft_adapter / WEIGHTS)
+    push(finished.path, "--dry-run")
+    push(finished.path)
+    assert sha256(finished.peft_adapter / WEIGHTS) == hashlib.sha256(hub.repositories["ann/orders"]["files"][WEIGHTS]).hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
