@@ -187,7 +187,7 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_rank_study_trains_sets_and_ranks_once_each_and_goes_on(recipe, tmp_path, capsys):
-    command = [str(recipe), "--quick", "--out", str(tmp_path), "--sets", "q", "qv", "--ranks", "1"]
+    command = [str(recipe), "--quick", "--out", str(tmp_path), "--sets", "q", "qv", "--ranks", "1", "--budget", "4"]
     rank_study.main(command)
     out = capsys.readouterr().out
     rows = table_of(tmp_path / "table.csv")

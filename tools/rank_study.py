@@ -112,7 +112,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help=f"by default {OUT}, with --quick {QUICK_OUT}")
     parser.add_argument("--sets", nargs="+", choices=SETS, help=f"by default all: {', '.join(SETS)}")
     parser.add_argument("--ranks", nargs="+", type=int, help=f"by default {', '.join(map(str, RANKS))}")
-    parser.add_argument("--budget", type=int, default=4, help="rank of queries and values whose parameters all sets get in the second part")
+    parser.add_argument("--budget", type=int, default=16, help="rank of queries and values; the second part gives all sets its parameters")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="4 steps of few sets and ranks")
     args = parser.parse_intermixed_args(argv)
@@ -227,7 +227,7 @@ def draw(points: dict[tuple[str, int], Point], sets: tuple[str, ...], ranks: tup
     axes[0].set_xticks(ranks, [str(rank) for rank in ranks])
     axes[0].legend(fontsize=8)
     axes[1].bar([f"{point.name}\nr {point.rank}" for point in equal], [loss(point) for point in equal])
-    axes[1].set(title=f"at about {equal[0].parameters:,} trained parameters")
+    axes[1].set(title="at about an equal number of trained parameters")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -2,7 +2,8 @@
 
 Houlsby puts one behind the attention and one behind the MLP of each block, before the block adds its own residual (section 2.1, figure 2);
 Pfeiffer et al. 2020 (arXiv:2005.00247, section 3) found the one behind the MLP alone to be as good. Both are one linear's output: that of
-the attention's last, and of the MLP's.
+the attention's last, and of the MLP's. Of Pfeiffer's only the place is taken: theirs reads the MLP's output with the block's residual
+added, this one without.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Bottleneck(Method):
     width: Annotated[int, Field(ge=1)] = 64
     """Units of each adapter, which has two matrices of them."""
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
-    """"houlsby": an adapter behind each block's attention and one behind its MLP; "pfeiffer": behind the MLP alone."""
+    """"houlsby": an adapter behind each block's attention and one behind its MLP; "pfeiffer": behind the MLP alone, as they place it."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
     """Function between the two matrices."""
     attention_output: tuple[str, ...] = ("o_proj",)

@@ -51,6 +51,9 @@ VARIANTS = {
     "lora + ia3": Combined(parts=(METHODS["lora"](rank=4), METHODS["ia3"]())),
     "lora + bottleneck": Combined(parts=(METHODS["bottleneck"](width=8), METHODS["lora"](rank=4, dora=True))),
     "ia3 + lora + bottleneck": Combined(parts=(METHODS["ia3"](), METHODS["lora"](rank=4), METHODS["bottleneck"](width=8))),
+    "lora + prefix": Combined(parts=(METHODS["lora"](rank=4), METHODS["prefix"](length=3, hidden=8))),
+    "lora + prompt": Combined(parts=(METHODS["lora"](rank=4), METHODS["prompt"](length=3))),
+    "lora + llama_adapter": Combined(parts=(METHODS["lora"](rank=4), METHODS["llama_adapter"](length=3, first_block=1))),
     # So that of the 4 steps below the second masks, and the third, after a stop, too.
     "adalora": METHODS["adalora"](rank=2, start_rank=4, interval=1, start_share=0.25, final_share=0.25),
     "relora": METHODS["relora"](rank=4, resets=1, warmup=1),
