@@ -101,7 +101,8 @@ def test_a_real_run_answers_the_same_in_llama_cpp(tmp_path, smollm2_files):
     from qlite.export import main as export
     from tests.tiny_run import run
 
-    changes = ["train.steps=3", "train.micro_batch=4", "train.exact_match_rows=0", f"output.dir={tmp_path / 'run'}"]
+    few = ["train.steps=3", "schedule.warmup_steps=1", "train.micro_batch=4", "train.exact_match_rows=0"]
+    changes = [*few, f"output.dir={tmp_path / 'run'}"]
     run(read_recipe(Path("recipes/quickstart.toml"), changes))
     folder = str(tmp_path / "run")
     export(["--gguf", "f16", folder, "--device", "cpu"])
