@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlite import evaluate
+from qlite import evaluate, export
 from qlite.errors import DataError, MachineError, RecipeError, RunError
 from qlite.evaluate import Examination, Material
 from qlite.serving import answer, likelihood
@@ -159,6 +159,8 @@ def test_held_out_rows_that_may_have_been_trained_on_are_spoken_of(tmp_path, cap
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "fade", "completion": "edaf"}) + "\n")
     evaluated(tmp_path / "run", tmp_path / "out.json", "--metrics", "loss", "--no-base")
+    assert "may have been trained on" in capsys.readouterr().out
+    export.main(["--merge", str(tmp_path / "run"), "--device", "cpu"])
     assert "may have been trained on" in capsys.readouterr().out
 
 

@@ -106,6 +106,13 @@ def test_tabs_and_line_breaks_of_an_answer_are_kept_and_escapes_are_not():
     assert generate.clean_lines("\tif x:\n\t\ty\x1b[2J") == "\tif x:\n\t\ty"
 
 
+def test_an_adapter_trained_with_another_template_than_the_bases_takes_it_along(tmp_path):
+    run(tiny_recipe(tmp_path, data={"template": "plain"}, train={"steps": 2, "accumulation": 1, "exact_match_rows": 0}))
+    export.main(["--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == RunFolder(tmp_path / "run").template
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").chat_template != RunFolder(tmp_path / "run").template
+
+
 def test_the_adapter_is_written_as_pefts_two_files(finished, tmp_path):
     out = tmp_path / "peft"
     export.main(["--adapter", str(finished), "--out", str(out)])
