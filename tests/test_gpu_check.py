@@ -1,16 +1,18 @@
 """The tools for people with a card, as far as a CPU can run them: their checks hold, and a planted fault is told."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from transformers import LlamaConfig
 
 from qlite.errors import ModelError
 from qlite.memory.ledger import Peak
-from qlite.model.known import known_config
+from qlite.model.known import KNOWN, known_config
 from qlite.model.shapes import base_shapes
 from qlite.offload import Lane
 from qlite.quant.linear import Linear8bit
@@ -50,7 +52,15 @@ def check(tools, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "holds", "skips"),
-    [("products", 12, 0), ("vocabulary", 6, 0), ("paged", 4, 2), ("packing", 5, 2), ("out_of_memory", 3, 0), ("spill", 0, 1)],
+    [
+        ("products", 12, 0),
+        ("vocabulary", 6, 0),
+        ("paged", 4, 2),
+        ("packing", 5, 2),
+        ("out_of_memory", 3, 0),
+        ("spill", 0, 1),
+        ("recipes", 0, 1),
+    ],
 )
 def test_the_checks_hold_between_a_cpu_and_itself(check, name, holds, skips):
     code, verdicts = check(name)
@@ -59,11 +69,30 @@ def test_the_checks_hold_between_a_cpu_and_itself(check, name, holds, skips):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "holds", "others"), [("offload", 6, ["told"]), ("plan", 2, ["skipped", "skipped"]), ("resume", 4, [])])
+@pytest.mark.parametrize(("name", "holds", "others"), [("offload", 6, ["told"]), ("plan", 4, ["skipped", "skipped"]), ("resume", 4, [])])
 def test_so_do_those_that_take_longer(check, name, holds, others):
     code, verdicts = check(name)
     assert code == 0
     assert sorted(verdicts.values()) == ["holds"] * holds + others
+
+
+def test_a_card_recipe_runs_at_full_size_over_weights_that_no_disk_has(tools, tmp_path, monkeypatch):
+    module, path = tools["gpu_check"].gpu_recipes, ROOT / "recipes" / "llama8b_8gb.toml"
+    small = {**KNOWN["meta-llama/Llama-3.1-8B-Instruct"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+    monkeypatch.setattr(module, "known_config", lambda _: LlamaConfig(**{k: v for k, v in small.items() if k != "model_type"}))
+    monkeypatch.setattr(module, "SHARD_BYTES", 50_000)
+    recipe = module.full_size(tools["gpu_check"].Bench(torch.device("cpu"), tmp_path, False), path, **{"train.tokens": 64})
+    files = sorted((tmp_path / "llama8b_8gb" / "base").glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert all(os.stat(file).st_blocks * 512 < 16_384 for file in files)
+    own = read_recipe(path)
+    for key in ("method", "optimizer", "memory", "base.bits", "train.micro_batch", "train.packing"):
+        assert (recipe.get(key) if "." in key else getattr(recipe, key)) == (own.get(key) if "." in key else getattr(own, key))
+    with module.random_weights():
+        found = list(module.planned_and_measured(tools["gpu_check"].Bench(torch.device("cpu"), tmp_path, False), "tiny", recipe))
+    assert [each.verdict for each in found] == ["holds", "holds", "skipped"]
+    assert recipe.train.steps == 3
 
 
 def wrong_product(layer: Linear8bit, x: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gpu_memory
 import gpu_promises
+import gpu_recipes
 import torch
 from gpu_promises import FAILS, HOLDS, SKIPPED, TOLD, Bench, Check, Result
 from transformers.utils import logging
@@ -41,6 +42,7 @@ CHECKS: dict[str, Check] = {
     "plan": gpu_memory.plan,
     "resume": gpu_memory.resume,
     "spill": gpu_memory.spill,
+    "recipes": gpu_recipes.recipes,
 }
 
 

@@ -203,7 +203,8 @@ def planned_and_measured(bench: Bench, name: str, recipe: Recipe) -> Iterator[Re
     device.free_cached(bench.where)
     if bench.has_card:
         torch.cuda.reset_peak_memory_stats()
-    report = run(recipe).steps[-1]
+    steps = run(recipe).steps
+    report, retries = steps[-1], sum(each.oom_retries for each in steps)
     memory = report.memory
     record = json.loads((Path(recipe.output.dir) / "memory.json").read_text())
     planned, ledger = (max(peak["bytes"] for peak in phases.values()) for phases in (record["planned"]["phases"], record["measured"]))
@@ -214,6 +215,7 @@ def planned_and_measured(bench: Bench, name: str, recipe: Recipe) -> Iterator[Re
     good = -less * planned <= measured - planned <= max(0.03 * planned, 2 * MIB)
     limit = f"at most 3 % or 2 MiB more, {percent(less)} less"
     yield is_so(f"{name}: plan", good, f"{mib(measured)} are {percent(off)} off", limit, **values)
+    yield is_so(f"{name}: steps made again for want of memory", retries == 0, f"{retries}", "0", value=retries)
     if not bench.has_card:
         yield skipped(f"{name}: reserved, context, seconds")
         return

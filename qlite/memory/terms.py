@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from qlite.offload import learned_buffers
-from qlite.quant.linear import QuantLinear
+from qlite.quant.linear import Packed4bit, QuantLinear
 
 Terms = dict[str, int]
 """Bytes by term."""
@@ -34,6 +34,8 @@ def of_model(model: nn.Module) -> dict[str, list[Tensor]]:
         is_vocabulary = module in vocabulary
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             found.setdefault(_term(module, name, tensor, is_vocabulary), []).append(tensor)
+        if isinstance(module, Packed4bit) and module.share_of_constants:
+            found[CONSTANTS].append(module.share_of_constants.latest.values)
     return found
 
 

@@ -90,15 +90,16 @@ class _Products(torch.autograd.Function):
         del handle
         shape, rows, linears = x.shape, x.reshape(-1, x.shape[-1]), ctx.linears
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grads_low, grads_B = [], []
-        for linear, grad, low_of_it in zip(linears, grads, low.split([len(linear.A) for linear in linears], dim=1), strict=True):
+        ranks = [len(linear.A) for linear in linears]
+        grad_low, grads_B = torch.empty_like(low), []
+        for linear, grad, low_of_it, into in zip(linears, grads, low.split(ranks, 1), grad_low.split(ranks, 1), strict=True):
             # The scale is part of the product; with beta = 0 the first argument gives its shape alone.
-            grads_low.append(torch.addmm(low_of_it, grad, linear.B, beta=0, alpha=linear.scaling))
+            torch.addmm(low_of_it, grad, linear.B, beta=0, alpha=linear.scaling, out=into)
             grads_B.append(torch.addmm(linear.B, grad.T, low_of_it, beta=0, alpha=linear.scaling))
-        grads_A = _grads_of_A(rows, grads_low, masks, linears)
+        grads_A = _grads_of_A(rows, grad_low, masks, ranks)
         # x is needed no more, and the largest tensor yet to come is as large.
         del x, rows, low, low_of_it
-        grad_x = _grad_of_x(grads, grads_low, masks, linears, dense).view(shape) if ctx.needs_input_grad[0] else None
+        grad_x = _grad_of_x(grads, grad_low, masks, linears, dense).view(shape) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None, None, *(each for pair in zip(grads_A, grads_B, strict=True) for each in pair)
 
 
@@ -112,7 +113,7 @@ def _low(x: Tensor, linears: Sequence[Adapted], dropout: float) -> tuple[Tensor,
         dropped, mask = torch.native_dropout(rows, dropout, True)
         low.append(dropped @ linear.A.T)
         masks.append(mask)
-    return _joined(low), masks
+    return low[0] if len(low) == 1 else torch.cat(low, 1), masks
 
 
 def _sums(x: Tensor, low: Tensor, linears: Sequence[Adapted], dense: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -125,30 +126,24 @@ def _sums(x: Tensor, low: Tensor, linears: Sequence[Adapted], dense: Sequence[Te
     return tuple(outputs)
 
 
-def _grads_of_A(rows: Tensor, grads_low: list[Tensor], masks: list[_Mask], linears: Sequence[Adapted]) -> Sequence[Tensor]:
-    """Return the gradient [R, in] of each A."""
+def _grads_of_A(rows: Tensor, grad_low: Tensor, masks: list[_Mask], ranks: list[int]) -> Sequence[Tensor]:
+    """Return the gradient [R, in] of each A, given that of A x of all, [N, all R]."""
     if not masks:
-        return (_joined(grads_low).T @ rows).split([len(linear.A) for linear in linears])
-    return [grad.T @ mask.applied(rows) for grad, mask in zip(grads_low, masks, strict=True)]
+        return (grad_low.T @ rows).split(ranks)
+    return [grad.T @ mask.applied(rows) for grad, mask in zip(grad_low.split(ranks, 1), masks, strict=True)]
 
 
-def _grad_of_x(
-    grads: list[Tensor], grads_low: list[Tensor], masks: list[_Mask], linears: Sequence[Adapted], dense: list[Tensor | None]
-) -> Tensor:
+def _grad_of_x(grads: list[Tensor], grad_low: Tensor, masks: list[_Mask], linears: Sequence[Adapted], dense: list[Tensor | None]) -> Tensor:
     """Return the gradient [N, in] of x, summed over all linears."""
     total = None
     for linear, grad, weight in zip(linears, grads, dense, strict=True):
         total = grad_of_input(linear.base, grad, total, weight)
     if not masks:
-        return total.addmm_(_joined(grads_low), _all_A(linears))
-    for linear, grad, mask in zip(linears, grads_low, masks, strict=True):
+        return total.addmm_(grad_low, _all_A(linears))
+    for linear, grad, mask in zip(linears, grad_low.split([len(linear.A) for linear in linears], 1), masks, strict=True):
         total += mask.applied(grad @ linear.A)
     return total
 
 
 def _all_A(linears: Sequence[Adapted]) -> Tensor:
-    return _joined([linear.A for linear in linears], dim=0)
-
-
-def _joined(parts: list[Tensor], dim: int = 1) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return linears[0].A if len(linears) == 1 else torch.cat([linear.A for linear in linears])

@@ -1,4 +1,4 @@
-"""A block's elementwise work, one kernel for each piece: RMSNorm, the gated MLP's activation, rotary positions.
+"""Elementwise work, one kernel for each piece: RMSNorm, the gated MLP's activation, rotary positions, the loss of given logits.
 
 Written out in torch each is three to fifteen kernels, with float32 copies in between that autograd keeps. Here each is one op in
 either pass, computes in float32 inside, and keeps what came in and nothing else. torch compiles the kernels (inductor: C++ on a CPU,
@@ -19,6 +19,8 @@ from qlite.compiling import compiled
 _LIBRARY = torch.library.Library("qlite", "DEF")
 MOST_VALUES = 2**31 - 1
 """What a compiled kernel on a card can count up to."""
+PART = 1 << 21
+"""Logits that are float32 at a time where their loss is not compiled: 8 MiB."""
 _KERNELS: dict[str, "_Kernel"] = {}
 
 
@@ -33,10 +35,13 @@ class _Kernel:
 
     def __call__(self, *args: Tensor) -> Tensor:
         x = args[0]
-        compiled = self.compiled.get((x.device, x.dtype))
-        if compiled is None or x.numel() > MOST_VALUES or any(arg.dtype != x.dtype for arg in args if arg.dim()):
+        if not self.is_compiled_for(x) or any(arg.dtype != x.dtype for arg in args if arg.dim() and arg.is_floating_point()):
             return self.body(*args)
-        return compiled(*args)
+        return self.compiled[x.device, x.dtype](*args)
+
+    def is_compiled_for(self, x: Tensor) -> bool:
+        """Return whether there is machine code for tensors of ``x``'s kind and size."""
+        return (x.device, x.dtype) in self.compiled and x.numel() <= MOST_VALUES
 
 
 def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -91,6 +96,7 @@ def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tenso
     rows, weight, eps = drawn(512, 256), drawn(256), _scalar(1e-6, device)
     heads, cos, sin = drawn(512, 4, 64), drawn(512, 1, 64), drawn(512, 1, 64)
     flat = (drawn(2**17), drawn(2**17), drawn(2**17))
+    logits, targets = drawn(64, 4096), torch.arange(64, device=device)
     return {
         "_norm_rows": (rows, weight, eps),
         "_norm_rows_backward": (drawn(512, 256), rows, weight, eps),
@@ -98,6 +104,8 @@ def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tenso
         "_gated_backward_": flat,
         "_turned": (heads, cos, sin),
         "_turned_back": (heads, cos, sin),
+        "_losses": (logits, targets),
+        "_losses_backward_": (logits, targets, _scalar(64.0, device)),
     }
 
 
@@ -241,3 +249,46 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     halves of a vector are its pairs, as in transformers.
     """
     return _Rotary.apply(x, cos, sin)
+
+
+@_Kernel
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    exact = logits.to(torch.float32, copy=True)
+    exact -= exact.amax(1, keepdim=True)
+    right = exact.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return exact.exp_().sum(1).log() - right
+
+
+@_Kernel
+def _losses_backward_(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
+    exact, place = logits.to(torch.float32, copy=True), targets.unsqueeze(1)
+    exact -= exact.amax(1, keepdim=True)
+    right = exact.gather(1, place)
+    sums = exact.exp_().sum(1, keepdim=True)
+    is_right = torch.arange(logits.shape[1], device=logits.device) == place
+    logits.copy_(exact.div_(sums).sub_(is_right.to(torch.int8)).div_(denominator))
+    return (sums.log() - right).squeeze(1)
+
+
+def _in_parts(kernel: _Kernel, logits: Tensor, targets: Tensor, *more: Tensor) -> Tensor:
+    """Return what ``kernel`` makes of all rows; as it stands, not compiled, of a few at a time, for their float32 is memory then."""
+    if kernel.is_compiled_for(logits):
+        return kernel(logits, targets, *more)
+    rows = max(1, PART // logits.shape[1])
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([kernel(part, of_part, *more) for part, of_part in parts])
+
+
+@_op("losses(Tensor logits, Tensor targets) -> Tensor", lambda logits, _: logits.new_empty(len(logits), dtype=torch.float32))
+def losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p(target) of each row of ``logits`` [N, V], unknown to autograd: [N] float32, in nats; ``targets`` [N] int64."""
+    return _in_parts(_losses, logits, targets)
+
+
+@_op(
+    "losses_backward_(Tensor(a!) logits, Tensor targets, Tensor denominator) -> Tensor",
+    lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32),
+)
+def losses_backward_(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
+    """Return what ``losses`` does, and turn ``logits`` into the gradient of its sum over ``denominator`` (float32) where they lie."""
+    return _in_parts(_losses_backward_, logits, targets, denominator)

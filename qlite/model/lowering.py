@@ -12,6 +12,8 @@ from qlite.model.host_embedding import keep_embedding_on_host
 from qlite.model.streaming import stream_blocks
 from qlite.model.tiling import tile_mlps
 from qlite.offload import learned_buffers
+from qlite.quant.constants import join_constants
+from qlite.quant.linear import Packed4bit
 
 
 class MemoryKeys(Protocol):
@@ -45,6 +47,9 @@ def lower_memory(model: PreTrainedModel, memory: MemoryKeys, device: torch.devic
         checkpoint_blocks(model, memory.saved_inputs, device, keep_attention=memory.checkpointing == "attention")
     if memory.base == "host":
         stream_blocks(model, device)
+    else:
+        blocks = decoder_blocks(model).values()
+        join_constants([module for module in block.modules() if isinstance(module, Packed4bit)] for block in blocks)
     if "host" in (memory.embedding, memory.base):
         _say_device(model, device)
 

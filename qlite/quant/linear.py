@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlite.quant.constants import SECOND_LEVEL_BLOCK, Share, less_offset
 from qlite.quant.keeping import keeping
 from qlite.quant.nf4 import quantize_4bit
 
-# Double quantisation groups 256 block constants under one second-level constant (arXiv:2305.14314, section 3).
-SECOND_LEVEL_BLOCK = 256
 # Activations at least this large stay out of the int8 product (arXiv:2208.07339, section 3.2).
 OUTLIER_THRESHOLD = 6.0
 # A large weight is made dense, multiplied and dropped in slices of its rows, of so many bytes each. Large means more than four of
@@ -117,6 +116,8 @@ class Packed4bit(Packed):
             self.register_buffer("absmax_offset", torch.empty((), dtype=torch.float32, device=device))
             # The 256 values that a quantised constant can take.
             self.register_buffer("absmax_code", torch.empty(256, dtype=torch.float32, device=device))
+        self.share_of_constants: Share | None = None
+        """Where its constants are made together with those of others."""
 
     @property
     def row_step(self) -> int:
@@ -171,8 +172,8 @@ class Packed4bit(Packed):
             return _cut(self.absmax, blocks)
         if blocks != ALL:
             return self._constants_at(torch.arange(blocks.start, blocks.stop, device=self.absmax.device))
-        args = (self.absmax, self.absmax_scale, self.absmax_code, SECOND_LEVEL_BLOCK, torch.float32)
-        return torch.ops.bitsandbytes.dequantize_blockwise(*args).add_(self.absmax_offset)
+        made = self.share_of_constants.constants(self.absmax) if self.share_of_constants else None
+        return less_offset(self.absmax, self.absmax_code, self.absmax_scale).add_(self.absmax_offset) if made is None else made
 
     def _constants_at(self, blocks: Tensor) -> Tensor:
         """Return the constants of ``blocks`` [N], bit for bit those of ``_constants``: bitsandbytes' kernel can only begin at the first."""

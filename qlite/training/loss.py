@@ -8,10 +8,8 @@ a label never reach the head.
 import torch
 from torch import Tensor, nn
 
+from qlite.model.elementwise import losses, losses_backward_
 from qlite.offload import sent
-
-# Logits that are float32 at a time: 16 MiB.
-PART = 1 << 22
 
 
 def chunked_cross_entropy(head: nn.Module, hidden: Tensor, predicts: Tensor, targets: Tensor, denominator: float, chunk: int) -> Tensor:
@@ -32,10 +30,10 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         if not any(ctx.needs_input_grad):
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-                total += _loss(head(h), t, denominator, wants_grad=False)
-            return total
+                total += losses(head(h), t).sum()
+            return total / denominator
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in params]
-        hidden_grad = torch.empty_like(hidden)
+        hidden_grad, divisor = torch.empty_like(hidden), total.new_full((), denominator)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             with torch.enable_grad():
@@ -43,7 +41,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = head(h)
             # Where a family's code needs its logits' values for their gradient, autograd refuses what was written over them.
             grad_of_logits = logits.detach()
-            total += _loss(grad_of_logits, targets[part], denominator, wants_grad=True)
+            total += losses_backward_(grad_of_logits, targets[part], divisor).sum()
             first, *rest = torch.autograd.grad(logits, (h, *params), grad_of_logits, allow_unused=True)
             del logits, grad_of_logits
             hidden_grad[part] = first
@@ -51,7 +49,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if more is not None:
                     grad += more
         ctx.save_for_backward(hidden_grad, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True)))
-        return total
+        return total / denominator
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -59,24 +57,3 @@ class _ChunkedLoss(torch.autograd.Function):
         # ``grad`` is 1 in training; the product keeps the function right for any other.
         scaled = [g * grad.to(g.dtype) for g in grads]
         return hidden_grad * grad.to(hidden_grad.dtype), None, None, None, None, *scaled
-
-
-def _loss(logits: Tensor, targets: Tensor, denominator: float, wants_grad: bool) -> Tensor:
-    """Return the loss of ``logits`` [N, V] and, if ``wants_grad``, turn them into their gradient where they lie.
-
-    float32, but for a few rows at a time: softmax less 1 at the target needs no second tensor of the logits' size.
-    """
-    total = logits.new_zeros((), dtype=torch.float32)
-    rows = max(1, PART // logits.shape[1])
-    for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
-        exact = part.to(torch.float32, copy=True)
-        exact -= exact.amax(dim=1, keepdim=True)
-        place = target.unsqueeze(1)
-        right = exact.gather(1, place)
-        sums = exact.exp_().sum(dim=1, keepdim=True)
-        total += (sums.log() - right).sum()
-        if wants_grad:
-            exact /= sums
-            exact.scatter_add_(1, place, exact.new_full(place.shape, -1.0))
-            part.copy_(exact.div_(denominator))
-    return total / denominator

@@ -42,7 +42,6 @@ class OpenRun:
         lower_memory(self.base.model, self.recipe.memory, self.device)
         self.base.model.requires_grad_(False).eval()
 
-
     def note_other_rows(self, data: DataSet, note: Callable[[str], None]) -> None:
         """Tell ``note`` where ``data``, its rows as they are now, is not what the run began with."""
         try:

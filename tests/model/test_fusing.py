@@ -94,6 +94,37 @@ def test_a_piece_is_transformers_piece_and_rounds_less(name):
         assert (found - right).norm() <= 1.02 * (other - right).norm()
 
 
+def losses_and_grad(size: int, dtype: torch.dtype, rows: int = 5) -> list[Tensor]:
+    """Return losses without a gradient and with one, and the gradient, of random logits of a vocabulary of ``size``."""
+    chance = torch.Generator().manual_seed(size)
+    logits, targets = 4 * torch.randn(rows, size, generator=chance).to(dtype), torch.randint(size, (rows,), generator=chance)
+    kept = logits.clone()
+    alone = elementwise.losses(logits, targets)
+    assert torch.equal(logits, kept)
+    return [alone, elementwise.losses_backward_(logits, targets, torch.tensor(7.0)), logits]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_torchs_and_its_gradient_takes_the_logits_place(dtype):
+    chance = torch.Generator().manual_seed(300)
+    logits, targets = 4 * torch.randn(5, 300, generator=chance).to(dtype), torch.randint(300, (5,), generator=chance)
+    exact = logits.double().requires_grad_()
+    right = nn.functional.cross_entropy(exact, targets, reduction="none")
+    (grad,) = torch.autograd.grad(right.sum() / 7, exact)
+    alone, with_grad, found = losses_and_grad(300, dtype)
+    assert alone.dtype == with_grad.dtype == torch.float32
+    torch.testing.assert_close(alone.double(), right.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(with_grad, alone, rtol=1e-6, atol=1e-6)
+    bound = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(found.double(), grad, rtol=bound, atol=1e-7)
+
+
+def test_the_loss_that_is_not_compiled_is_float32_a_few_rows_at_a_time(monkeypatch):
+    whole = losses_and_grad(300, torch.bfloat16)
+    monkeypatch.setattr(elementwise, "PART", 600)
+    assert all(map(torch.equal, losses_and_grad(300, torch.bfloat16), whole))
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> Iterator[Path]:
     """An empty cache for kernels."""
@@ -115,7 +146,8 @@ def compiled_kernels() -> Iterator[None]:
 
 def values_of_all_pieces() -> list[list[Tensor]]:
     torch.manual_seed(0)
-    return [value_and_grads(ours, make(), wants, torch.float32) for ours, _, make, wants in PIECES.values()]
+    found = [value_and_grads(ours, make(), wants, torch.float32) for ours, _, make, wants in PIECES.values()]
+    return [*found, losses_and_grad(50, torch.float32), losses_and_grad(5000, torch.float32), losses_and_grad(300, torch.float32, rows=1)]
 
 
 def test_compiled_a_piece_is_the_same_in_any_shape_and_compiled_once_a_machine(kept, monkeypatch):
