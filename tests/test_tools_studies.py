@@ -160,7 +160,7 @@ def test_a_name_that_no_model_has_is_refused_with_those_there_are(capsys):
 
 
 @pytest.mark.slow
-def test_the_plan_of_what_lasts_is_arithmetic_too(capsys):
+def test_the_plan_of_what_lasts_is_arithmetic_too_and_is_written_and_drawn(tmp_path, monkeypatch, capsys):
     config = type(counts.models()["LLaMA-7B"])(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=96
     )
@@ -170,8 +170,12 @@ def test_the_plan_of_what_lasts_is_arithmetic_too(capsys):
     lasting = counts.lasting(found.plans["16 bit"])
     tables = found.plans["16 bit"].terms[terms.REST] - 2 * 64 * 5
     assert lasting - tables == pytest.approx(2 * found.parameters + (2 + 2 + 4 + 8) * found.trained, rel=0.001)
-    counts.show("tiny", found, 4, 32)
-    assert f"| {found.fewer:,.0f} |" in capsys.readouterr().out
+    monkeypatch.setattr(counts, "models", lambda: {"tiny": config})
+    counts.main(["--tokens", "32", "--out", str(tmp_path)])
+    written = (tmp_path / "counts.md").read_text()
+    assert f"| {found.fewer:,.0f} |" in written
+    assert capsys.readouterr().out.strip() == written.strip() + f"\n{tmp_path / 'counts.png'}"
+    assert (tmp_path / "counts.png").read_bytes().startswith(b"\x89PNG")
 
 
 # The study of ranks

@@ -6,11 +6,14 @@
 
 The run is opened with its quantised base and its adapter beside it, and computes in float32, as llama.cpp sums: bfloat16's rounding
 alone moves the perplexity of a prompt's tokens, the same few in every row, by 2 % (tools/LOG.md). With --adapter llama.cpp puts the
-adapter on the GGUF file that was the base, and the run's base is not quantised either, because nothing has quantised llama.cpp's anew.
+adapter on the run's base, not quantised and written as float16, and that is held to the run over a base that is not quantised either.
+Where the base is a GGUF file itself, the adapter on that file is told, too, and held to nothing: beside weights of few bits llama.cpp
+rounds what they are multiplied by to 8 bits, a model of its own.
 """
 
 import argparse
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,8 +25,11 @@ from transformers import PreTrainedModel
 
 from qlite.errors import ExportError, MachineError, RunError
 from qlite.evaluate import Material, held_out
+from qlite.formats.gguf_merged import write_merged_gguf
+from qlite.formats.gguf_types import TYPES
 from qlite.serving.answer import Sampling, answer_all
 from qlite.training.console import open_console
+from qlite.training.gguf_facts import run_saying
 from qlite.training.open_run import OpenRun, open_run
 from qlite.training.run_folder import RunFolder, find_run
 from qlite.verb import run_verb
@@ -117,32 +123,36 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder; without it the newest finished one under runs/")
     parser.add_argument("--type", default="f16", help="of the export to check: RUN/gguf-TYPE")
-    parser.add_argument("--adapter", action="store_true", help="check RUN/gguf-adapter on the run's base, a GGUF file")
+    parser.add_argument("--adapter", action="store_true", help="check RUN/gguf-adapter, on the run's base")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--rows", type=int, default=100, help="held-out rows whose perplexity is measured")
     args = parser.parse_args(argv)
     run = find_run(args.run)
-    with open_console(f"check gguf  {run.path}") as console:
+    written = exported(run, args)
+    with tempfile.TemporaryDirectory(dir=run.path) as folder, open_console(f"check gguf  {run.path}") as console:
         opened = open_run(run, "cpu", console.phase, console.note, in_float32(unquantised=args.adapter))
+        base = Path(folder) / "base-f16.gguf"
+        if args.adapter:
+            write_merged_gguf(base, opened.base, run_saying(opened, "base"), TYPES["f16"], console.phase)
         opened.attach()
         material = held_out(opened, max(args.prompts, args.rows), console)
-    material = replace(material, rows=material.rows[: args.rows], questions=material.questions[: args.prompts])
-    problems = compare(opened, material, files(run, opened, args))
+        material = replace(material, rows=material.rows[: args.rows], questions=material.questions[: args.prompts])
+        problems = compare(opened, material, (base, written) if args.adapter else (written, None))
+        own = opened.base.checkpoint.files
+        if args.adapter and own.gguf is not None:
+            compare(opened, material, (own.folder / own.gguf, written))
     if problems:
         raise ExportError("; ".join(problems))
 
 
-def files(run: RunFolder, opened: OpenRun, args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Return the GGUF file to load, and the adapter to put on it. Raises RunError where they are missing."""
+def exported(run: RunFolder, args: argparse.Namespace) -> Path:
+    """Return the GGUF file that is checked. Raises RunError where it is missing."""
     folder = run.path / ("gguf-adapter" if args.adapter else f"gguf-{args.type}")
     found = next(folder.glob("*.gguf"), None)
     if found is None:
         option = "--gguf-adapter" if args.adapter else f"--gguf {args.type}"
         raise RunError(f'"{folder}" is not there; first: python -m qlite.export {option} {run.path}')
-    base = opened.base.checkpoint.files
-    if args.adapter and base.gguf is None:
-        raise RunError("the run's base is no GGUF file, so there is none to put the adapter on; export one with --gguf f16")
-    return (base.folder / base.gguf, found) if args.adapter else (found, None)
+    return found
 
 
 def compare(opened: OpenRun, material: Material, given: tuple[Path, Path | None]) -> list[str]:

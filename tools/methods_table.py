@@ -101,6 +101,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run")
     parser.add_argument("--rows", type=int, default=50, help="held-out questions that each run answers")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method and task")
+    parser.add_argument("--tasks", nargs="+", choices=("e2e", "snips"), default=["e2e", "snips"], help="one of the two, or both")
     parser.add_argument("--only", nargs="+", help="names of files in recipes/baselines, without their ending")
     parser.add_argument("--recipe", type=Path, help="take base, rows and sizes of this recipe, in the place of E2E and snips")
     parser.add_argument("--one", nargs=3, metavar=("RUN", "TEST", "METRICS"), help=argparse.SUPPRESS)
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
         raise RecipeError(f"--only {' '.join(sorted(unknown))}: recipes/baselines has {', '.join(names)}")
     out = args.out.resolve()
     own = args.recipe and Task(args.recipe.stem, args.recipe.resolve(), {}, "", ("loss", "exact_match", "rouge_l"), args.rows)
-    tasks = [own] if own else real_tasks(args.data.resolve(), out, args.rows)
+    tasks = [own] if own else [task for task in real_tasks(args.data.resolve(), out, args.rows) if task.name in args.tasks]
     planned = [
         Planned(name, task, seed, out, is_timed=task is tasks[0] and seed == 0)
         for name in dict.fromkeys(args.only or names)

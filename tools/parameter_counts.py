@@ -3,6 +3,8 @@
     python tools/parameter_counts.py             # GPT-3 175B and LLaMA-7B, rank 4 on queries and values: about two minutes
     python tools/parameter_counts.py --only LLaMA --rank 8
 
+The tables are written as counts.md under --out, and counts.png where matplotlib is there.
+
 Hu et al. 2021, arXiv:2106.09685, abstract and section 4.2: for GPT-3 175B 10,000 times fewer trained parameters, 3 times less memory
 (1.2 TB -> 350 GB), a checkpoint of 35 MB for one of 350 GB. Full training is arithmetic, bytes a parameter: the paper does not say which
 it counts.
@@ -12,11 +14,14 @@ in the paper. OPT has GPT-3's shapes (Zhang et al. 2022, arXiv:2205.01068, table
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from pictures import open_pyplot
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from qlite.errors import RecipeError
+from qlite.files import write_text
 from qlite.memory import terms
 from qlite.memory.ledger import Peak
 from qlite.methods.base import trainable_count
@@ -109,22 +114,24 @@ def lasting(peak: Peak) -> int:
     return sum(peak.terms.get(term, 0) for term in LASTING)
 
 
-def show(name: str, found: Counted, rank: int, tokens: int) -> None:
-    """Print one model's table."""
-    bytes_16 = 2 * found.parameters
-    print(f"\n{name}: {found.parameters / 1e9:.2f} B parameters, rank {rank} on queries and values\n")
-    print("| | full training | LoRA | factor |\n|---|---|---|---|")
-    print(f"| trained parameters | {found.parameters / 1e6:,.0f} M | {found.trained / 1e6:.2f} M | {found.fewer:,.0f} |")
-    print(f"| checkpoint in 16 bit | {bytes_16 / GB:,.1f} GB | {2 * found.trained / MB:,.1f} MB | {found.fewer:,.0f} |")
+def table(name: str, found: Counted, rank: int, tokens: int) -> str:
+    """Return one model's table."""
+    lines = [
+        f"\n{name}: {found.parameters / 1e9:.2f} B parameters, rank {rank} on queries and values\n",
+        "| | full training | LoRA | factor |\n|---|---|---|---|",
+        f"| trained parameters | {found.parameters / 1e6:,.0f} M | {found.trained / 1e6:.2f} M | {found.fewer:,.0f} |",
+        f"| checkpoint in 16 bit | {2 * found.parameters / GB:,.1f} GB | {2 * found.trained / MB:,.1f} MB | {found.fewer:,.0f} |",
+    ]
     kept = {stored: lasting(peak) for stored, peak in found.plans.items()}
     for words, each in FULL.items():
         full = each * found.parameters
         factors = ", ".join(f"{full / size:.1f}" for size in kept.values())
         sizes = ", ".join(f"{size / GB:,.1f} GB ({stored})" for stored, size in kept.items())
         told = f"{full / TB:.2f} TB" if full >= TB else f"{full / GB:.1f} GB"
-        print(f"| memory: {words} | {told} | {sizes} | {factors} |")
+        lines.append(f"| memory: {words} | {told} | {sizes} | {factors} |")
     rows = ", ".join(f"{(peak.bytes - kept[stored]) / GB:,.1f} GB ({stored})" for stored, peak in found.plans.items())
-    print(f"| what a row of {tokens:,} tokens adds, checkpointed by block | not counted | {rows} | |")
+    lines.append(f"| what a row of {tokens:,} tokens adds, checkpointed by block | not counted | {rows} | |")
+    return "\n".join(lines)
 
 
 def differences(found: Counted) -> str:
@@ -149,17 +156,44 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=Path("build/counts"))
     args = parser.parse_args(argv)
     if bad := [f"--{key} {value}: should be 1 or more" for key, value in (("rank", args.rank), ("tokens", args.tokens)) if value < 1]:
         raise RecipeError(bad)
     chosen = {name: config for name, config in models().items() if args.only.lower() in name.lower()}
     if not chosen:
         raise RecipeError(f"--only {args.only}: no model is called so; there are {', '.join(models())}")
+    found, texts = {}, []
     for name, config in chosen.items():
-        found = count(config, args.rank, args.tokens)
-        show(name, found, args.rank, args.tokens)
-        if name.startswith("GPT-3") and args.rank == 4:
-            print(differences(found))
+        found[name] = count(config, args.rank, args.tokens)
+        more = [differences(found[name])] if name.startswith("GPT-3") and args.rank == 4 else []
+        texts.append("\n".join([table(name, found[name], args.rank, args.tokens), *more]))
+        print(texts[-1], flush=True)
+    write_text(args.out / "counts.md", "\n".join(texts) + "\n")
+    draw(found, args.rank, args.out / "counts.png")
+
+
+def draw(found: dict[str, Counted], rank: int, path: Path) -> None:
+    """Write a bar for each way of training: what is trained, and the memory that lasts.
+
+    Raises:
+        MachineError: there is no matplotlib.
+    """
+    pyplot = open_pyplot()
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(11, 2.6 * len(found)), layout="constrained", squeeze=False)
+    for (left, right), (name, each) in zip(axes, found.items(), strict=True):
+        bars = {"full training": each.parameters, f"LoRA, rank {rank}": each.trained}
+        left.barh(list(bars), list(bars.values()), log=True)
+        left.set(title=f"{name}: trained parameters, {each.fewer:,.0f} times fewer")
+        sizes = {f"full: {words.partition(':')[0]}": size * each.parameters for words, size in FULL.items()}
+        sizes |= {f"LoRA over {stored} weights": lasting(peak) for stored, peak in each.plans.items()}
+        right.barh(list(sizes), [size / GB for size in sizes.values()], color=["tab:blue"] * len(FULL) + ["tab:orange"] * len(each.plans))
+        right.set(title="memory that lasts, GB")
+        for axis in (left, right):
+            axis.invert_yaxis()
+            axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def of_model(model: nn.Module) -> dict[str, list[Tensor]]:
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             found.setdefault(_term(module, name, tensor, is_vocabulary), []).append(tensor)
         if isinstance(module, Packed4bit) and module.share_of_constants:
-            found[CONSTANTS].append(module.share_of_constants.latest.values)
+            found[CONSTANTS] += module.share_of_constants.tensors
     return found
 
 

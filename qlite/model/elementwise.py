@@ -6,7 +6,7 @@ Triton on a card) once ``compile_kernels`` was called, and until then they run a
 not what is in it, so a step is planned and measured alike, compiled or not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -27,15 +27,15 @@ _KERNELS: dict[str, "_Kernel"] = {}
 class _Kernel:
     """A function of tensors that torch can compile into one kernel."""
 
-    def __init__(self, body: Callable):
-        self.body = body
+    def __init__(self, body: Callable, is_of_one_dtype: bool = True):
+        self.body, self.is_of_one_dtype = body, is_of_one_dtype
         self.compiled: dict[tuple[torch.device, torch.dtype], Callable] = {}
         """By what it was compiled for: what is compiled asks nothing of its arguments."""
         _KERNELS[body.__name__] = self
 
-    def __call__(self, *args: Tensor) -> Tensor:
+    def __call__(self, *args: Tensor) -> Tensor | Sequence[Tensor]:
         x = args[0]
-        if not self.is_compiled_for(x) or any(arg.dtype != x.dtype for arg in args if arg.dim() and arg.is_floating_point()):
+        if not self.is_compiled_for(x) or (self.is_of_one_dtype and any(arg.dtype != x.dtype for arg in args if arg.dim())):
             return self.body(*args)
         return self.compiled[x.device, x.dtype](*args)
 
@@ -105,7 +105,7 @@ def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tenso
         "_turned": (heads, cos, sin),
         "_turned_back": (heads, cos, sin),
         "_losses": (logits, targets),
-        "_losses_backward_": (logits, targets, _scalar(64.0, device)),
+        "_turned_into_grad_": (logits, targets, torch.full((64,), 9.0, device=device), _scalar(64.0, device)),
     }
 
 
@@ -251,38 +251,34 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotary.apply(x, cos, sin)
 
 
-@_Kernel
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+@partial(_Kernel, is_of_one_dtype=False)
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     exact = logits.to(torch.float32, copy=True)
-    exact -= exact.amax(1, keepdim=True)
+    most = exact.amax(1, keepdim=True)
     right = exact.gather(1, targets.unsqueeze(1)).squeeze(1)
-    return exact.exp_().sum(1).log() - right
+    log_sums = exact.sub_(most).exp_().sum(1).log() + most.squeeze(1)
+    return log_sums - right, log_sums
 
 
-@_Kernel
-def _losses_backward_(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
-    exact, place = logits.to(torch.float32, copy=True), targets.unsqueeze(1)
-    exact -= exact.amax(1, keepdim=True)
-    right = exact.gather(1, place)
-    sums = exact.exp_().sum(1, keepdim=True)
-    is_right = torch.arange(logits.shape[1], device=logits.device) == place
-    logits.copy_(exact.div_(sums).sub_(is_right.to(torch.int8)).div_(denominator))
-    return (sums.log() - right).squeeze(1)
+# Apart from what it needs the sums of: in one kernel the compiler would write all exponentials in float32 first.
+@partial(_Kernel, is_of_one_dtype=False)
+def _turned_into_grad_(logits: Tensor, targets: Tensor, log_sums: Tensor, denominator: Tensor) -> Tensor:
+    exact = logits.to(torch.float32, copy=True)
+    is_right = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(1)
+    logits.copy_(exact.sub_(log_sums.unsqueeze(1)).exp_().sub_(is_right.to(torch.int8)).div_(denominator))
+    return log_sums.new_zeros(())
 
 
-def _in_parts(kernel: _Kernel, logits: Tensor, targets: Tensor, *more: Tensor) -> Tensor:
-    """Return what ``kernel`` makes of all rows; as it stands, not compiled, of a few at a time, for their float32 is memory then."""
-    if kernel.is_compiled_for(logits):
-        return kernel(logits, targets, *more)
-    rows = max(1, PART // logits.shape[1])
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.cat([kernel(part, of_part, *more) for part, of_part in parts])
+def _parts(logits: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield all rows at once; where the loss is not compiled a few at a time, for their float32 is memory then."""
+    rows = len(logits) if _losses.is_compiled_for(logits) else max(1, PART // logits.shape[1])
+    yield from zip(*(each.split(rows) for each in (logits, *of_rows)), strict=True)
 
 
 @_op("losses(Tensor logits, Tensor targets) -> Tensor", lambda logits, _: logits.new_empty(len(logits), dtype=torch.float32))
 def losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Return -log p(target) of each row of ``logits`` [N, V], unknown to autograd: [N] float32, in nats; ``targets`` [N] int64."""
-    return _in_parts(_losses, logits, targets)
+    return torch.cat([_losses(*part)[0] for part in _parts(logits, targets)])
 
 
 @_op(
@@ -291,4 +287,9 @@ def losses(logits: Tensor, targets: Tensor) -> Tensor:
 )
 def losses_backward_(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
     """Return what ``losses`` does, and turn ``logits`` into the gradient of its sum over ``denominator`` (float32) where they lie."""
-    return _in_parts(_losses_backward_, logits, targets, denominator)
+    found = []
+    for part, of_part in _parts(logits, targets):
+        values, log_sums = _losses(part, of_part)
+        _turned_into_grad_(part, of_part, log_sums, denominator)
+        found.append(values)
+    return torch.cat(found)

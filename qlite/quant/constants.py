@@ -75,6 +75,11 @@ class Share:
     version: int
     """Of the codes as they were joined."""
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What lasts of it beside the matrix's own tensors."""
+        return [self.joint.offset, self.latest.values]
+
     def __deepcopy__(self, _memo: dict) -> None:
         """A copy of the matrix has none: its tensors count their versions anew."""
 
