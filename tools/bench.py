@@ -265,6 +265,9 @@ def table(title: str, work: Work, found: dict[str, dict], args) -> None:
             f"| {side['load_seconds']:.1f} |",
             flush=True,
         )
+    for name, side in found.items() if AUTO.name in found else ():
+        ratios = [theirs / own for own, theirs in zip(found[AUTO.name]["seconds"], side["seconds"], strict=True)]
+        print(f"its default to {name}, round by round: {spread(ratios, '.2f')}", flush=True)
 
 
 def spread(values: list[float], form: str) -> str:
