@@ -6,7 +6,7 @@
 
 The run is opened with its quantised base and its adapter beside it, and computes in float32, as llama.cpp sums: bfloat16's rounding
 alone moves the perplexity of a prompt's tokens, the same few in every row, by 2 % (tools/LOG.md). With --adapter llama.cpp puts the
-adapter on the run's base, not quantised and written as float16, and that is held to the run over a base that is not quantised either.
+adapter on the run's base, not quantised and written as float32, and that is held to the run over a base that is not quantised either.
 Where the base is a GGUF file itself, the adapter on that file is told, too, and held to nothing: beside weights of few bits llama.cpp
 rounds what they are multiplied by to 8 bits, a model of its own.
 """
@@ -131,9 +131,9 @@ def main(argv: list[str]) -> None:
     written = exported(run, args)
     with tempfile.TemporaryDirectory(dir=run.path) as folder, open_console(f"check gguf  {run.path}") as console:
         opened = open_run(run, "cpu", console.phase, console.note, in_float32(unquantised=args.adapter))
-        base = Path(folder) / "base-f16.gguf"
+        base = Path(folder) / "base-f32.gguf"
         if args.adapter:
-            write_merged_gguf(base, opened.base, run_saying(opened, "base"), TYPES["f16"], console.phase)
+            write_merged_gguf(base, opened.base, run_saying(opened, "base"), TYPES["f32"], console.phase)
         opened.attach()
         material = held_out(opened, max(args.prompts, args.rows), console)
         material = replace(material, rows=material.rows[: args.rows], questions=material.questions[: args.prompts])
