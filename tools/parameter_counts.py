@@ -184,7 +184,7 @@ def draw(found: dict[str, Counted], rank: int, path: Path) -> None:
     for (left, right), (name, each) in zip(axes, found.items(), strict=True):
         bars = {"full training": each.parameters, f"LoRA, rank {rank}": each.trained}
         left.barh(list(bars), list(bars.values()), log=True)
-        left.set(title=f"{name}: trained parameters, {each.fewer:,.0f} times fewer")
+        left.set(xlim=(1e3, 3 * each.parameters), title=f"{name}: trained parameters, {each.fewer:,.0f} times fewer")
         sizes = {f"full: {words.partition(':')[0]}": size * each.parameters for words, size in FULL.items()}
         sizes |= {f"LoRA over {stored} weights": lasting(peak) for stored, peak in each.plans.items()}
         right.barh(list(sizes), [size / GB for size in sizes.values()], color=["tab:blue"] * len(FULL) + ["tab:orange"] * len(each.plans))
