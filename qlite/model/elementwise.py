@@ -40,8 +40,8 @@ class _Kernel:
         return self.compiled[x.device, x.dtype](*args)
 
     def is_compiled_for(self, x: Tensor) -> bool:
-        """Return whether there is machine code for tensors of ``x``'s kind and size."""
-        return (x.device, x.dtype) in self.compiled and x.numel() <= MOST_VALUES
+        """Return whether there is machine code for tensors of ``x``'s kind and size, and as it lies in memory."""
+        return (x.device, x.dtype) in self.compiled and 0 < x.numel() <= MOST_VALUES and x.is_contiguous()
 
 
 def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:

@@ -197,6 +197,20 @@ def test_a_compiled_kernel_is_not_given_what_it_was_not_compiled_for(kept):
         assert rms_norm(torch.randn(2, 8), torch.ones(8).double(), 0.0).shape == (2, 8)
 
 
+def test_logits_with_gaps_between_their_rows_or_none_have_their_loss_too(kept):
+    chance = torch.Generator().manual_seed(5)
+    wide, targets = torch.randn(4, 80, generator=chance), torch.tensor([3, 0, 49, 7])
+    right = nn.functional.cross_entropy(wide[:, :50], targets, reduction="none")
+    grad = (wide[:, :50].softmax(1) - nn.functional.one_hot(targets, 50)) / 7
+    with compiled_kernels():
+        cut = wide.clone()
+        torch.testing.assert_close(elementwise.losses(cut[:, :50], targets), right)
+        torch.testing.assert_close(elementwise.losses_backward_(cut[:, :50], targets, torch.tensor(7.0)), right)
+        torch.testing.assert_close(cut[:, :50], grad)
+        assert torch.equal(cut[:, 50:], wide[:, 50:])
+        assert elementwise.losses(torch.empty(0, 50), targets[:0]).shape == (0,)
+
+
 def test_a_kernel_that_cannot_be_kept_is_used_all_the_same(kept, tmp_path, monkeypatch):
     def nothing_to_save(*_: object, **__: object) -> None:
         raise RuntimeError("no artifact to save")
