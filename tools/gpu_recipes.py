@@ -32,6 +32,8 @@ from tests.tiny_tokenizer import tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 SMALLEST = "qwen0.5b_4gb"
 SHARD_BYTES = 2 * GIB
+LEAST_SHARE = 0.95
+"""Of what a card is sold with, which it shows programs at least: one of 8 GB can show 7.7."""
 MOST_ACCUMULATION = 4
 """Micro-batches of a step: more take as much memory and more time."""
 
@@ -45,7 +47,7 @@ def recipes(bench: Bench) -> Iterator[Result]:
         name, gib = path.stem, int(path.stem.rpartition("_")[2].removesuffix("gb"))
         if bench.is_quick and name != SMALLEST:
             continue
-        if gib * GIB * VISIBLE_SHARE > device.total_memory(bench.where):
+        if gib * GIB * LEAST_SHARE > device.total_memory(bench.where):
             yield skipped(name, "this card is smaller")
             continue
         started = time.perf_counter()
@@ -130,7 +132,8 @@ def random_weights() -> Iterator[None]:
 def card_of(bench: Bench, gib: int) -> Iterator[None]:
     """Let a run find a card of ``gib`` GiB, with a context on it: it plans for that, and torch takes no byte more."""
     device.free_cached(bench.where)
-    visible, whole = int(gib * GIB * VISIBLE_SHARE), device.total_memory(bench.where)
+    whole = device.total_memory(bench.where)
+    visible = min(int(gib * GIB * VISIBLE_SHARE), whole)
     limit = visible - CONTEXT_BYTES
     torch.cuda.set_per_process_memory_fraction(limit / whole)
     try:
