@@ -166,12 +166,16 @@ def test_recipe_can_be_planned_before_anything_is_fetched(path, monkeypatch):
 
 @pytest.mark.slow
 def test_plan_gives_the_field_notes_floor_for_llama_8b():
-    """Base, constants, embedding and head: 5.31 GiB, or 3.86 with the vocabulary in 4 bit, too (section 3c of the notes on the field)."""
+    """Base, constants, embedding and head: 5.31 GiB, or 3.86 with the vocabulary in 4 bit, too (section 3c of the notes on the field).
+
+    Beyond what is stored, our own plan has one decoder block's constants in float32 (qlite/quant/constants.py).
+    """
+    a_blocks_constants = 4 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) / 64
     for keys, expected in (([], 5.31), (["base.embedding_bits=4", "base.head_bits=4"], 3.86)):
         recipe = read_recipe(ROOT / "recipes" / "llama8b_8gb.toml", keys)
         peak = forecast(recipe, base_shapes(recipe.base, lambda *_: None), Workload(worst_workload(recipe).train)).peaks()[STEP]
         lasting = sum(peak.terms.get(term, 0) for term in (terms.BASE, terms.CONSTANTS, terms.VOCABULARY, terms.REST))
-        assert lasting / GIB == pytest.approx(expected, abs=0.01)
+        assert (lasting - a_blocks_constants) / GIB == pytest.approx(expected, abs=0.01)
 
 
 # tools/snips_rows.py, which writes what snips.toml reads
