@@ -5,6 +5,7 @@ python -m qlite.generate runs/mine --prompt "..." --base --temperature 0.7 --top
 python -m qlite.generate --adapter a=runs/a --adapter b=runs/b --prompt "..." --prompt "..."    all adapters in one batch
 
 An adapter is a finished run or a folder in PEFT's format, all of one base: that of RUN if it is named, else of the first that is a run.
+One of PEFT's that is more than low-rank updates of linears ((IA)^3, a prompt, a prefix, saved layers) answers too, with no other beside it.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from qlite.calls import called
 from qlite.device import MemoryMeter, peak_process_bytes, seed_all
 from qlite.errors import DataError, RunError
 from qlite.model.wheel import Progress
+from qlite.serving.alone import Alone
 from qlite.serving.answer import Sampling, answer_all, answer_ids
-from qlite.serving.bank import BASE
+from qlite.serving.bank import BASE, AdapterBank
 from qlite.serving.dialogue import Dialogue
 from qlite.streams import clean_lines
 from qlite.training.notebook import console_for
@@ -118,7 +120,18 @@ def answer_rows(bank: OpenBank, rows: list[tuple[str, str]], system: str | None,
         prompts.append(dialogue.fit(prompt)[0])
     room = (dialogue.limit or sys.maxsize) - max(map(len, prompts))  # of the model's context, beside the longest prompt
     sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
-    return answer_ids(model, encoder, prompts, sampling, chosen=lambda places: voices.bank.use([rows[place][1] for place in places]))
+    answers: list[list[int]] = [[]] * len(rows)
+    names = dict.fromkeys(name for _, name in rows)
+    for those in [names] if voices.bank.mixes else [{name: None} for name in names]:
+        turn = [place for place, (_, name) in enumerate(rows) if name in those]
+        choose = partial(_choose, voices.bank, [rows[place][1] for place in turn])
+        for place, ids in zip(turn, answer_ids(model, encoder, [prompts[each] for each in turn], sampling, chosen=choose), strict=True):
+            answers[place] = ids
+    return answers
+
+
+def _choose(bank: AdapterBank | Alone, names: list[str], places: list[int]) -> None:
+    bank.use([names[place] for place in places])
 
 
 def show_prompt(prompt: str, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Merge any PEFT-format LoRA adapter into any base model and write fp16 weights.
+"""Merge any adapter of PEFT's that is LoRA, AdaLoRA or (IA)^3 into any base model and write fp16 weights.
 
     python tools/merge.py ADAPTER_FOLDER --base org/name --out merged
     python tools/merge.py ADAPTER_FOLDER --base ./model.gguf --bits 4 --dtype bf16 --out merged

@@ -1,4 +1,4 @@
-"""A LoRA adapter that another program wrote in PEFT's format, read without PEFT: low-rank pairs, whole tensors and token rows.
+"""An adapter that another program wrote in PEFT's format, read without PEFT: low-rank pairs, factors, whole tensors and token rows.
 
 Names of tensors are PEFT's: what stands before the layer's name and an adapter's own name within it ("default", in files that were not
 saved by PEFT itself) say nothing. Source: PEFT 0.21, utils/save_and_load.py and utils/other.py.
@@ -8,11 +8,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qlite.errors import AdapterError, shown, some_of
-from qlite.formats.foreign_config import ForeignConfig, read_config
+from qlite.formats.foreign_config import ADALORA, IA3, ForeignConfig, read_config
 from qlite.formats.peft import CONFIG, LORA_B, PREFIX, SHOWN_NAME, WEIGHTS, full_name, read_tensors
+from qlite.methods.adalora import PEFT_EPS
 from qlite.methods.low_rank import LowRank
 
 MOST_PROBLEMS = {CONFIG: 20, WEIGHTS: 5}
@@ -24,8 +26,13 @@ PARTS = [
     (re.compile(r"^(.+)\.(lora_[AB])(?:\.[^.]+)?\.(weight|bias)$"), r"\2.\3"),
     (re.compile(r"^(.+)\.(lora_embedding_[AB])(?:\.[^.]+)?$"), r"\2"),
     (re.compile(r"^(.+)\.(lora_magnitude_vector)(?:\.[^.]+){0,2}$"), r"\2"),
+    # AdaLoRA's and (IA)^3's.
+    (re.compile(r"^(.+)\.(lora_[ABE]|ia3_l)(?:\.[^.]+)?$"), r"\2"),
     (re.compile(r"^(.+)\.token_adapter\.(trainable_tokens_delta)(?:\.[^.]+)?$"), r"\2"),
 ]
+METHODS_OWN = ("lora_", "ia3_", "trainable_")
+"""How the names of parts begin that a method trains; others stand in the place of the base's own."""
+TRIPLETS = ("lora_A", "lora_E", "lora_B")
 # The base's own tensors, kept beside what was trained: they say nothing new.
 COPIES = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)")
 WHOLE = re.compile(r"^(.+?)\.(?:modules_to_save(?:\.[^.]+)?\.|(?:token_adapter\.)?base_layer\.)?([^.]+)$")
@@ -61,6 +68,8 @@ class ForeignAdapter:
 
     linears: dict[str, Pair] = field(default_factory=dict)
     embeddings: dict[str, Pair] = field(default_factory=dict)
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    """Linear -> (IA)^3's: [out, 1] of what it gives, or [1, in] of what it is given."""
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Layer -> the tensors ("weight", "bias") that stand in the place of its own."""
     rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
@@ -70,14 +79,32 @@ class ForeignAdapter:
     base_name: str | None = None
     """The base as the config names it."""
 
+    @property
+    def _more(self) -> dict[str, dict]:
+        return {
+            "factors of linears": self.factors,
+            "whole layers": self.whole,
+            "token rows": self.rows,
+            "an embedding's update": self.embeddings,
+        }
+
+    @property
+    def is_more_than_updates(self) -> bool:
+        """Whether it does more than low-rank updates of linears."""
+        return any(self._more.values()) or any(pair.bias is not None for pair in self.linears.values())
+
+    @property
+    def leaves_the_base(self) -> bool:
+        """Whether the base is still there, whole, where it is put on a model: biases are written over, an adapted embedding is."""
+        return not (self.embeddings or self.whole or self.rows or any(pair.bias is not None for pair in self.linears.values()))
+
     def updates(self, origin: Path) -> dict[str, LowRank]:
         """Return what the adapter does to each linear, by the linear's dotted name; ``origin`` is only named in messages.
 
         Raises:
             AdapterError: it does more than that, its tensors do not fit each other, or they change nothing.
         """
-        more = {"whole layers": self.whole, "token rows": self.rows, "an embedding's update": self.embeddings}
-        problems = [f"holds {what} ({', '.join(map(shown, layers))})" for what, layers in more.items() if layers]
+        problems = [f"holds {what} ({', '.join(map(shown, layers))})" for what, layers in self._more.items() if layers]
         problems += [f"holds a bias of {shown(layer, SHOWN_NAME)}" for layer, pair in self.linears.items() if pair.bias is not None]
         if problems:
             raise AdapterError(f"{origin}: {some_of(problems, 5)}; only low-rank updates of linears stand beside each other on one base")
@@ -97,6 +124,8 @@ def read_foreign_adapter(folder: Path) -> ForeignAdapter:
     """
     config, config_problems = read_config(folder / CONFIG)
     parts, problems = _parts(read_tensors(folder))
+    if config.kind == ADALORA:
+        problems += _multiply_singular_values(parts, config.rank)
     found = _Found(config, parts, problems)
     found.check_pairs()
     if not config_problems:  # what it says could not be read, so the tensors cannot be held against it
@@ -141,6 +170,27 @@ def _split(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", name)
 
 
+def _multiply_singular_values(parts: Parts, first_rank: int) -> list[str]:
+    """Make LoRA's pairs of AdaLoRA's triplets, B (E * A), where they lie in ``parts``; return what is wrong with them.
+
+    However many triplets of a layer are left, they are scaled by the rank that all began with. A layer of which none is left has no pair.
+    """
+    problems = []
+    for layer, part in parts.items():
+        A, E, B = (part.get(name) for name in TRIPLETS)
+        if A is None or E is None or B is None:
+            problems += [f"lacks {full_name(layer, name)}" for name in TRIPLETS if name not in part and part.keys() & set(TRIPLETS)]
+        elif not (A.dim() == B.dim() == 2 and E.shape == (len(A), 1)):
+            shapes = ", ".join(str(list(each.shape)) for each in (A, E, B))
+            problems.append(f"{shown(layer, SHOWN_NAME)}: {shapes} are no lora_A [R, in], lora_E [R, 1] and lora_B [out, R]")
+        elif len(A):
+            rank, wide = len(A), torch.promote_types(torch.promote_types(A.dtype, E.dtype), torch.float32)
+            part |= {"lora_A.weight": A.to(wide) * E.to(wide) * (rank / (first_rank + PEFT_EPS)), "lora_B.weight": B}
+        for name in TRIPLETS:
+            part.pop(name, None)
+    return problems
+
+
 class _Found:
     """An adapter's parts on their way to a ``ForeignAdapter``, with what is wrong with them."""
 
@@ -149,9 +199,14 @@ class _Found:
 
     def check_pairs(self) -> None:
         """Note what lacks its other half, or cannot be multiplied."""
-        if not any({"lora_A.weight", "lora_embedding_A"} & part.keys() for part in self.parts.values()):
-            self.problems.append("holds no tensor called *.lora_A.weight; is it a LoRA adapter?")
+        if not self._holds({"ia3_l"} if self.config.kind == IA3 else {"lora_A.weight", "lora_embedding_A"}):
+            lacking = {IA3: ("ia3_l", "an (IA)^3"), ADALORA: ("lora_A", "an AdaLoRA")}.get(self.config.kind, ("lora_A.weight", "a LoRA"))
+            self.problems.append(f"holds no tensor called *.{lacking[0]}; is it {lacking[1]} adapter?")
         for layer, part in self.parts.items():
+            # One of another type's would be lost silently.
+            of_another = [name for name in part if (name == "ia3_l") != (self.config.kind == IA3) and name.startswith(("lora_", "ia3_"))]
+            others = of_another or [name for name in TRIPLETS if name in part]
+            self.problems += [f"has {full_name(layer, name)}, which nothing here takes in an adapter of its type" for name in others]
             for A, B in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
                 if A in part and B not in part:
                     self.problems.append(f"lacks {full_name(layer, B)}")
@@ -161,6 +216,9 @@ class _Found:
             for alone in ("lora_magnitude_vector", "lora_B.bias"):
                 if alone in part and not is_pair:
                     self.problems.append(f"has {full_name(layer, alone)}, which nothing here takes without its lora_A")
+
+    def _holds(self, parts: set[str]) -> bool:
+        return any(parts & part.keys() for part in self.parts.values())
 
     def check_against_config(self) -> None:
         """Note where tensors and config say different things."""
@@ -203,7 +261,8 @@ class _Found:
             if "trainable_tokens_delta" in part
         }
         whole = {layer: _whole(part) for layer, part in self.parts.items() if _whole(part)}
-        return ForeignAdapter(linears, embeddings, whole, rows, self.config.modules_to_save, self.config.base_name)
+        factors = {layer: part["ia3_l"] for layer, part in self.parts.items() if "ia3_l" in part}
+        return ForeignAdapter(linears, embeddings, factors, whole, rows, self.config.modules_to_save, self.config.base_name)
 
     def _pairs(self, A: str, B: str) -> dict[str, Pair]:
         return {layer: self._pair(layer, A, B) for layer, part in self.parts.items() if A in part}
@@ -216,4 +275,4 @@ class _Found:
 
 def _whole(part: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return those of a layer's parts that stand in the place of the base's own tensors."""
-    return {name: tensor for name, tensor in part.items() if not name.startswith(("lora_", "trainable_"))}
+    return {name: tensor for name, tensor in part.items() if not name.startswith(METHODS_OWN)}

@@ -8,17 +8,29 @@ from pathlib import Path
 from qlite.errors import AdapterError, shown
 from qlite.given import MOST_JSON_BYTES, parse_json, read_given
 
-# PEFT 0.21's options that are read here, follow from the tensors, only guide training, or only say where the adapter is from.
-READ_OR_WITHOUT_EFFECT = {
-    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias", "init_lora_weights"),
-    *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
-    *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config"),
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("megatron_core", "qalora_group_size"),
+LORA, ADALORA, IA3 = "LORA", "ADALORA", "IA3"
+GENERAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+"""What PEFT 0.21 says in every config, and changes nothing that is read here."""
+PLACES = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     # Of layers that hold their weights turned over, as GPT-2's do; PEFT itself sets it back for linears, and has none for embeddings.
     "fan_in_fan_out",
 }
+LORAS = {
+    *("r", "lora_alpha", "bias", "init_lora_weights", "rank_pattern", "lora_dropout"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+# PEFT 0.21's options of each type that are read here, follow from the tensors, only guide training, or only say where it is from.
+READ_OR_WITHOUT_EFFECT = {
+    LORA: GENERAL | PLACES | LORAS | {"use_rslora", "use_dora", "lora_bias", "alpha_pattern", "trainable_token_indices"},
+    ADALORA: GENERAL | PLACES | LORAS | {*("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
+                                         *("orth_reg_weight", "total_step")},
+    IA3: GENERAL | PLACES | {"feedforward_modules", "init_ia3_weights"},
+}  # fmt: skip
+TYPES = ", ".join(READ_OR_WITHOUT_EFFECT)
+PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT")
+"""Types that change no linear (formats/foreign_prompts.py)."""
 # The other named starts (pissa, olora, corda, loftq, lora_ga, mica) take something from the base's weights or out of training.
 STARTS_THAT_LEAVE_THE_BASE = {"gaussian", "eva", "orthogonal"}
 BIASES = ("none", "all", "lora_only")
@@ -32,10 +44,11 @@ TokenIds = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class ForeignConfig:
-    """The options of a LoRA adapter that another program wrote."""
+    """The options of an adapter that another program wrote. (IA)^3 has neither rank nor alpha; AdaLoRA's rank is the one it begins with."""
 
-    rank: int
-    alpha: float
+    kind: str = LORA
+    rank: int = 1
+    alpha: float = 1.0
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     rslora: bool = False
@@ -54,36 +67,50 @@ class ForeignConfig:
         return next((ids for name, ids in self.token_ids.items() if layer.endswith(name)), None)
 
 
-def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
-    """Return what ``path`` says, and all that is wrong with it.
-
-    Raises:
-        AdapterError: it is no JSON, or says neither rank nor alpha.
-    """
+def parsed_config(path: Path) -> dict:
+    """Return the JSON object in ``path``. Raises AdapterError."""
     try:
         config = parse_json(read_given(path, MOST_JSON_BYTES), says_once=True)
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error.strerror}); a PEFT adapter has this file") from error
     except ValueError as error:
         raise AdapterError(f"{path}: not JSON ({error})") from error
-    rank, alpha = (config.get("r"), config.get("lora_alpha")) if isinstance(config, dict) else (None, None)
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if rank is None and isinstance(kind, str) and kind != "LORA":
-        raise AdapterError(f'{path}: peft_type is {shown(kind)!r}, only "LORA" is read; {WAY_OUT}')
-    if type(rank) is not int or type(alpha) not in (int, float):
-        raise AdapterError(f'{path}: "r" and "lora_alpha" must be numbers')
-    if rank < 1 or not 0 < alpha <= sys.float_info.max:
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: not a JSON object")
+    return config
+
+
+def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
+    """Return what ``path`` says, and all that is wrong with it.
+
+    Raises:
+        AdapterError: it is no JSON object, or of no type that is read, or says neither rank nor alpha.
+    """
+    config = parsed_config(path)
+    kind = config.get("peft_type")
+    rank_key = "init_r" if kind == ADALORA else "r"
+    if kind in PROMPTS:
         raise AdapterError(
-            f'{path}: "r" must be 1 or more and "lora_alpha" more than 0 and finite; these are {shown(str(rank)[:20])} and {alpha}'
+            f"{path}: peft_type is {kind}, which changes no weight, so it can be neither merged nor added to others; over the base of a "
+            "run it answers by itself: python -m qlite.generate RUN --adapter NAME=FOLDER"
         )
+    if isinstance(kind, str) and kind not in READ_OR_WITHOUT_EFFECT and config.get("r") is None:
+        raise AdapterError(f"{path}: peft_type is {shown(kind)!r}, only {TYPES} are read; {WAY_OUT}")
+    rank, alpha = (1, 1) if kind == IA3 else (config.get(rank_key), config.get("lora_alpha"))
+    if type(rank) is not int or type(alpha) not in (int, float):
+        raise AdapterError(f'{path}: "{rank_key}" and "lora_alpha" must be numbers')
+    if rank < 1 or not 0 < alpha <= sys.float_info.max:
+        given = f"{shown(str(rank)[:20])} and {alpha}"
+        raise AdapterError(f'{path}: "{rank_key}" must be 1 or more and "lora_alpha" more than 0 and finite; these are {given}')
     problems = [*_type_problems(config), *_pattern_problems(config), *_token_problems(config), *_unsupported(config)]
     if problems:
-        return ForeignConfig(rank, float(alpha)), problems
+        return ForeignConfig(rank=rank, alpha=float(alpha)), problems
     ids, base = config.get("trainable_token_indices") or {}, config.get("base_model_name_or_path")
     return ForeignConfig(
+        kind,
         rank,
         float(alpha),
-        config.get("rank_pattern") or {},
+        _ranks(config),
         {pattern: float(each) for pattern, each in (config.get("alpha_pattern") or {}).items()},
         bool(config.get("use_rslora")),
         bool(config.get("use_dora")),
@@ -92,6 +119,12 @@ def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
         ids if isinstance(ids, dict) else {"": ids},
         base if isinstance(base, str) else None,
     ), []
+
+
+def _ranks(config: dict) -> dict[str, int]:
+    """Return the ranks of rank_pattern: AdaLoRA's says of each triplet whether it is kept."""
+    ranks = config.get("rank_pattern") or {}
+    return {name: sum(kept) if isinstance(kept, list) else kept for name, kept in ranks.items()}
 
 
 def _type_problems(config: dict) -> list[str]:
@@ -106,13 +139,18 @@ def _type_problems(config: dict) -> list[str]:
 def _pattern_problems(config: dict) -> list[str]:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     problems = []
-    if not isinstance(ranks, dict) or not all(type(each) is int for each in ranks.values()):
-        problems.append("rank_pattern must be an object of whole numbers")
+    is_adalora = config.get("peft_type") == ADALORA
+    if not isinstance(ranks, dict) or not all(_is_kept_list(each) if is_adalora else type(each) is int for each in ranks.values()):
+        problems.append(f"rank_pattern must be an object of {'lists of true and false' if is_adalora else 'whole numbers'}")
     if not isinstance(alphas, dict) or not all(type(each) in (int, float) and 0 < each <= sys.float_info.max for each in alphas.values()):
         problems.append("alpha_pattern must be an object of numbers, more than 0 and finite")
     elif wrong := [pattern for pattern in alphas if not _is_quick(pattern)]:
         problems.append(f"alpha_pattern: {shown(wrong[0])!r} is no pattern that can be followed; write out the layers' names")
     return problems
+
+
+def _is_kept_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, bool) for each in value)
 
 
 def _is_quick(pattern: str) -> bool:
@@ -143,12 +181,13 @@ def _is_short(lists: TokenIds) -> bool:
 
 def _unsupported(config: dict) -> list[str]:
     """Return what would be lost silently."""
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f'peft_type is {config.get("peft_type")!r}, only "LORA" is read')
+    problems, kind = [], config.get("peft_type")
+    if not isinstance(kind, str) or kind not in READ_OR_WITHOUT_EFFECT:
+        problems.append(f"peft_type is {shown(repr(kind))}, only {TYPES} are read")
     if config.get("bias", "none") not in BIASES:
         problems.append(f"bias = {config['bias']!r}: is none of {', '.join(BIASES)}")
     if isinstance(init := config.get("init_lora_weights"), str) and init not in STARTS_THAT_LEAVE_THE_BASE:
         problems.append(f"init_lora_weights = {init!r} changed the base too: save it anew with path_initial_model_for_weight_conversion")
-    others = [f"{key} = {value!r} is not supported" for key, value in config.items() if value and key not in READ_OR_WITHOUT_EFFECT]
+    known = READ_OR_WITHOUT_EFFECT[LORA if problems else kind]
+    others = [f"{key} = {value!r} is not supported" for key, value in config.items() if value and key not in known]
     return [*problems, *others, *([WAY_OUT] if others else [])]

@@ -11,6 +11,7 @@ from qlite.errors import AdapterError, shown, some_of
 from qlite.formats.foreign import ForeignAdapter, Pair
 from qlite.formats.peft import CONFIG, LORA_B, SHOWN_NAME, full_name
 from qlite.methods.base import put_module
+from qlite.methods.ia3 import ScaledLinear
 from qlite.methods.lora import DoRALinear, LoRALinear, join_siblings
 from qlite.methods.token_rows import head_tied_to, train_rows
 from qlite.methods.whole import Whole, train_whole
@@ -42,11 +43,14 @@ def put_foreign_adapter(foreign: ForeignAdapter, model: PreTrainedModel, origin:
         changes |= _put_on_embedding(model, layer, pair)
     for layer, pair in foreign.linears.items():
         changes |= _put_on_linear(model, layer, pair)
+    for layer, factors in foreign.factors.items():
+        changes |= _put_factors(model, layer, factors)
     join_siblings(model)
     changes |= _put_rows(foreign, model)
     if not changes:
+        own = "*.ia3_l is 1" if foreign.factors else f"*{LORA_B} is zero"
         others = ", every saved tensor is the base's" if foreign.whole or foreign.rows else ""
-        raise AdapterError(f"{origin}: every *{LORA_B} is zero{others}, so the adapter changes nothing of its base; was it ever trained?")
+        raise AdapterError(f"{origin}: every {own}{others}, so the adapter changes nothing of its base; was it ever trained?")
 
 
 def adapter_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
@@ -78,6 +82,11 @@ def _misfits(foreign: ForeignAdapter, model: PreTrainedModel) -> Iterator[str]:
             yield from _pair_misfits(layer, pair, shape, module.bias is not None)
         else:
             yield f"it has no linear layer {shown(layer, SHOWN_NAME)}"
+    for layer, factors in foreign.factors.items():
+        if not is_linear(module := modules.get(layer)):
+            yield f"it has no linear layer {shown(layer, SHOWN_NAME)}"
+        elif tuple(factors.shape) not in ((rows := matrix_shape(module)[0], 1), (1, columns := matrix_shape(module)[1])):
+            yield f"{full_name(layer, 'ia3_l')} is {list(factors.shape)}, needed is {[rows, 1]} or {[1, columns]}"
     for layer, pair in foreign.embeddings.items():
         if is_embedding(module := modules.get(layer)):
             rows, width = _rows_after(foreign, layer, module), module.embedding_dim
@@ -239,6 +248,13 @@ def _put_on_linear(model: PreTrainedModel, layer: str, pair: Pair) -> bool:
         adapted.lora_magnitude_vector.data = pair.magnitude.to(adapted.lora_magnitude_vector)
     put_module(model, layer, adapted)
     return _moves(pair) or is_stretched or (pair.bias is not None and bool(pair.bias.any()))
+
+
+def _put_factors(model: PreTrainedModel, layer: str, factors: Tensor) -> bool:
+    scaled = ScaledLinear(model.get_submodule(layer), scales_input=len(factors) == 1)
+    scaled.ia3_l.data = factors.to(scaled.ia3_l.device, torch.promote_types(factors.dtype, scaled.ia3_l.dtype))
+    put_module(model, layer, scaled)
+    return bool((factors != 1).any())
 
 
 def _put_on_embedding(model: PreTrainedModel, layer: str, pair: Pair) -> bool:

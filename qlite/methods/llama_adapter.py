@@ -104,6 +104,11 @@ class LlamaAdapter(Method):
         config = {"peft_type": "ADAPTION_PROMPT", "adapter_len": self.length, "adapter_layers": len(places)}
         return {**config, "target_modules": names[places[0]].rpartition(".")[2]}, tensors
 
+    @classmethod
+    def of_peft(cls, config: dict[str, int], blocks: int) -> "LlamaAdapter":
+        """Return the method that PEFT's ``config`` names, of a model of ``blocks`` blocks."""
+        return cls(length=config["adapter_len"], first_block=max(0, blocks - config["adapter_layers"]), gate="block")
+
     def from_peft(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of ``model``'s prompts that PEFT's ``tensors`` are, by dotted name."""
         own = {name.removeprefix(PEFT_PREFIX).replace(".adaption_", ".side."): tensor for name, tensor in tensors.items()}

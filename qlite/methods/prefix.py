@@ -121,6 +121,11 @@ class PrefixTuning(Method):
         # From [block, key or value, head, token, size].
         return config, {PROMPT: torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1).contiguous()}
 
+    @classmethod
+    def of_peft(cls, config: dict[str, int], blocks: int) -> "PrefixTuning":
+        """Return the method that PEFT's ``config`` names; its file has what an MLP made, not the MLP."""
+        return cls(length=config["num_virtual_tokens"], hidden=0)
+
     def from_peft(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of ``model``'s prefix, attached with ``hidden`` = 0, that PEFT's ``tensors`` are, by dotted name."""
         places = attentions(model, self.name)

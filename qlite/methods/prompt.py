@@ -200,6 +200,11 @@ class PromptTuning(Method):
         }
         return fields, {PROMPT: prompt}
 
+    @classmethod
+    def of_peft(cls, config: dict[str, int], blocks: int) -> "PromptTuning":
+        """Return the method that PEFT's ``config`` names."""
+        return cls(length=config["num_virtual_tokens"])
+
     def from_peft(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensor of ``model``'s prompt that PEFT's ``tensors`` are, by dotted name."""
         name = next(name for name, module in model.named_modules() if isinstance(module, SoftPrompt))

@@ -7,6 +7,7 @@ over gathered factors is Chen et al.'s, 2023, arXiv:2310.18547, section 4). Whic
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ class AdapterBank:
 
     Adapters may be of different ranks and targets, LoRA, rsLoRA and DoRA. A bank begins with none, and ``BASE`` chosen for all rows.
     """
+
+    mixes: ClassVar[bool] = True
+    """Whether rows of one batch may have different ones."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         """``model``: with no adapter on it; ``device``: where it computes."""

@@ -14,6 +14,7 @@ from qlite.data.formats import Messages
 from qlite.device import is_out_of_memory
 from qlite.errors import DataError, MachineError
 from qlite.methods.base import adapters_off, longest_input
+from qlite.serving.alone import Alone
 from qlite.serving.answer import Sampling, TextStream, generate_ids
 from qlite.serving.bank import AdapterBank
 
@@ -48,7 +49,7 @@ class Reply:
 class Voices:
     """The adapters of a bank, the first of which answers first, and the system message that each was trained under."""
 
-    bank: AdapterBank
+    bank: AdapterBank | Alone
     systems: dict[str, str | None]
 
 

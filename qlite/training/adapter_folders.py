@@ -6,14 +6,19 @@ from pathlib import Path
 
 from qlite.errors import AdapterError, QliteError, shown
 from qlite.formats.foreign import ForeignAdapter, read_foreign_adapter
+from qlite.formats.foreign_prompts import ForeignPrompts, read_foreign_prompts
 from qlite.formats.peft import CONFIG, WEIGHTS
 from qlite.hashes import sha256
+from qlite.methods.adalora import AdaLoRA
 from qlite.methods.lora import LoRA
 from qlite.methods.low_rank import LowRank
+from qlite.methods.relora import ReLoRA
 from qlite.serving.bank import BASE
 from qlite.training.provenance import read_provenance, said_identity
 from qlite.training.run_folder import RunFolder, find_run
 
+UPDATES = (LoRA, AdaLoRA, ReLoRA)
+"""Methods that add B A to linears, and may do more beside."""
 BASE_KEYS = {"base.model": "base model", "tokenizer": "tokenizer"}
 TEMPLATE_KEYS = {"data.template": "chat template"}
 """What of what adapters were trained with has to be the same in all, and what it is called."""
@@ -35,12 +40,22 @@ class Given:
     @cached_property
     def adapter(self) -> ForeignAdapter:
         """What is in the files, read when it is asked for. Raises AdapterError."""
-        if self.run and not isinstance(method := self.run.recipe().method, LoRA):
+        if self.run and not isinstance(method := self.run.recipe().method, UPDATES):
             raise AdapterError(
-                f"{self.path}: its method is {method.words}, and only LoRA's adapters stand beside others, are added up or swapped; "
+                f"{self.path}: its method is {method.words}, and only low-rank updates stand beside others, are added up or swapped; "
                 f"by itself it answers: python -m qlite.generate {self.path}"
             )
         return read_foreign_adapter(self.folder)
+
+    @cached_property
+    def prompts(self) -> ForeignPrompts | None:
+        """What is in the files of a PEFT folder whose type changes no weight; None of any other. Raises AdapterError."""
+        return None if self.run else read_foreign_prompts(self.folder)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it does more than low-rank updates of linears, so that no other can stand beside it. Raises AdapterError."""
+        return self.run is None and (self.prompts is not None or self.adapter.is_more_than_updates)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -56,7 +71,7 @@ class Given:
     def base_name(self) -> str:
         """The base as the run's recipe or the adapter's config names it."""
         try:
-            return self.run.recipe().base.model if self.run else self.adapter.base_name or "unknown"
+            return self.run.recipe().base.model if self.run else (self.prompts or self.adapter).base_name or "unknown"
         except AdapterError:  # which is told where its tensors are asked for
             return "unknown"
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from qlite.errors import AdapterError, QliteError, shown
+from qlite.formats.foreign_fit import put_foreign_adapter
 from qlite.model.lowering import lower_memory
 from qlite.model.shapes import base_shapes
 from qlite.model.wheel import Progress
+from qlite.serving.alone import Alone
 from qlite.serving.bank import BASE, AdapterBank, linear_shapes, misfits
 from qlite.serving.dialogue import Voices
 from qlite.training.adapter_folders import BASE_KEYS, TEMPLATE_KEYS, Given, contradictions, parse_adapters, read_updates
@@ -28,12 +30,15 @@ class OpenBank:
 def open_bank(run: str | None, texts: list[str], device: str, progress: Progress) -> OpenBank:
     """Load the base of ``run``, or else of the first adapter that is a run, with the adapters ``texts``, each NAME=FOLDER, beside it.
 
+    One of PEFT's that does more than low-rank updates of linears is taken where it is the only one.
+
     Raises:
         QliteError: they cannot be read or do not belong together; all that is wrong is said at once, and no weight is loaded before.
     """
     given, problems = parse_adapters(texts)
     first = _base_run(run, given, problems)
-    updates = {each.name: read_updates(each, problems) for each in given}
+    alone = given[0] if len(given) == 1 and _stands_alone(given[0]) else None
+    updates = {} if alone else {each.name: read_updates(each, problems) for each in given}
     if first is not None:
         known = [Given(BASE, first.path, first), *given]
         problems += [problem for keys in (BASE_KEYS, TEMPLATE_KEYS) for problem in contradictions(known, keys)]
@@ -44,14 +49,30 @@ def open_bank(run: str | None, texts: list[str], device: str, progress: Progress
     if problems:
         raise AdapterError("\n".join(problems))
     opened = open_run(first, device, progress)
-    bank = AdapterBank(opened.base.model, opened.device)
-    for each in given:
+    bank = _put_alone(alone, opened) if alone else AdapterBank(opened.base.model, opened.device)
+    for each in () if alone else given:
         bank.add(each.name, updates.pop(each.name))
     # In tiles the rows of a batch are cut apart, and no tile knows whose they are.
     lower_memory(bank.model, replace(opened.recipe.memory, mlp_chunk=0), opened.device)
     bank.model.requires_grad_(False).eval()
     systems = {each.name: (each.run or first).result["system"] for each in given}
     return OpenBank(opened, Voices(bank, {BASE: first.result["system"], **systems}), _notes(given, opened))
+
+
+def _stands_alone(given: Given) -> bool:
+    try:
+        return given.stands_alone
+    except AdapterError:  # which is told with all else that is wrong
+        return False
+
+
+def _put_alone(given: Given, opened: OpenRun) -> Alone:
+    model = opened.base.model
+    if given.prompts:
+        given.prompts.put_on(model, given.folder)
+    else:
+        put_foreign_adapter(given.adapter, model, given.folder)
+    return Alone(model, given.name, can_be_off=given.prompts is not None or given.adapter.leaves_the_base)
 
 
 def _base_run(run: str | None, given: list[Given], problems: list[str]) -> RunFolder | None:

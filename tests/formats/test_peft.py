@@ -321,7 +321,7 @@ def test_pefts_own_pissa_adapter_would_lose_what_it_took_out_of_the_base(folders
 MALFORMED_CONFIGS = [
     (None, "cannot be read"),
     ("{", "not JSON"),
-    ("[]", '"r" and "lora_alpha" must be numbers'),
+    ("[]", "not a JSON object"),
     ('{"peft_type": "LORA", "lora_alpha": 8}', '"r" and "lora_alpha" must be numbers'),
     ('{"peft_type": "LORA", "r": 4}', '"r" and "lora_alpha" must be numbers'),
     ('{"peft_type": "LORA", "r": "4", "lora_alpha": 8}', '"r" and "lora_alpha" must be numbers'),

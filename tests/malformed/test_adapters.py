@@ -107,10 +107,12 @@ CONFIGS = {
     "an unknown bias": (configured(bias="some"), "bias = 'some': is none of none, all, lora_only"),
     "DoRA without magnitudes": (configured(use_dora=True), "lora_magnitude_vector"),
     "an unknown type": (configured(peft_type="\x1b[2J"), "peft_type is '\\x1b[2J'"),
-    "no type": (configured(peft_type=None), 'peft_type is None, only "LORA" is read'),
+    "no type": (configured(peft_type=None), "peft_type is None, only LORA, ADALORA, IA3 are read"),
+    "a list as the type": (configured(peft_type=["LORA"]), "peft_type is ['LORA'], only LORA, ADALORA, IA3 are read"),
+    "a type that changes no weight": (configured(peft_type="PROMPT_TUNING"), "changes no weight, so it can be neither merged nor added"),
     "no bias": (configured(bias=None), "bias = None"),
-    "a config that is null": (config_of("null"), NUMBERS),
-    "a config that is text": (config_of('"LORA"'), NUMBERS),
+    "a config that is null": (config_of("null"), "not a JSON object"),
+    "a config that is text": (config_of('"LORA"'), "not a JSON object"),
     "a config 100,000 deep": (config_of("[" * 100_000), "not JSON (its brackets are nested too deeply)"),
     "a config of 40 MB": (config_of(b" " * 40_000_000), "cannot be read (it has 38.1 MiB, and at most 32.0 MiB of such a file are read)"),
     "a config in UTF-16": (config_of("{}".encode("utf-16")), "not JSON"),
@@ -244,5 +246,5 @@ def good(tmp_path_factory) -> Path:
 
 def test_every_malformed_adapter_is_refused_with_file_and_key_or_tensor(good, tmp_path, record_property):
     found = cases(good)
-    assert len(found) == 112
+    assert len(found) == 114
     count_refused("adapters", found, tmp_path, record_property)

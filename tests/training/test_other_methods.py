@@ -176,16 +176,18 @@ def test_a_gguf_adapter_is_loras_alone(case, done, tmp_path):
 
 
 @pytest.mark.parametrize("case", some(CASES))
-def test_beside_others_on_one_base_only_lora_is_put(case, done):
+def test_beside_others_on_one_base_only_low_rank_updates_are_put(case, done):
     (given,), problems = parse_adapters([f"a={done(case) / 'run'}"])
     assert problems == []
     found: list[str] = []
     assert read_updates(given, found) == {}
     assert len(found) == 1
-    assert f"its method is {RunFolder(given.path).recipe().method.words}, and only LoRA's adapters stand beside others" in found[0]
+    assert f"its method is {RunFolder(given.path).recipe().method.words}, and only low-rank updates stand beside others" in found[0]
     if case == "ia3":  # its files alone, as of another program
-        with pytest.raises(AdapterError, match='peft_type is .IA3., only "LORA" is read'):
-            read_foreign_adapter(given.folder)
+        with pytest.raises(
+            AdapterError, match=r"holds factors of linears \(.*\); only low-rank updates of linears stand beside each other"
+        ):
+            read_foreign_adapter(given.folder).updates(given.folder)
 
 
 @pytest.mark.parametrize("case", some(WHOLE))
