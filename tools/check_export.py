@@ -28,13 +28,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--export", type=Path, help="merged folder; by default merged-fp16 inside the run's")
     parser.add_argument("--prompts", type=int, default=20)
     args = parser.parse_args(argv)
+    if args.prompts < 1:
+        raise RecipeError(f"--prompts {args.prompts}: should be 1 or more")
     run = find_run(args.run)
     with open_console(f"check export  {run.path}") as console:
         opened = open_run(run, "cpu", console.phase)
         opened.attach()
         questions = held_out(opened, args.prompts, console).questions
     if not questions:
-        raise RecipeError(f"--prompts {args.prompts}: no held-out row of this run asks a question; nothing was compared")
+        raise RecipeError(f'"{run.path}": no held-out row of this run asks a question; nothing was compared')
     sampling = Sampling(max_tokens=opened.recipe.train.answer_tokens)
     live = [answer_batch(opened.base.model, opened.encoder, [question.prompt], sampling)[0] for question in questions]
     prompts = [question.messages for question in questions]

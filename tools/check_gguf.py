@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from qlite.errors import ExportError, MachineError, RunError
+from qlite.errors import ExportError, MachineError, RecipeError, RunError
 from qlite.evaluate import Material, held_out
 from qlite.formats.gguf_merged import write_merged_gguf
 from qlite.formats.gguf_types import TYPES
@@ -127,6 +127,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--rows", type=int, default=100, help="held-out rows whose perplexity is measured")
     args = parser.parse_args(argv)
+    if problems := [
+        f"--{key} {value}: should be 1 or more" for key, value in (("prompts", args.prompts), ("rows", args.rows)) if value < 1
+    ]:
+        raise RecipeError(problems)
     run = find_run(args.run)
     written = exported(run, args)
     with tempfile.TemporaryDirectory(dir=run.path) as folder, open_console(f"check gguf  {run.path}") as console:

@@ -1,8 +1,8 @@
 """What a finished run tells GGUF files and Ollama beside its weights: name, template, the tokens that end an answer, system message."""
 
-from qlite.data.template import TEMPLATES
 from qlite.formats.gguf_merged import Saying
-from qlite.formats.modelfile import go_template, modelfile
+from qlite.formats.go_template import go_template
+from qlite.formats.modelfile import modelfile
 from qlite.training.open_run import OpenRun
 
 
@@ -20,7 +20,7 @@ def run_modelfile(opened: OpenRun, file: str, is_adapter: bool) -> str | None:
             return None
         source = [f"FROM {files.folder / files.gguf}", f"ADAPTER ./{file}"]
     tokenizer, encoder = opened.base.tokenizer, opened.encoder
-    built_in = next((name for name, text in TEMPLATES.items() if text == encoder.template), None)
-    bos = "" if encoder.begins_with_token else tokenizer.bos_token or ""
+    bos = (tokenizer.bos_token or "") if encoder.begins_with_token else ""
+    template = None if encoder.template is None else go_template(encoder.prompt_text, encoder.template, bos)
     stops = tokenizer.convert_ids_to_tokens(encoder.stop_ids)
-    return modelfile(source, go_template(built_in, bos, tokenizer.eos_token), stops, opened.run.result["system"])
+    return modelfile(source, template, stops, opened.run.result["system"])

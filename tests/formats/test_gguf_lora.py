@@ -14,7 +14,7 @@ from qlite.errors import ExportError, RunError
 from qlite.export import main
 from qlite.files import is_whole, new_folder
 from qlite.formats.gguf_lora import write_adapter_gguf
-from qlite.formats.modelfile import go_template, modelfile
+from qlite.formats.modelfile import modelfile
 from qlite.methods.base import adapted_linears
 from qlite.methods.lora import LoRA
 from qlite.model.load import LoadedBase
@@ -132,34 +132,6 @@ def test_the_modelfile_says_where_when_to_stop_and_the_system_message():
     assert 'TEMPLATE "' not in text
     assert "SYSTEM" not in text
     assert all(line.startswith("#") for line in text.splitlines()[1:])
-
-
-def in_go(template: str, messages: list[dict[str, str]]) -> str:
-    """Return what Go makes of the two built-in templates: their actions are few enough to be carried out here."""
-    before, _, rest = template.partition("{{- range .Messages }}")
-    body, _, after = rest.rpartition("{{ end }}")
-    said = before.rstrip()
-    for message in messages:
-        turn = body.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"])
-        head, has_condition, tail = turn.partition('{{ if eq .Role "assistant" }}')
-        inside, _, tail = tail.partition("{{ end }}")
-        said += head + (inside if message["role"] == "assistant" else "") + tail if has_condition else turn
-    assert "{{" not in said + after
-    return said + after
-
-
-@pytest.mark.parametrize("name", ["chatml", "plain"])
-def test_the_go_templates_say_what_the_built_in_ones_say(name):
-    from qlite.data.sandbox import Renderer
-
-    messages = [{"role": role, "content": f"{role} says\ntwo lines"} for role in ("system", "user", "assistant", "user")]
-    expected = Renderer(TEMPLATES[name]).render(messages, None, True, {"bos_token": "<s>", "eos_token": "</s>"})
-    assert in_go(go_template(name, "<s>", "</s>"), messages) == expected
-
-
-def test_alpacas_template_and_the_users_are_left_to_the_gguf_file():
-    assert go_template("alpaca", "", "</s>") is None
-    assert go_template(None, "", "</s>") is None
 
 
 # The command

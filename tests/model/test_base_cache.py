@@ -119,7 +119,7 @@ def test_a_config_changed_beside_the_weights_is_read_anew(tmp_path, cache):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("harm", ["cut", "without names", "another model's", "all ones", "an absurd length"])
+@pytest.mark.parametrize("harm", ["cut", "without names", "another model's", "all ones", "an absurd length", "one bit", "a lost page"])
 def test_a_damaged_cache_is_made_anew(harm, folders, cache):
     first = load(folders["llama"])
     (place,) = cache.iterdir()
@@ -130,6 +130,10 @@ def test_a_damaged_cache_is_made_anew(harm, folders, cache):
         (place / base_cache.TENSORS).write_bytes(b"\xff" * len(whole))
     elif harm == "an absurd length":
         (place / base_cache.TENSORS).write_bytes((2**50).to_bytes(8, "little") + whole[8:])
+    elif harm == "one bit":
+        (place / base_cache.TENSORS).write_bytes(whole[:-3001] + bytes([whole[-3001] ^ 16]) + whole[-3000:])
+    elif harm == "a lost page":
+        (place / base_cache.TENSORS).write_bytes(whole[:-5000] + bytes(4096) + whole[-904:])
     elif harm == "without names":
         (place / base_cache.NAMES).write_text("{}")
     else:
