@@ -28,7 +28,7 @@ READ_OR_WITHOUT_EFFECT = {
                                          *("orth_reg_weight", "total_step")},
     IA3: GENERAL | PLACES | {"feedforward_modules", "init_ia3_weights"},
 }  # fmt: skip
-TYPES = ", ".join(READ_OR_WITHOUT_EFFECT)
+TYPES = (LORA, ADALORA, IA3)
 PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT")
 """Types that change no linear (formats/foreign_prompts.py)."""
 # The other named starts (pissa, olora, corda, loftq, lora_ga, mica) take something from the base's weights or out of training.
@@ -94,8 +94,8 @@ def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
             f"{path}: peft_type is {kind}, which changes no weight, so it can be neither merged nor added to others; over the base of a "
             "run it answers by itself: python -m qlite.generate RUN --adapter NAME=FOLDER"
         )
-    if isinstance(kind, str) and kind not in READ_OR_WITHOUT_EFFECT and config.get("r") is None:
-        raise AdapterError(f"{path}: peft_type is {shown(kind)!r}, only {TYPES} are read; {WAY_OUT}")
+    if isinstance(kind, str) and kind not in TYPES and config.get("r") is None:
+        raise AdapterError(f"{path}: peft_type is {shown(kind)!r}, only {', '.join(TYPES)} are read; {WAY_OUT}")
     rank, alpha = (1, 1) if kind == IA3 else (config.get(rank_key), config.get("lora_alpha"))
     if type(rank) is not int or type(alpha) not in (int, float):
         raise AdapterError(f'{path}: "{rank_key}" and "lora_alpha" must be numbers')
@@ -104,7 +104,7 @@ def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
         raise AdapterError(f'{path}: "{rank_key}" must be 1 or more and "lora_alpha" more than 0 and finite; these are {given}')
     problems = [*_type_problems(config), *_pattern_problems(config), *_token_problems(config), *_unsupported(config)]
     if problems:
-        return ForeignConfig(rank=rank, alpha=float(alpha)), problems
+        return ForeignConfig(kind if kind in TYPES else LORA, rank, float(alpha)), problems
     ids, base = config.get("trainable_token_indices") or {}, config.get("base_model_name_or_path")
     return ForeignConfig(
         kind,
@@ -182,8 +182,8 @@ def _is_short(lists: TokenIds) -> bool:
 def _unsupported(config: dict) -> list[str]:
     """Return what would be lost silently."""
     problems, kind = [], config.get("peft_type")
-    if not isinstance(kind, str) or kind not in READ_OR_WITHOUT_EFFECT:
-        problems.append(f"peft_type is {shown(repr(kind))}, only {TYPES} are read")
+    if kind not in TYPES:
+        problems.append(f"peft_type is {shown(repr(kind))}, only {', '.join(TYPES)} are read")
     if config.get("bias", "none") not in BIASES:
         problems.append(f"bias = {config['bias']!r}: is none of {', '.join(BIASES)}")
     if isinstance(init := config.get("init_lora_weights"), str) and init not in STARTS_THAT_LEAVE_THE_BASE:

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from qlite.errors import AdapterError, shown, some_of
 from qlite.formats.foreign_config import GENERAL, PROMPTS, parsed_config
-from qlite.formats.peft import CONFIG, PREFIX, SHOWN_NAME, copy_adapter, read_tensors
+from qlite.formats.peft import CONFIG, PREFIX, SHOWN_NAME, WEIGHTS, copy_adapter, read_tensors
+from qlite.methods.beside import PROMPT
 from qlite.methods.llama_adapter import LlamaAdapter
 from qlite.methods.prefix import PrefixTuning
 from qlite.methods.prompt import PromptTuning
@@ -94,5 +95,15 @@ def read_foreign_prompts(folder: Path) -> ForeignPrompts | None:
         problems.append("num_transformer_submodules is of models that encode and decode")
     if problems:
         raise AdapterError(f"{folder / CONFIG}: {some_of(problems, MOST_PROBLEMS)}")
+    tensors, key = read_tensors(folder), NUMBERS[kind][0]
+    # Before anything of that size is made.
+    wrong = [name for name, tensor in tensors.items() if _is_prompt(name) and (tensor.dim() < 2 or tensor.shape[-2] != numbers[key])]
+    if wrong:
+        told = f"{shown(wrong[0], SHOWN_NAME)} is {list(tensors[wrong[0]].shape)}, and {CONFIG} says {key} = {numbers[key]}"
+        raise AdapterError(f"{folder / WEIGHTS}: {told}; the two files are not of one adapter")
     base = config.get("base_model_name_or_path")
-    return ForeignPrompts(kind, numbers, read_tensors(folder), base if isinstance(base, str) else None)
+    return ForeignPrompts(kind, numbers, tensors, base if isinstance(base, str) else None)
+
+
+def _is_prompt(name: str) -> bool:
+    return name == PROMPT or name.endswith(".adaption_prompt")

@@ -130,6 +130,7 @@ WRONG = {
     "a pattern of numbers": ("adalora", None, {"rank_pattern": {"x": 3}}, "rank_pattern must be an object of lists of true and false"),
     "no singular value but 0": ("adalora", lambda t: [v.zero_() for k, v in t.items() if k.endswith("lora_E")], {}, "was it ever trained"),
     "no triplet": ("adalora", lambda t: [t.pop(k) for k in list(t) if "lora_" in k], {}, "is it an AdaLoRA adapter"),
+    "an unknown option, told alone": ("adalora", None, {"use_dora": True}, r"use_dora = True is not supported; what is not read here, .* it writes instead$"),
     "an unknown option": ("adalora", None, {"use_rslora": True}, "use_rslora = True is not supported"),
     "factors in AdaLoRA": ("adalora", lambda t: t.update({f"{Q}.ia3_l": torch.ones(64, 1)}), {}, r"ia3_l, which nothing here takes"),
     "triplets in a LoRA": ("adalora", None, {"peft_type": "LORA"}, r"lora_A, which nothing here takes in an adapter of its type"),
@@ -163,7 +164,9 @@ def test_factors_of_one_change_nothing_and_are_refused(folders, tmp_path):
 
 WRONG_PROMPTS = {
     "no length": ("prompt", None, {"num_virtual_tokens": None}, "num_virtual_tokens must be a whole number of 1 or more"),
-    "another length": ("prompt", None, {"num_virtual_tokens": 6}, r"prompt_embeddings is \[5, 64\], needed is \[6, 64\]"),
+    "another length": ("prompt", None, {"num_virtual_tokens": 6}, r"is \[5, 64\], and adapter_config.json says num_virtual_tokens = 6"),
+    "a length beyond any memory": ("gated prompts", None, {"adapter_len": 10**15}, "says adapter_len = 1000000000000000"),
+    "another prompt": ("prompt", lambda t: t.update(prompts=t.pop("prompt_embeddings")), {}, "has prompts, which nothing here takes; lacks prompt_embeddings"),
     "another width": ("prefix", lambda t: t.update(prompt_embeddings=torch.ones(5, 8)), {}, r"is \[5, 8\], needed is \[5, "),
     "more": ("prompt", lambda t: t.update(other=torch.ones(1)), {}, "has other, which nothing here takes"),
     "saved layers": ("prompt", None, {"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
