@@ -32,8 +32,10 @@ from qlite.calls import called
 from qlite.errors import AdapterError, RecipeError, RunError, some_of
 from qlite.files import new_folder, write_json, write_text
 from qlite.formats.peft import CONFIG
+from qlite.methods.adalora import AdaLoRA
 from qlite.methods.lora import LoRA
 from qlite.methods.low_rank import LowRank
+from qlite.methods.relora import ReLoRA
 from qlite.model.load import Base
 from qlite.model.originals import original_weights
 from qlite.model.wheel import Progress
@@ -141,8 +143,19 @@ def _found(first: Given, second: Given | None, phase: Progress) -> Findings:
 
 def _studied(given: Given, updates: dict[str, LowRank], phase: Progress, notes: list[str]) -> Findings:
     found = study(given.name, updates, partial(phase, "spectra"), given.base_name, notes)
-    is_doubled = "No rank is advised: the update is of twice the rank that was trained, and says nothing of the rank that is needed"
-    return replace(found, no_rank=is_doubled if _doubling_inits(given) else "")
+    return replace(found, no_rank=_why_no_rank(given))
+
+
+def _why_no_rank(given: Given) -> str:
+    """Return why no rank can be advised; empty where one can."""
+    if _doubling_inits(given):
+        return "No rank is advised: the update is of twice the rank that was trained, and says nothing of the rank that is needed"
+    for method in given.run.recipe().method.each if given.run is not None else ():
+        if isinstance(method, AdaLoRA):
+            return "No rank is advised: AdaLoRA has dealt its ranks out by itself, and triplets that it has masked count in none"
+        if isinstance(method, ReLoRA):
+            return f"No rank is advised: the update is the sum of several of rank {method.rank}, and says nothing of the rank of one"
+    return ""
 
 
 def _doubling_inits(given: Given) -> list[str]:
@@ -153,7 +166,7 @@ def _doubling_inits(given: Given) -> list[str]:
 
 def _same_seed(first: Given, second: Given) -> list[str]:
     """Return what is to be said where two runs drew the same first values of A: that alone makes their A alike."""
-    if first.run is None or second.run is None:
+    if first.run is None or second.run is None or type(first.run.recipe().method) is not type(second.run.recipe().method):
         return []
     seeds = [given.run.recipe().train.seed for given in (first, second)]
     told = (

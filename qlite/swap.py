@@ -113,7 +113,8 @@ def require_presence(merged: MergedFolder, old: Updates, new: Updates, hashes: d
     if old:
         its = found["--remove"] = presence(merged.read, old, {})
         if hashes["--remove"] not in holdings.hashes and (holdings.is_all or its.is_out):
-            raise AdapterError(f"--remove: {_seen(its)}: it was not merged into them{_named_instead(holdings)}")
+            told = "they may hold it under another name" if its.is_in else "it was not merged into them"
+            raise AdapterError(f"--remove: {_seen(its)}: {told}{_named_instead(holdings)}")
     if new:
         its = found["--add"] = presence(merged.read, new, old)
         if hashes["--add"] in holdings.after(hashes.get("--remove"), None).hashes or its.is_in:
@@ -130,7 +131,7 @@ def _named_instead(holdings: Holdings) -> str:
     if not holdings.is_all:
         return ", or not as it is"
     named = ", ".join(f"SHA-256 {each[:12]}" for each in holdings.hashes) or "none"
-    return f"; their folder's record names the adapters in them ({named}), and this is another file"
+    return f"; their folder's record names the adapters in them ({named}), and this is another file: give the run's folder, if it is of one"
 
 
 if __name__ == "__main__":

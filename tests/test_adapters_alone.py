@@ -1,19 +1,23 @@
 """What is more than low-rank updates answers over a run's base with no other beside it; AdaLoRA's and ReLoRA's runs stand beside LoRA's."""
 
 import io
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlite import chat, generate
+from qlite.analyze import analyze
 from qlite.errors import AdapterError
 from qlite.formats.foreign import read_foreign_adapter
 from qlite.formats.foreign_fit import put_foreign_adapter
 from qlite.formats.foreign_prompts import read_foreign_prompts
-from qlite.formats.peft import PEFT, write_adapter
+from qlite.formats.peft import PEFT, PREFIX, write_adapter
 from qlite.methods import METHODS
 from qlite.methods.base import trainable_tensors
 from qlite.model.documents import attend_by_documents
@@ -33,6 +37,7 @@ KINDS = {
     "prefix": METHODS["prefix"](length=3, hidden=0),
     "ia3": METHODS["ia3"](),
     "head": METHODS["lora"](rank=2, modules_to_save=("lm_head",)),
+    "norms": METHODS["lora"](rank=2, modules_to_save=("norm",)),
 }
 
 
@@ -86,8 +91,8 @@ def test_it_answers_by_itself_and_in_turns_with_the_base(name, folder, capsys):
     tuned, plain = expected(folder, name), expected(folder, None)
     assert capsys.readouterr().out.removeprefix("x:\n").strip() == tuned
     assert tuned != plain
-    if name == "head":
-        with pytest.raises(AdapterError, match='"x" has layers in the place of the base\'s own, which is not there to answer'):
+    if name == "norms":
+        with pytest.raises(AdapterError, match='"x" has biases or norms in the place of the base\'s own, which is not there to answer'):
             generate.main([*asked, "--base"])
         return
     generate.main([*asked, "--base"])
@@ -95,12 +100,61 @@ def test_it_answers_by_itself_and_in_turns_with_the_base(name, folder, capsys):
     assert {who: text.strip() for who, text in zip(parts[1::2], parts[2::2], strict=True)} == {"base": plain, "x": tuned}
 
 
-def test_chat_takes_it_off_and_on(folder, capsys, monkeypatch):
+def talked(folder: Path, name: str, lines: list[str], monkeypatch, capsys) -> list[str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    chat.main([str(folder / "run"), "--adapter", f"x={place(folder, name)}", *OPTIONS])
+    return [line.strip() for line in capsys.readouterr().out.splitlines()]
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("abc\n/base\n/reset\nabc\n/adapter x\n/reset\nabc\n"))
-    chat.main([str(folder / "run"), "--adapter", f"x={place(folder, 'prompt')}", *OPTIONS])
-    tuned, plain = expected(folder, "prompt"), expected(folder, None)
-    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [tuned, plain, tuned]
+
+@pytest.mark.parametrize("name", ["prompt", "head"])
+def test_chat_takes_it_off_and_on(name, folder, capsys, monkeypatch):
+    tuned, plain = expected(folder, name), expected(folder, None)
+    lines = ["abc", "/base", "/reset", "abc", "/adapter x", "/reset", "abc"]
+    assert talked(folder, name, lines, monkeypatch, capsys) == [tuned, plain, tuned]
+    lines = ["/base", "/adapter base", "/reset", "abc", "/base", "/reset", "abc", "/base", "/adapter x", "/reset", "abc"]
+    assert talked(folder, name, lines, monkeypatch, capsys) == [plain, plain, tuned]
+
+
+def test_an_unknown_name_leaves_who_answers(folder):
+    from qlite.serving.dialogue import Dialogue
+    from qlite.training.open_bank import open_bank
+
+    found = open_bank(str(folder / "run"), [f"x={place(folder, 'prompt')}"], "cpu", lambda *_: None)
+    dialogue = Dialogue(found.opened.base.model, found.opened.encoder, Sampling(6), None, found.voices)
+    dialogue.toggle_base()
+    with pytest.raises(AdapterError, match='no adapter is called "y"'):
+        dialogue.swap("y")
+    assert dialogue.is_base
+    assert answer(found.opened) == expected(folder, None)
+
+
+def test_chat_says_that_a_base_is_gone(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/base\n"))
+    with pytest.raises(AdapterError, match="biases or norms in the place"):
+        chat.main([str(folder / "run"), "--adapter", f"x={place(folder, 'norms')}", *OPTIONS])
+
+
+def test_what_is_wrong_with_one_adapter_is_what_is_told(folder, tmp_path):
+    """Not that it changes no weight, which is what generate is asked for here."""
+    shutil.copytree(place(folder, "prompt"), tmp_path / "prompt")
+    config = tmp_path / "prompt" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_virtual_tokens": 4}))
+    with pytest.raises(AdapterError) as error:
+        generate.main([str(folder / "run"), "--prompt", "abc", "--adapter", f"x={tmp_path / 'prompt'}", *OPTIONS])
+    assert "says num_virtual_tokens = 4; the two files are not of one adapter" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_vocabulary_of_its_own_is_refused(folder, tmp_path):
+    model = tiny_llama(vocab_size=VOCAB_SIZE)
+    method = METHODS["lora"](rank=2, modules_to_save=("embed_tokens", "lm_head"))
+    method.attach(model)
+    write_adapter(tmp_path, model, method, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    rows = {name: tensor for name, tensor in load_file(file).items() if "embed_tokens" in name or "lm_head" in name}
+    save_file(load_file(file) | {name: torch.cat([tensor, tensor[:5]]) for name, tensor in rows.items()}, file)
+    with pytest.raises(AdapterError, match=f"has {VOCAB_SIZE + 5} rows for tokens, and the run's base {VOCAB_SIZE}: .*merge it"):
+        generate.main([str(folder / "run"), "--prompt", "abc", "--adapter", f"x={tmp_path}", *OPTIONS])
 
 
 def test_beside_another_it_is_refused_with_what_it_is(folder):
@@ -118,3 +172,34 @@ def test_runs_of_methods_like_lora_stand_beside_it_and_answer_as_alone(folder, c
     parts = re.split(r"(?m)^(run|adalora|relora):\n", capsys.readouterr().out)
     said = {who: text.strip() for who, text in zip(parts[1::2], parts[2::2], strict=True)}
     assert said == {name: alone(folder / name, "abc", None).strip() for name in names}
+
+
+def test_an_analysis_of_methods_like_lora_advises_none_of_loras_keys(folder):
+    for name, words in (("adalora", "AdaLoRA has dealt its ranks out by itself"), ("relora", "the sum of several of rank 2")):
+        (line,) = analyze(folder / name, quiet=True).findings.advice()
+        assert words in line
+        assert "method." not in line
+    assert "method.rank" in "".join(analyze(folder / "run", quiet=True).findings.advice())
+
+
+def test_a_masked_triplet_counts_in_no_rank(folder, tmp_path):
+    shutil.copytree(folder / "adalora" / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if name.endswith("lora_E"))][:2] = 0
+    save_file(tensors, file)
+    left = {
+        name.removeprefix(PREFIX).removesuffix(".lora_E"): int(tensor.count_nonzero())
+        for name, tensor in tensors.items()
+        if name.endswith("lora_E")
+    }
+    found = {linear.name: linear.rank for linear in analyze(tmp_path / "adapter", quiet=True).findings.linears}
+    assert found == left
+    assert {1, 3} <= set(left.values())
+
+
+def test_one_seed_makes_alike_only_what_begins_alike(folder):
+    beside = analyze(folder / "run", folder / "adalora", quiet=True).findings
+    again = analyze(folder / "run", folder / "run", quiet=True).findings
+    assert not any("both runs began with train.seed" in note for note in beside.notes)
+    assert any("both runs began with train.seed" in note for note in again.notes)

@@ -115,9 +115,9 @@ class Encoder:
         row = self._rows(asked, prompts, fulls, where, is_open=True)[-1]
         return list(self._tokenised([row])[0].ids)
 
-    def prompt_text(self, messages: Messages) -> str:
-        """Return ``messages`` through the chat template, up to where the next answer begins. Raises DataError: it refuses them."""
-        return self._render_one(messages, None, "prompt", True)
+    def text_of(self, messages: Messages, ask: bool) -> str:
+        """Return ``messages`` through the chat template; ``ask``: up to where the next answer begins. Raises DataError: it refuses them."""
+        return self._render_one(messages, None, "prompt", ask)
 
     @cached_property
     def stop_ids(self) -> list[int]:

@@ -94,9 +94,10 @@ class ForeignAdapter:
         return any(self._more.values()) or any(pair.bias is not None for pair in self.linears.values())
 
     @property
-    def leaves_the_base(self) -> bool:
-        """Whether the base is still there, whole, where it is put on a model: biases are written over, an adapted embedding is."""
-        return not (self.embeddings or self.whole or self.rows or any(pair.bias is not None for pair in self.linears.values()))
+    def zero_part(self) -> str:
+        """Which of the tensors are zero where every update is."""
+        pairs = [*self.linears.values(), *self.embeddings.values()]
+        return "*.lora_A.weight or, of AdaLoRA, *.lora_E" if any(pair.B.any() for pair in pairs) else f"*{LORA_B}"
 
     def updates(self, origin: Path) -> dict[str, LowRank]:
         """Return what the adapter does to each linear, by the linear's dotted name; ``origin`` is only named in messages.
@@ -112,7 +113,9 @@ class ForeignAdapter:
         if unfit:
             raise AdapterError(f"{origin}: tensors that do not fit each other: {some_of(unfit, 5)}")
         if not any(pair.magnitude is not None or (pair.A.any() and pair.B.any()) for pair in self.linears.values()):
-            raise AdapterError(f"{origin}: every *{LORA_B} is zero, so the adapter changes nothing of its base; was it ever trained?")
+            raise AdapterError(
+                f"{origin}: every {self.zero_part} is zero, so the adapter changes nothing of its base; was it ever trained?"
+            )
         return {layer: LowRank(pair.A, pair.B, pair.scaling, pair.magnitude) for layer, pair in self.linears.items()}
 
 
@@ -177,6 +180,8 @@ def _multiply_singular_values(parts: Parts, first_rank: int) -> list[str]:
     """
     problems = []
     for layer, part in parts.items():
+        strange = [name for name in part if name.startswith("lora_") and name not in TRIPLETS]
+        problems += [f"has {full_name(layer, name)}, which nothing here takes in an adapter of its type" for name in strange]
         A, E, B = (part.get(name) for name in TRIPLETS)
         if A is None or E is None or B is None:
             problems += [f"lacks {full_name(layer, name)}" for name in TRIPLETS if name not in part and part.keys() & set(TRIPLETS)]
@@ -270,6 +275,9 @@ class _Found:
     def _pair(self, layer: str, A: str, B: str) -> Pair:
         part, rank = self.parts[layer], len(self.parts[layer][A])
         scaling = self.config.alpha_of(layer) / (rank**0.5 if self.config.rslora else rank)
+        left = part[A].any(dim=1) if self.config.kind == ADALORA else None
+        if left is not None and left.any():  # AdaLoRA's triplets that were masked are in its file, and in no rank
+            return Pair(part[A][left], part[B][:, left], scaling)
         return Pair(part[A], part[B], scaling, part.get("lora_magnitude_vector"), part.get("lora_B.bias"))
 
 

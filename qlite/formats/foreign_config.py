@@ -36,6 +36,7 @@ STARTS_THAT_LEAVE_THE_BASE = {"gaussian", "eva", "orthogonal"}
 BIASES = ("none", "all", "lora_only")
 # A pattern is a stranger's and runs on every layer's name: more repetitions than these could run for minutes.
 MOST_REPETITIONS, MOST_PATTERN = 3, 200
+MOST_RANK = 2**31
 WAY_OUT = "what is not read here, PEFT may merge (model.merge_and_unload()): give the model that it writes instead"
 
 TokenIds = dict[str, list[int]]
@@ -99,6 +100,8 @@ def read_config(path: Path) -> tuple[ForeignConfig, list[str]]:
     rank, alpha = (1, 1) if kind == IA3 else (config.get(rank_key), config.get("lora_alpha"))
     if type(rank) is not int or type(alpha) not in (int, float):
         raise AdapterError(f'{path}: "{rank_key}" and "lora_alpha" must be numbers')
+    if rank > MOST_RANK:
+        raise AdapterError(f'{path}: "{rank_key}" is {shown(str(rank)[:20])}, more than any layer has rows')
     if rank < 1 or not 0 < alpha <= sys.float_info.max:
         given = f"{shown(str(rank)[:20])} and {alpha}"
         raise AdapterError(f'{path}: "{rank_key}" must be 1 or more and "lora_alpha" more than 0 and finite; these are {given}')
@@ -186,8 +189,9 @@ def _unsupported(config: dict) -> list[str]:
         problems.append(f"peft_type is {shown(repr(kind))}, only {', '.join(TYPES)} are read")
     if config.get("bias", "none") not in BIASES:
         problems.append(f"bias = {config['bias']!r}: is none of {', '.join(BIASES)}")
-    if isinstance(init := config.get("init_lora_weights"), str) and init not in STARTS_THAT_LEAVE_THE_BASE:
+    # AdaLoRA only asks whether there is one.
+    if kind != ADALORA and isinstance(init := config.get("init_lora_weights"), str) and init not in STARTS_THAT_LEAVE_THE_BASE:
         problems.append(f"init_lora_weights = {init!r} changed the base too: save it anew with path_initial_model_for_weight_conversion")
-    known = READ_OR_WITHOUT_EFFECT[LORA if problems else kind]
+    known = READ_OR_WITHOUT_EFFECT[kind if kind in TYPES else LORA]
     others = [f"{key} = {value!r} is not supported" for key, value in config.items() if value and key not in known]
     return [*problems, *others, *([WAY_OUT] if others else [])]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlite.errors import AdapterError, shown, some_of
 from qlite.formats.foreign import ForeignAdapter, Pair
-from qlite.formats.peft import CONFIG, LORA_B, SHOWN_NAME, full_name
+from qlite.formats.peft import CONFIG, SHOWN_NAME, full_name
 from qlite.methods.base import put_module
 from qlite.methods.ia3 import ScaledLinear
 from qlite.methods.lora import DoRALinear, LoRALinear, join_siblings
@@ -48,9 +48,16 @@ def put_foreign_adapter(foreign: ForeignAdapter, model: PreTrainedModel, origin:
     join_siblings(model)
     changes |= _put_rows(foreign, model)
     if not changes:
-        own = "*.ia3_l is 1" if foreign.factors else f"*{LORA_B} is zero"
+        own = "*.ia3_l is 1" if foreign.factors else f"{foreign.zero_part} is zero"
         others = ", every saved tensor is the base's" if foreign.whole or foreign.rows else ""
         raise AdapterError(f"{origin}: every {own}{others}, so the adapter changes nothing of its base; was it ever trained?")
+
+
+def writes_over_the_base(foreign: ForeignAdapter, model: PreTrainedModel) -> bool:
+    """Return whether ``foreign``, once put on ``model``, has written over tensors of the base's: biases and norms have no stand-in."""
+    matrices = {(layer, "weight") for layer in foreign.whole if is_linear(own := model.get_submodule(layer)) or is_embedding(own)}
+    saved = {(layer, name) for layer, tensors in foreign.whole.items() for name in tensors}
+    return not saved <= matrices or any(pair.bias is not None for pair in foreign.linears.values())
 
 
 def adapter_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:

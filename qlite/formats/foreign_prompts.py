@@ -26,9 +26,10 @@ VIRTUAL = {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers
 # PEFT 0.21's options that are read here, follow from the tensors, or only say how they began.
 READ_OR_WITHOUT_EFFECT = {
     "PROMPT_TUNING": VIRTUAL | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
-    "PREFIX_TUNING": VIRTUAL | {"encoder_hidden_size", "prefix_projection"},
+    "PREFIX_TUNING": VIRTUAL | {"encoder_hidden_size", "prefix_projection", "init_weights"},
     "ADAPTION_PROMPT": {"adapter_len", "adapter_layers", "target_modules"},
 }
+ADAPTION = ".adaption_prompt"
 MOST_PROBLEMS = 5
 """In one message."""
 
@@ -97,13 +98,12 @@ def read_foreign_prompts(folder: Path) -> ForeignPrompts | None:
         raise AdapterError(f"{folder / CONFIG}: {some_of(problems, MOST_PROBLEMS)}")
     tensors, key = read_tensors(folder), NUMBERS[kind][0]
     # Before anything of that size is made.
-    wrong = [name for name, tensor in tensors.items() if _is_prompt(name) and (tensor.dim() < 2 or tensor.shape[-2] != numbers[key])]
+    prompts = {name: tensor for name, tensor in tensors.items() if name == PROMPT or name.endswith(ADAPTION)}
+    if not prompts:
+        raise AdapterError(f"{folder / WEIGHTS}: holds no tensor called {PROMPT if kind != PROMPTS[-1] else '*' + ADAPTION}")
+    wrong = [name for name, tensor in prompts.items() if tensor.dim() < 2 or not tensor.numel() or tensor.shape[-2] != numbers[key]]
     if wrong:
         told = f"{shown(wrong[0], SHOWN_NAME)} is {list(tensors[wrong[0]].shape)}, and {CONFIG} says {key} = {numbers[key]}"
         raise AdapterError(f"{folder / WEIGHTS}: {told}; the two files are not of one adapter")
     base = config.get("base_model_name_or_path")
     return ForeignPrompts(kind, numbers, tensors, base if isinstance(base, str) else None)
-
-
-def _is_prompt(name: str) -> bool:
-    return name == PROMPT or name.endswith(".adaption_prompt")

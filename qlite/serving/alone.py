@@ -21,6 +21,11 @@ class Alone:
         self.model, self.names = model, [name]
         self._can_be_off, self._off = can_be_off, ExitStack()
 
+    def require_base(self) -> None:
+        """Raise AdapterError where the adapter has written over the base, which cannot answer any more."""
+        if not self._can_be_off:
+            raise AdapterError(f'"{self.names[0]}" has biases or norms in the place of the base\'s own, which is not there to answer')
+
     def use(self, names: str | Sequence[str]) -> None:
         """Choose the adapter, or ``BASE``, for all rows of the next batches.
 
@@ -34,8 +39,8 @@ class Alone:
             raise AdapterError(
                 f'"{self.names[0]}" does more than low-rank updates, and answers in no batch with the base; ask them in turns'
             )
-        if BASE in wanted and not self._can_be_off:
-            raise AdapterError(f'"{self.names[0]}" has layers in the place of the base\'s own, which is not there to answer')
+        if BASE in wanted:
+            self.require_base()
         self._off.close()
         if BASE in wanted:
             self._off.enter_context(adapters_off(self.model))

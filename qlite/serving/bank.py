@@ -89,6 +89,9 @@ class AdapterBank:
                 routes[here] = Route.of(rows, here, self.device)
             linear.chosen = linear.mixture(routes[here]) if here else None
 
+    def require_base(self) -> None:
+        """Do nothing: the base's weights are never written."""
+
     def _require(self, name: str) -> None:
         if name not in (BASE, *self.names):
             known = ", ".join(f'"{each}"' for each in (BASE, *self.names))

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from qlite.data.encode import Encoder
 from qlite.data.formats import Messages
 from qlite.device import is_out_of_memory
-from qlite.errors import DataError, MachineError
+from qlite.errors import AdapterError, DataError, MachineError
 from qlite.methods.base import adapters_off, longest_input
 from qlite.serving.alone import Alone
 from qlite.serving.answer import Sampling, TextStream, generate_ids
@@ -108,7 +108,13 @@ class Dialogue:
         self._read.forget()
 
     def toggle_base(self) -> bool:
-        """Switch the adapter off, or on again, and return whether it is off now."""
+        """Switch the adapter off, or on again, and return whether it is off now.
+
+        Raises:
+            AdapterError, ModelError: the base is not there any more.
+        """
+        if self.voices is not None:
+            self.voices.bank.require_base()
         self._read.forget()
         if self.is_base:
             self._off.close()
@@ -125,10 +131,16 @@ class Dialogue:
         Raises:
             AdapterError: there is none of this name.
         """
-        self.voices.bank.use(name)
-        self._read.forget()
-        if self.is_base:
+        was_base = self.is_base
+        if was_base:  # the bank's own switch is the inner one
             self.toggle_base()
+        try:
+            self.voices.bank.use(name)
+        except AdapterError:
+            if was_base:
+                self.toggle_base()
+            raise
+        self._read.forget()
         systems, before = self.voices.systems, self.system
         if before == systems[self.adapter]:
             self.system = systems[name]

@@ -20,7 +20,8 @@ def run_modelfile(opened: OpenRun, file: str, is_adapter: bool) -> str | None:
             return None
         source = [f"FROM {files.folder / files.gguf}", f"ADAPTER ./{file}"]
     tokenizer, encoder = opened.base.tokenizer, opened.encoder
-    bos = (tokenizer.bos_token or "") if encoder.begins_with_token else ""
-    template = None if encoder.template is None else go_template(encoder.prompt_text, encoder.template, bos)
+    template = None
+    if encoder.template is not None:
+        template = go_template(encoder.text_of, encoder.template, tokenizer.bos_token or "", encoder.begins_with_token)
     stops = tokenizer.convert_ids_to_tokens(encoder.stop_ids)
-    return modelfile(source, template, stops, opened.run.result["system"])
+    return modelfile(source, template, stops, opened.run.result["system"], is_raw=encoder.template is None)

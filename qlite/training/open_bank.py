@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qlite.errors import AdapterError, QliteError, shown
-from qlite.formats.foreign_fit import put_foreign_adapter
+from qlite.formats.foreign_fit import put_foreign_adapter, writes_over_the_base
 from qlite.model.lowering import lower_memory
 from qlite.model.shapes import base_shapes
 from qlite.model.wheel import Progress
@@ -33,12 +33,13 @@ def open_bank(run: str | None, texts: list[str], device: str, progress: Progress
     One of PEFT's that does more than low-rank updates of linears is taken where it is the only one.
 
     Raises:
-        QliteError: they cannot be read or do not belong together; all that is wrong is said at once, and no weight is loaded before.
+        QliteError: they cannot be read or do not belong together; all that is wrong is said at once, and no weight is loaded before, but
+            where an adapter that stands alone does not fit.
     """
     given, problems = parse_adapters(texts)
     first = _base_run(run, given, problems)
-    alone = given[0] if len(given) == 1 and _stands_alone(given[0]) else None
-    updates = {} if alone else {each.name: read_updates(each, problems) for each in given}
+    alone, is_read = _alone(given, problems)
+    updates = {each.name: read_updates(each, problems) for each in given} if is_read and not alone else {}
     if first is not None:
         known = [Given(BASE, first.path, first), *given]
         problems += [problem for keys in (BASE_KEYS, TEMPLATE_KEYS) for problem in contradictions(known, keys)]
@@ -59,20 +60,35 @@ def open_bank(run: str | None, texts: list[str], device: str, progress: Progress
     return OpenBank(opened, Voices(bank, {BASE: first.result["system"], **systems}), _notes(given, opened))
 
 
-def _stands_alone(given: Given) -> bool:
+def _alone(given: list[Given], problems: list[str]) -> tuple[Given | None, bool]:
+    """Return the one adapter that no other can stand beside, if it is that, and whether all could be looked into."""
+    if len(given) != 1:
+        return None, True
     try:
-        return given.stands_alone
-    except AdapterError:  # which is told with all else that is wrong
-        return False
+        return (given[0] if given[0].stands_alone else None), True
+    except AdapterError as error:
+        problems.append(str(error))
+        return None, False
 
 
 def _put_alone(given: Given, opened: OpenRun) -> Alone:
+    """Put ``given`` on the base of ``opened``.
+
+    Raises:
+        AdapterError: it does not fit, or has a vocabulary of its own, which the run's tokenizer does not know.
+    """
     model = opened.base.model
     if given.prompts:
         given.prompts.put_on(model, given.folder)
-    else:
-        put_foreign_adapter(given.adapter, model, given.folder)
-    return Alone(model, given.name, can_be_off=given.prompts is not None or given.adapter.leaves_the_base)
+        return Alone(model, given.name, can_be_off=True)
+    rows, can_be_off = model.get_input_embeddings().num_embeddings, not writes_over_the_base(given.adapter, model)
+    put_foreign_adapter(given.adapter, model, given.folder)
+    if (now := model.get_input_embeddings().num_embeddings) != rows:
+        raise AdapterError(
+            f"{given.folder}: has {now} rows for tokens, and the run's base {rows}: its tokenizer is another; merge it, with that: "
+            f"python tools/merge.py {given.folder} --base {shown(given.base_name)} --out FOLDER"
+        )
+    return Alone(model, given.name, can_be_off)
 
 
 def _base_run(run: str | None, given: list[Given], problems: list[str]) -> RunFolder | None:

@@ -23,7 +23,7 @@ from tests.marks import slow
 NAMES = ("llama", "qwen2", "gpt_neox")
 PROMPTS = {
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
-    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, init_weights="zero"),
     "a prefix that an MLP makes": peft.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=8
     ),
@@ -122,15 +122,40 @@ def changed(folder: Path, tensors: Callable[[dict[str, Tensor]], object] = lambd
 
 Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
 DOWN = f"{PREFIX}model.layers.1.mlp.down_proj"
+
+
+def test_a_start_is_no_change_of_the_base_in_adalora(folders, tmp_path):
+    wrapped = made_by_peft(folders["llama"], tmp_path, config_of("adalora", "llama"))
+    model = put_on(ours(folders["llama"]), changed(tmp_path, init_lora_weights="pissa"))
+    assert (exact_logits_of(model) - exact_logits_of(wrapped)).abs().max() <= 2e-5
+
+
 WRONG = {
     "no singular values": ("adalora", lambda t: t.pop(f"{Q}.lora_E"), {}, r"lacks \S*q_proj\.lora_E"),
     "triplets of two ranks": ("adalora", lambda t: t.update({f"{Q}.lora_E": torch.ones(2, 1)}), {}, r"are no lora_A \[R, in\], lora_E"),
     "a rank that nobody named": ("adalora", None, {"init_r": 4}, r"has rank 6, and adapter_config.json says r = 4"),
     "no first rank": ("adalora", None, {"init_r": None}, '"init_r" and "lora_alpha" must be numbers'),
     "a pattern of numbers": ("adalora", None, {"rank_pattern": {"x": 3}}, "rank_pattern must be an object of lists of true and false"),
-    "no singular value but 0": ("adalora", lambda t: [v.zero_() for k, v in t.items() if k.endswith("lora_E")], {}, "was it ever trained"),
+    "no singular value but 0": (
+        "adalora",
+        lambda t: [v.zero_() for k, v in t.items() if k.endswith("lora_E")],
+        {},
+        r"every \*\.lora_A\.weight or, of AdaLoRA, \*\.lora_E is zero",
+    ),
+    "LoRA's tensors": (
+        "adalora",
+        lambda t: t.update({f"{Q}.lora_A.weight": t.pop(f"{Q}.lora_A"), f"{Q}.lora_B.weight": t.pop(f"{Q}.lora_B")}),
+        {},
+        r"lora_A\.weight, which nothing here takes in an adapter of its type",
+    ),
+    "a first rank beyond all": ("adalora", None, {"init_r": 10**400}, '"init_r" is 1000+, more than any layer has rows'),
     "no triplet": ("adalora", lambda t: [t.pop(k) for k in list(t) if "lora_" in k], {}, "is it an AdaLoRA adapter"),
-    "an unknown option, told alone": ("adalora", None, {"use_dora": True}, r"use_dora = True is not supported; what is not read here, .* it writes instead$"),
+    "an unknown option, told alone": (
+        "adalora",
+        None,
+        {"use_dora": True},
+        r"use_dora = True is not supported; what is not read here, .* it writes instead$",
+    ),
     "an unknown option": ("adalora", None, {"use_rslora": True}, "use_rslora = True is not supported"),
     "factors in AdaLoRA": ("adalora", lambda t: t.update({f"{Q}.ia3_l": torch.ones(64, 1)}), {}, r"ia3_l, which nothing here takes"),
     "triplets in a LoRA": ("adalora", None, {"peft_type": "LORA"}, r"lora_A, which nothing here takes in an adapter of its type"),
@@ -165,8 +190,15 @@ def test_factors_of_one_change_nothing_and_are_refused(folders, tmp_path):
 WRONG_PROMPTS = {
     "no length": ("prompt", None, {"num_virtual_tokens": None}, "num_virtual_tokens must be a whole number of 1 or more"),
     "another length": ("prompt", None, {"num_virtual_tokens": 6}, r"is \[5, 64\], and adapter_config.json says num_virtual_tokens = 6"),
+    "no prompt": ("prefix", dict.clear, {"num_virtual_tokens": 10**12}, "holds no tensor called prompt_embeddings"),
+    "an empty prompt": ("prompt", lambda t: t.update(prompt_embeddings=torch.ones(9, 0)), {"num_virtual_tokens": 9}, r"is \[9, 0\], and"),
     "a length beyond any memory": ("gated prompts", None, {"adapter_len": 10**15}, "says adapter_len = 1000000000000000"),
-    "another prompt": ("prompt", lambda t: t.update(prompts=t.pop("prompt_embeddings")), {}, "has prompts, which nothing here takes; lacks prompt_embeddings"),
+    "another prompt": (
+        "prompt",
+        lambda t: t.update(prompts=t.pop("prompt_embeddings")),
+        {},
+        "holds no tensor called prompt_embeddings",
+    ),
     "another width": ("prefix", lambda t: t.update(prompt_embeddings=torch.ones(5, 8)), {}, r"is \[5, 8\], needed is \[5, "),
     "more": ("prompt", lambda t: t.update(other=torch.ones(1)), {}, "has other, which nothing here takes"),
     "saved layers": ("prompt", None, {"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),

@@ -14,6 +14,7 @@ from qlite.errors import ExportError, RunError
 from qlite.export import main
 from qlite.files import is_whole, new_folder
 from qlite.formats.gguf_lora import write_adapter_gguf
+from qlite.formats.go_template import GoTemplate
 from qlite.formats.modelfile import modelfile
 from qlite.methods.base import adapted_linears
 from qlite.methods.lora import LoRA
@@ -120,8 +121,11 @@ def test_an_adapter_without_linears_is_refused(tmp_path):
 
 
 def test_the_modelfile_says_where_when_to_stop_and_the_system_message():
-    assert modelfile(["FROM ./m.gguf"], "{{ .Prompt }}", ["</s>", '<"end">'], "Be brief.\nAlways.").splitlines() == [
+    assert modelfile(
+        ["FROM ./m.gguf"], GoTemplate("{{ .Prompt }}", ("it differs",)), ["</s>", '<"end">'], "Be brief.\nAlways."
+    ).splitlines() == [
         "FROM ./m.gguf",
+        "# Beware: it differs.",
         'TEMPLATE """{{ .Prompt }}"""',
         'PARAMETER stop "</s>"',
         'PARAMETER stop "<\\"end\\">"',
