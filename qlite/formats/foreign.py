@@ -275,8 +275,9 @@ class _Found:
     def _pair(self, layer: str, A: str, B: str) -> Pair:
         part, rank = self.parts[layer], len(self.parts[layer][A])
         scaling = self.config.alpha_of(layer) / (rank**0.5 if self.config.rslora else rank)
-        left = part[A].any(dim=1) if self.config.kind == ADALORA else None
-        if left is not None and left.any():  # AdaLoRA's triplets that were masked are in its file, and in no rank
+        if self.config.kind == ADALORA:  # triplets that were masked are in its file, and in no rank
+            left = part[A].any(dim=1)
+            left[0] |= not left.any()
             return Pair(part[A][left], part[B][:, left], scaling)
         return Pair(part[A], part[B], scaling, part.get("lora_magnitude_vector"), part.get("lora_B.bias"))
 
