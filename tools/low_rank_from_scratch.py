@@ -266,7 +266,8 @@ def draw(found: list[Training], path: Path) -> None:
         axis.plot(range(1, len(full[0]) + 1), full[0], "k--", label="full rank")
         axis.set(title=words, xlabel="epoch", ylabel="test accuracy, %")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=8)
+    # Beside the curves: within them it would hide one.
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ranks) + 1, fontsize=8)
     for kind, words in KINDS.items():
         curves = [_curve(found, kind, rank) for rank in ranks]
         axes[2].plot(ranks, [curve[0][-1] for curve in curves], "o-", label=words)
