@@ -1,7 +1,6 @@
 """The table of all methods, on a tiny base: what it trains, shares and times, from any folder, and never with figures of other settings."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -61,18 +60,6 @@ def test_the_table_of_a_relative_recipe_has_what_is_beside_its_base_and_what_has
     assert len(before) == 2
     methods_table.main(command())
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("figures.json")} == before
-
-
-@pytest.mark.slow
-def test_every_baseline_gets_into_the_table(methods_table, folder):
-    """The table's short version: all methods, each trained, measured and asked in a process of its own."""
-    methods_table.main([word for word in command() if word not in ("--only", "lora", "full")])
-    found = {each["method"]: each for each in json.loads((folder / "out" / "methods.json").read_text())}
-    assert sorted(found) == sorted(path.stem for path in (ROOT / "recipes" / "baselines").glob("*.toml"))
-    for name, each in found.items():
-        assert math.isfinite(each["scores"]["loss"]), name
-        assert 0 < each["trained"] <= each["of"], name
-        assert abs(each["measured"] - each["planned"]) <= 0.01 * each["planned"], name
 
 
 def test_a_model_that_was_trained_itself_has_no_time_beside_its_base(methods_table):
