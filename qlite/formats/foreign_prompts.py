@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from qlite.errors import AdapterError, shown, some_of
 from qlite.formats.foreign_config import GENERAL, PROMPTS, parsed_config
-from qlite.formats.peft import CONFIG, PREFIX, SHOWN_NAME, WEIGHTS, copy_adapter, read_tensors
+from qlite.formats.peft import CONFIG, PREFIX, SHOWN_NAME, WEIGHTS, copy_adapter, read_tensors, require_alike
 from qlite.methods.beside import PROMPT
 from qlite.methods.llama_adapter import LlamaAdapter
 from qlite.methods.prefix import PrefixTuning
@@ -61,16 +61,7 @@ class ForeignPrompts:
         written = method.peft(model)
         if written is None:
             raise AdapterError(f'{origin}: {self.kind} in the family "{model.config.model_type}" is another computation in PEFT; not read')
-        expected = written[1]
-        problems = [f"lacks {name}" for name in expected.keys() - self.tensors.keys()]
-        problems += [f"has {shown(name, SHOWN_NAME)}, which nothing here takes" for name in self.tensors.keys() - expected.keys()]
-        problems += [
-            f"{name} is {list(self.tensors[name].shape)}, needed is {list(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in self.tensors and self.tensors[name].shape != tensor.shape
-        ]
-        if problems:
-            raise AdapterError(f"{origin}: the adapter does not fit this base: {some_of(sorted(problems), MOST_PROBLEMS)}")
+        require_alike(self.tensors, written[1], origin)
         gates = [tensor for name, tensor in self.tensors.items() if name.endswith(".adaption_gate")]
         if gates and not any(gate.any() for gate in gates):
             raise AdapterError(f"{origin}: every *.adaption_gate is zero, so the adapter changes nothing of its base; was it ever trained?")

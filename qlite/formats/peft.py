@@ -125,19 +125,24 @@ def copy_adapter(tensors: dict[str, Tensor], model: nn.Module, origin: Path, res
         AdapterError: names or shapes differ from what is attached; all of them in one message.
     """
     own = adapter_tensors(model, resumable)
-    problems = [f"lacks {name}" for name in own.keys() - tensors.keys()]
-    problems += [f"has {shown(name, SHOWN_NAME)}, which nothing here takes" for name in tensors.keys() - own.keys()]
+    require_alike(tensors, own, origin)
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name])
+
+
+def require_alike(tensors: dict[str, Tensor], expected: dict[str, Tensor], origin: Path) -> None:
+    """Raise AdapterError unless ``tensors`` have the names and shapes of ``expected``, and are finite; all problems in one message."""
+    problems = [f"lacks {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"has {shown(name, SHOWN_NAME)}, which nothing here takes" for name in tensors.keys() - expected.keys()]
     problems += [
-        f"{name} is {list(tensors[name].shape)}, needed is {list(p.shape)}"
-        for name, p in own.items()
-        if name in tensors and tensors[name].shape != p.shape
+        f"{name} is {list(tensors[name].shape)}, needed is {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
     ]
     problems += _not_finite(tensors)
     if problems:
         raise AdapterError(f"{origin}: the adapter does not fit this base: {some_of(sorted(problems), MOST_PROBLEMS)}")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(tensors[name])
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
