@@ -37,6 +37,9 @@ __all__ = [*PLACES, *VERBS]
 # else uses too every wait costs a time slice: a token decoded beside one busy program took 2.3 s, with a short spin 0.3 s
 # (alone: 0.10 and 0.11 s; tools/LOG.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Tensors of 2 MiB and more in huge pages, where the kernel has them for whoever asks: a step faults in what the last one gave back, 4 KiB
+# at a time without them, and takes 1.1 times as long (tools/LOG.md). It is torch's own switch, for CPUs; elsewhere than on Linux unused.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # bitsandbytes warns, when it is imported, that an optional CPU kernel package is missing; qlite does not use it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # torch's allocator on a card: one growing segment a pool instead of many that no large tensor fits into. Linux only; a user's own

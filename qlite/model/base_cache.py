@@ -2,12 +2,14 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -78,12 +80,12 @@ class BaseCache:
         """``names``: in the file, by the model's names, of which those that share a tensor have one; ``sums``: by those."""
         on_host, made, done = modules_on_host(model, memory) if memory else set(), {}, 0
         with (self._folder / TENSORS).open("rb") as file:
-            tensors = _Tensors(file)
+            tensors = _Tensors(file, device)
             for prefix, module in model.named_modules():
                 for name, empty in _own_tensors(module):
                     stored = names[f"{prefix}.{name}" if prefix else name]
                     if stored not in made:
-                        made[stored] = tensors.read(stored, empty, sums[stored], device)
+                        made[stored] = tensors.read(stored, empty, sums[stored])
                         done += made[stored].nbytes
                         progress("load the quantised base", done, tensors.nbytes)
                     put(module, name, made[stored])
@@ -108,21 +110,23 @@ class BaseCache:
 
 
 class _Tensors:
-    """The tensors of an open safetensors file, read straight into memory of their own.
+    """The tensors of an open safetensors file: on a CPU they are places of a window on it, elsewhere they are read on their way to a card.
 
-    Through the library each is a window on the file first: the pages count as the process's, and a window a tensor costs 2 ms of a
-    file of a thousand. The format: huggingface.co/docs/safetensors, "Format".
+    Pages of a window that are short of memory are dropped and read again, where others are swapped out or end the process, and several
+    runs over one base share them. What is written into one is this process's own. Through the library each tensor is a window of its
+    own, at 2 ms in a file of a thousand. The format: huggingface.co/docs/safetensors, "Format".
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, device: torch.device):
         length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
         if length > size - 8:
             raise ValueError(f"a table of {length} bytes in a file of {size}")
-        self._file, self._start, self._table = file, 8 + length, json.loads(file.read(length))
+        self._file, self._start, self._table, self._device = file, 8 + length, json.loads(file.read(length)), device
         self.nbytes = size - self._start
+        self._content = np.memmap(file, np.uint8, "c", self._start) if has_window(device) else None
 
-    def read(self, name: str, empty: Tensor, expected: int, device: torch.device) -> Tensor:
-        """Return the tensor ``name``, like ``empty`` but for its content, whose ``_sum`` is ``expected``, on ``device``.
+    def read(self, name: str, empty: Tensor, expected: int) -> Tensor:
+        """Return the tensor ``name``, like ``empty`` but for its content, whose ``_sum`` is ``expected``, on the device.
 
         Raises:
             ValueError, KeyError: the file has another one, or none.
@@ -131,15 +135,25 @@ class _Tensors:
         begin, end = entry["data_offsets"]
         if (tuple(entry["shape"]), entry["dtype"], end - begin) != (tuple(empty.shape), DTYPE_NAMES[empty.dtype], empty.nbytes):
             raise ValueError(f"{name} is not what the model needs")
-        make = partial(torch.empty, empty.shape, dtype=empty.dtype)
-        tensor = make() if device.type == "cpu" else window(make)  # on its way to a card it is no memory of the card's
-        self._file.seek(self._start + begin)
-        if self._file.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+        if end > self.nbytes:
             raise ValueError(f"{name} is cut short")
+        if self._content is None:
+            make = partial(torch.empty, empty.shape, dtype=empty.dtype)
+            tensor = make() if self._device.type == "cpu" else window(make)  # on its way to a card it is no memory of the card's
+            self._file.seek(self._start + begin)
+            self._file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
+        else:
+            tensor = torch.from_numpy(self._content[begin:end]).view(empty.dtype).view(empty.shape)
         if _sum(tensor) != expected:
             raise ValueError(f"{name} is not what was written")
-        tensor = tensor.to(device)
+        tensor = tensor.to(self._device)
         return nn.Parameter(tensor, requires_grad=False) if isinstance(empty, nn.Parameter) else tensor
+
+
+def has_window(device: torch.device) -> bool:
+    """Return whether a base that is filled from the cache on ``device`` lies in the file, not in memory of the process's own."""
+    # Windows deletes no file that somebody has a window on, and the cache must be able to drop it.
+    return device.type == "cpu" and sys.platform != "win32"
 
 
 def _sum(tensor: Tensor) -> int:

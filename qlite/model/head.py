@@ -38,7 +38,10 @@ class _Head(nn.Module):
         self.view = view
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.view(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
+        # Of one row of states the result is a view of what the model makes, and what is written over in a view costs autograd a copy.
+        rows = hidden if hidden.dim() > 2 else hidden.unsqueeze(0)
+        logits = self.view(inputs_embeds=rows, use_cache=False).logits
+        return logits if rows is hidden else logits[0]
 
 
 class _Given(nn.Module):

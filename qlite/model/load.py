@@ -23,7 +23,7 @@ from qlite.device import give_back_freed
 from qlite.errors import ModelError, shown
 from qlite.hashes import sampled_hash
 from qlite.model.attention import Attention, meta_model
-from qlite.model.base_cache import BaseCache
+from qlite.model.base_cache import BaseCache, has_window
 from qlite.model.checkpoint import open_checkpoint, read_tokenizer
 from qlite.model.elementwise import compile_kernels
 from qlite.model.fusing import fuse
@@ -124,6 +124,8 @@ class Base(Table):
             fill(model, checkpoint, device, progress, memory)
             if kept is not None:
                 kept.write(model)
+                if has_window(device):  # so that a first run holds no more than the next one will
+                    kept.fill(model, device, progress, memory)
         give_back_freed(device)
         model.requires_grad_(False)
         model.eval()

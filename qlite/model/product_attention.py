@@ -4,9 +4,9 @@ The scores are computed for a tile of queries at a time, against the keys that t
 height ever exist. Query heads that share a key head are rows of one product, and neither keys nor values are repeated for them. The
 gradient computes the scores again (Dao et al. 2022, arXiv:2205.14135, section 3.1); the softmax is torch's, in float32 inside.
 
-A tile's keys are multiplied without the mean of those before it. That adds the same to all scores of a query, which a softmax does not see,
-and what is left is rounded less: the scores, and the gradient of the queries, a sum of keys whose weights add up to no more than their
-own rounding (Zhang et al. 2024, arXiv:2410.02367, section 4.2, which takes the mean of all; no token is to be changed by later ones).
+Keys are multiplied without the mean of the first tile's. That adds the same to all scores of a query, which a softmax does not see, and
+what is left is rounded less: the scores, and the gradient of the queries, a sum of keys whose weights add up to no more than their own
+rounding (Zhang et al. 2024, arXiv:2410.02367, section 4.2, which takes the mean of all; no token is to be changed by later ones).
 """
 
 from collections.abc import Iterator
@@ -96,26 +96,27 @@ class _Attention(torch.autograd.Function):
 def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
-    keys, values = _by_head(key), _by_head(value)
+    keys, values, future = _Centred(_by_head(key), query), _by_head(value), _future(query)
     for start, end in _tiles(query):
-        share = _shares(_by_group(query[:, :, start:end], len(keys)), _seen(keys, start, end), scale, start)
+        share = _shares(_by_group(query[:, :, start:end], len(values)), keys.seen(start, end), scale, start, future)
         _put(out[:, start:end].transpose(1, 2), torch.bmm(share, values[:, :end]))
     return out
 
 
 def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, for ``grad`` [B, T, H, E] of the output."""
-    keys, values, grad = _by_head(key), _by_head(value), grad.transpose(1, 2)
+    keys, values, grad, future = _by_head(key), _by_head(value), grad.transpose(1, 2), _future(query)
     grad_query = torch.empty_like(query)
     # Each tile adds to them: in float32, so that nothing is rounded more than once.
     grad_keys, grad_values = (x.new_zeros(x.shape, dtype=torch.float32) for x in (keys, values))
+    keys, values = _Centred(keys, query), _Centred(values, query)
     for start, end in _tiles(query):
-        rows, grad_rows = (_by_group(x[:, :, start:end], len(keys)) for x in (query, grad))
-        seen = _seen(keys, start, end)
-        share = _shares(rows, seen, scale, start)
+        rows, grad_rows = (_by_group(x[:, :, start:end], len(grad_keys)) for x in (query, grad))
+        seen = keys.seen(start, end)
+        share = _shares(rows, seen, scale, start, future)
         grad_values[:, :end] += torch.bmm(share.transpose(1, 2), grad_rows)
         # What all shares of a row gain alike, their softmax does not see either.
-        grad_scores = torch.bmm(grad_rows, _seen(values, start, end).transpose(1, 2))
+        grad_scores = torch.bmm(grad_rows, values.seen(start, end).transpose(1, 2))
         torch._softmax_backward_data(grad_scores, share, -1, share.dtype, grad_input=grad_scores)
         # Of what was taken from the keys none is left here: a row of the scores' gradients adds up to zero.
         grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), rows)
@@ -130,21 +131,36 @@ def _tiles(query: Tensor) -> Iterator[tuple[int, int]]:
     return ((start, min(start + height, length)) for start in range(0, length, height))
 
 
-def _seen(x: Tensor, start: int, end: int) -> Tensor:
-    """Return keys or values [N, T, D] up to ``end``, without the mean of those before ``start``; for the first tile without the first."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x[:, :end] - x[:, : max(start, 1)].mean(dim=1, keepdim=True, dtype=wide)).to(x.dtype)
+class _Centred:
+    """Keys or values [N, T, D] without a mean that every query of a tile may know: the first tile's; in the first tile the first one."""
+
+    def __init__(self, x: Tensor, query: Tensor):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        height = next(_tiles(query))[1]
+        self._of_first = x[:, :height] - x[:, :1]
+        # Computed in float32 and rounded once, without a float32 copy of all.
+        mean = x[:, :height].mean(dim=1, keepdim=True, dtype=wide)
+        self._of_others = torch.sub(x, mean, out=torch.empty_like(x)) if height < x.shape[1] else None
+
+    def seen(self, start: int, end: int) -> Tensor:
+        """Return those up to ``end``, for the tile of queries that begins at ``start``."""
+        return self._of_others[:, :end] if start else self._of_first
 
 
-def _shares(rows: Tensor, keys: Tensor, scale: float, start: int) -> Tensor:
+def _shares(rows: Tensor, keys: Tensor, scale: float, start: int, future: Tensor) -> Tensor:
     """Return what each of ``rows`` [N, G * tile, D], the queries from ``start`` on, takes of each of ``keys`` [N, end, D]: shares of 1."""
     end = keys.shape[1]
     height = end - start
     # With beta = 0 the first argument gives its shape alone.
     scores = torch.baddbmm(rows.new_empty(1).expand(*rows.shape[:2], end), rows, keys.transpose(1, 2), beta=0, alpha=scale)
-    future = torch.ones(height, height, dtype=torch.bool, device=rows.device).triu(1)
-    scores.view(len(rows), -1, height, end)[..., start:].masked_fill_(future, float("-inf"))
+    scores.view(len(rows), -1, height, end)[..., start:].masked_fill_(future[:height, :height], float("-inf"))
     return torch.softmax(scores, -1, out=scores)
+
+
+def _future(query: Tensor) -> Tensor:
+    """Return which keys of its own tile a query does not see, [tile, tile] bool."""
+    height = next(_tiles(query))[1]
+    return torch.ones(height, height, dtype=torch.bool, device=query.device).triu(1)
 
 
 def _by_head(x: Tensor) -> Tensor:

@@ -37,14 +37,15 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             with torch.enable_grad():
-                h = hidden[part].detach().requires_grad_()
+                # One row of a batch: ``logits`` is then no view, and their gradient is the one tensor that they are.
+                h = hidden[part].unsqueeze(0).detach().requires_grad_()
                 logits = head(h)
             # Where a family's code needs its logits' values for their gradient, autograd refuses what was written over them.
             grad_of_logits = logits.detach()
-            total += losses_backward_(grad_of_logits, targets[part], divisor).sum()
+            total += losses_backward_(grad_of_logits[0], targets[part], divisor).sum()
             first, *rest = torch.autograd.grad(logits, (h, *params), grad_of_logits, allow_unused=True)
             del logits, grad_of_logits
-            hidden_grad[part] = first
+            hidden_grad[part] = first[0]
             for grad, more in zip(grads, rest, strict=True):
                 if more is not None:
                     grad += more

@@ -69,11 +69,12 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_second_load_is_the_first_bit_for_bit_and_quantises_nothing(name, storage, folders, request):
+def test_a_base_from_the_cache_is_the_one_without_bit_for_bit_and_the_second_load_quantises_nothing(name, storage, folders, request):
     keys = STORAGES[storage]
-    first = load(folders[name], **keys)
+    quantised = load(folders[name], cache=False, **keys)
+    assert_same(load(folders[name], **keys), quantised)
     request.getfixturevalue("no_files")
-    assert_same(load(folders[name], **keys), first)
+    assert_same(load(folders[name], **keys), quantised)
 
 
 def test_what_memory_wants_on_the_host_goes_there(folders, request):
@@ -121,7 +122,8 @@ def test_a_config_changed_beside_the_weights_is_read_anew(tmp_path, cache):
 
 @pytest.mark.parametrize("harm", ["cut", "without names", "another model's", "all ones", "an absurd length", "one bit", "a lost page"])
 def test_a_damaged_cache_is_made_anew(harm, folders, cache):
-    first = load(folders["llama"])
+    quantised = load(folders["llama"], cache=False)
+    load(folders["llama"])
     (place,) = cache.iterdir()
     whole = (place / base_cache.TENSORS).read_bytes()
     if harm == "cut":
@@ -140,7 +142,28 @@ def test_a_damaged_cache_is_made_anew(harm, folders, cache):
         load(folders["qwen2"])
         (other,) = set(cache.iterdir()) - {place}
         (place / base_cache.TENSORS).write_bytes((other / base_cache.TENSORS).read_bytes())
-    assert_same(load(folders["llama"]), first)
+    assert_same(load(folders["llama"]), quantised)
+
+
+def test_a_base_lies_in_the_files_own_pages_and_what_is_written_into_it_stays_in_this_process(folders, cache):
+    first, second = load(folders["llama"]), load(folders["llama"])
+    (place,) = cache.iterdir()
+    whole = (place / base_cache.TENSORS).read_bytes()
+    for model in (first, second):
+        begins = [tensor.data_ptr() for tensor in tensors_of(model).values() if tensor.nbytes > 4096]
+        maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(base_cache.TENSORS)]
+        spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+        assert begins
+        assert all(any(start <= begin < end for start, end in spans) for begin in begins)
+    embedding = first.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding.add_(1)
+    assert (place / base_cache.TENSORS).read_bytes() == whole
+    assert_same(second, load(folders["llama"], cache=False))
+    # A base that nobody needs any more may be dropped while it is trained on.
+    base_cache.drop_oldest(cache, 0, keep=cache / "none")
+    assert not list(cache.iterdir())
+    assert_same(second, load(folders["llama"], cache=False))
 
 
 @pytest.mark.parametrize("keys", [{"cache": False}, {"bits": 16}])
