@@ -7,7 +7,7 @@
 
 The parts:
   small    SmolLM2-135M, 4 x 512 tokens: qlite, PEFT + Trainer, PEFT + TRL, unsloth (and with UNSLOTH_CPU_COMPILE=1); twice: with the
-           allocator that each side chooses, and with glibc's thresholds raised for all, as qlite does for itself
+           allocator settings that each side chooses, and with those that qlite chooses for all
   large    a random Llama of 1.1 billion weights, 1 x 512 and 2 x 1024: qlite and PEFT + Trainer (on a card: all of them)
   7b       on a card: a random Llama with the sizes of Llama 2 7B and SmolLM2's vocabulary, 1 x 2048. All sides lie on the card together,
            35 GiB; on a smaller card name one or two: --sides "qlite,unsloth"
@@ -31,16 +31,20 @@ import venv
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench_pieces import CARDS, LARGE, LLAMA7B, SMALL, places
+GIVEN = dict(os.environ)
+"""What other sides are started with: the import of qlite sets what qlite alone shall have."""
 
-from qlite.errors import MachineError, RecipeError
-from qlite.verb import run_verb
+from bench_pieces import CARDS, LARGE, LLAMA7B, SMALL, places  # noqa: E402
+
+from qlite.errors import MachineError, RecipeError  # noqa: E402
+from qlite.verb import run_verb  # noqa: E402
 
 HERE = Path(__file__).parent
 RANK, ALPHA, LR = 8, 16, 1e-4
 MIB = 2**20
-# What qlite tells glibc itself (device.keep_freed_memory), as variables for those who do not.
-RAISED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+# What qlite tells glibc (device.keep_freed_memory) and torch (qlite/__init__.py) itself, as variables for those who do not.
+RAISED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1), HUGE_PAGES: "1"}
 ENVIRONMENTS = {
     "peft": ["peft==0.21.2", "trl==1.16.0", "accelerate==1.15.0", "transformers==5.23.0", "bitsandbytes==0.50.2", "datasets>=4"],
     "unsloth": ["unsloth==2026.10.9"],
@@ -64,7 +68,8 @@ class Side:
 
 KEPT = Side("qlite, attention kept", "qlite", keys={"memory.checkpointing": "attention"})
 AUTO = Side("qlite, memory.checkpointing = auto, its default", "qlite", keys={"memory.checkpointing": "auto"})
-QLITE, TRAINER, LIMIT = Side("qlite", "qlite"), Side("PEFT + Trainer", "trainer", "peft"), Side("the products alone", "limit")
+QLITE, TRAINER = Side("qlite", "qlite"), Side("PEFT + Trainer", "trainer", "peft")
+LIMIT = Side("the products alone", "limit", variables={HUGE_PAGES: "1"})
 PEERS = [
     TRAINER,
     Side("PEFT + TRL", "trl", "peft"),
@@ -78,7 +83,8 @@ ABLATION = [
     Side("nothing computed again (checkpointing = none)", "qlite", keys={"memory.checkpointing": "none"}),
     Side("norms, SwiGLU, rotary as written (base.fused = false)", "qlite", keys={"base.fused": False}),
     Side("all logits at once (loss_chunk = 2048)", "qlite", keys={"memory.loss_chunk": 2048}),
-    Side("glibc's allocator untouched", "qlite", allocator="untouched"),
+    Side("glibc's and torch's allocators untouched", "qlite", variables={HUGE_PAGES: "0"}, allocator="untouched"),
+    Side("no huge pages", "qlite", variables={HUGE_PAGES: "0"}),
     Side("16-bit base", "qlite", keys={"base.bits": 16}),
 ]
 
@@ -157,14 +163,14 @@ def run_small(args, chosen) -> None:
     if args.device == "cuda":
         table(f"{work}", work, in_turns(work, chosen(ON_A_CARD), args), args)
         return
-    for allocator, title in (("own", "each side's own allocator settings"), ("raised", "glibc's thresholds raised for all")):
+    for allocator, title in (("own", "each side's own allocator settings"), ("raised", "qlite's allocator settings for all")):
         sides = [QLITE, KEPT, AUTO, *(replace(side, allocator=allocator) for side in PEERS), LIMIT]
         table(f"{work}; {title}", work, in_turns(work, chosen(sides), args), args)
 
 
 def run_large(args, chosen) -> None:
     for work in (Work(LARGE, 1, 512), Work(LARGE, 2, 1024)):
-        sides = ON_A_CARD if args.device == "cuda" else [QLITE, KEPT, TRAINER, LIMIT]
+        sides = ON_A_CARD if args.device == "cuda" else [QLITE, KEPT, AUTO, TRAINER, LIMIT]
         table(f"{work}; each side's own allocator settings", work, in_turns(work, chosen(sides), args), args)
 
 
@@ -226,7 +232,7 @@ def start(side: Side, work: Work, lie: dict[str, str], args) -> subprocess.Popen
         "allocator": side.allocator,
     }
     (out / "work.json").write_text(json.dumps(told), encoding="utf-8")
-    variables = {**os.environ, **side.variables, **(RAISED if side.allocator == "raised" else {})}
+    variables = {**GIVEN, **side.variables, **(RAISED if side.allocator == "raised" else {})}
     command = [str(python), str(HERE / "bench_sides.py"), side.runs, str(out / "work.json")]
     with (out / "log").open("w", encoding="utf-8") as log:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
@@ -288,7 +294,7 @@ def here(piece: str, args, work: Work) -> None:
     told = {"out": str(args.out), "dtype": args.dtype, "device": args.device, "rank": RANK, "alpha": ALPHA, "lr": LR, **vars(work)}
     told |= {**places(args.out, work.model, work.tokens), "steps": 2}
     with (args.out / "log").open("w", encoding="utf-8") as log:
-        done = subprocess.run([sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)], stdout=log, stderr=log)
+        done = subprocess.run([sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)], stdout=log, stderr=log, env=GIVEN)
     if done.returncode:
         raise MachineError(f'"{piece}" ended with exit code {done.returncode}; what it said is in {args.out / "log"}')
 
