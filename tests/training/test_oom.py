@@ -251,8 +251,8 @@ def small_head(own: Stepper, most: int) -> list[int]:
     asked: list[int] = []
 
     def hook(module: torch.nn.Module, args: tuple) -> None:
-        asked.append(len(args[0]))
-        if len(args[0]) > most:
+        asked.append(args[0].shape[-2])
+        if asked[-1] > most:
             raise full()
 
     own.head.register_forward_pre_hook(hook)
