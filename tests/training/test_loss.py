@@ -79,7 +79,7 @@ def test_logits_become_their_gradient_where_they_lie_and_autograd_makes_no_copy(
     head, hidden = logits_head(model), torch.randn(2, 6, model.config.hidden_size, requires_grad=True)
     labels = torch.randint(0, V, (2, 6))
     chunked(head, hidden, labels, 1.0, 4)  # what is done once
-    with torch.profiler.profile() as profile:  # a ledger does not see it: a mode of torch's has tensors of its own
+    with torch.profiler.profile() as profile:
         chunked(head, hidden, labels, 1.0, 4)
     names = [event.name for event in profile.events()]
     assert "MmBackward0" in names
