@@ -33,13 +33,10 @@ import venv
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-GIVEN = dict(os.environ)
-"""What other sides are started with: the import of qlite sets what qlite alone shall have."""
+from bench_pieces import CARDS, LARGE, LLAMA7B, SMALL, places
 
-from bench_pieces import CARDS, LARGE, LLAMA7B, SMALL, places  # noqa: E402
-
-from qlite.errors import MachineError, RecipeError  # noqa: E402
-from qlite.verb import run_verb  # noqa: E402
+from qlite.errors import MachineError, RecipeError
+from qlite.verb import run_verb
 
 HERE = Path(__file__).parent
 RANK, ALPHA, LR = 8, 16, 1e-4
@@ -214,6 +211,12 @@ def in_turns(work: Work, sides: list[Side], args) -> dict[str, dict]:
             process.wait()
 
 
+def given_variables() -> dict[str, str]:
+    """Return the environment that this process was started with, without what the import of qlite set for qlite alone."""
+    lines = Path("/proc/self/environ").read_bytes().decode(errors="surrogateescape").split("\0")
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
 def start(side: Side, work: Work, lie: dict[str, str], args) -> subprocess.Popen:
     """Start a side's process. All of them load at once."""
     python = python_of(args.out, side.environment)
@@ -236,7 +239,7 @@ def start(side: Side, work: Work, lie: dict[str, str], args) -> subprocess.Popen
         "allocator": side.allocator,
     }
     (out / "work.json").write_text(json.dumps(told), encoding="utf-8")
-    variables = {**GIVEN, **side.variables, **(RAISED if side.allocator == "raised" else {})}
+    variables = {**given_variables(), **side.variables, **(RAISED if side.allocator == "raised" else {})}
     command = [str(python), str(HERE / "bench_sides.py"), side.runs, str(out / "work.json")]
     with (out / "log").open("w", encoding="utf-8") as log:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
@@ -298,7 +301,7 @@ def here(piece: str, args, work: Work) -> None:
     told = {"out": str(args.out), "dtype": args.dtype, "device": args.device, "rank": RANK, "alpha": ALPHA, "lr": LR, **vars(work)}
     told |= {**places(args.out, work.model, work.tokens), "steps": 2}
     with (args.out / "log").open("w", encoding="utf-8") as log:
-        done = subprocess.run([sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)], stdout=log, stderr=log, env=GIVEN)
+        done = subprocess.run([sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)], stdout=log, stderr=log, env=given_variables())
     if done.returncode:
         raise MachineError(f'"{piece}" ended with exit code {done.returncode}; what it said is in {args.out / "log"}')
 

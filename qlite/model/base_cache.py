@@ -114,8 +114,8 @@ class _Tensors:
 
     Pages of a window that are short of memory are dropped and read again, where others are swapped out or end the process, and several
     runs over one base share them. What is written into one is this process's own; the file itself is only ever deleted, which leaves
-    windows as they are, and nobody else may write to it. Through the library each tensor is a window of its
-    own, at 2 ms in a file of a thousand. The format: huggingface.co/docs/safetensors, "Format".
+    windows as they are, and nobody else may write to it. Through the library each tensor is a window of its own, at 2 ms in a file of
+    a thousand. The format: huggingface.co/docs/safetensors, "Format".
     """
 
     def __init__(self, file: BinaryIO, device: torch.device):
