@@ -24,7 +24,6 @@ Figures are medians; "spread" is the lowest and the highest. "The products alone
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -301,7 +300,8 @@ def here(piece: str, args, work: Work) -> None:
     told = {"out": str(args.out), "dtype": args.dtype, "device": args.device, "rank": RANK, "alpha": ALPHA, "lr": LR, **vars(work)}
     told |= {**places(args.out, work.model, work.tokens), "steps": 2}
     with (args.out / "log").open("w", encoding="utf-8") as log:
-        done = subprocess.run([sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)], stdout=log, stderr=log, env=given_variables())
+        command = [sys.executable, str(HERE / "bench_pieces.py"), piece, json.dumps(told)]
+        done = subprocess.run(command, stdout=log, stderr=log, env=given_variables())
     if done.returncode:
         raise MachineError(f'"{piece}" ended with exit code {done.returncode}; what it said is in {args.out / "log"}')
 
