@@ -79,6 +79,7 @@ class BaseCache:
     ) -> None:
         """``names``: in the file, by the model's names, of which those that share a tensor have one; ``sums``: by those."""
         on_host, made, done = modules_on_host(model, memory) if memory else set(), {}, 0
+        _empty(model)  # one that was quantised just now is not to be held beside what is read
         with (self._folder / TENSORS).open("rb") as file:
             tensors = _Tensors(file, device)
             for prefix, module in model.named_modules():
@@ -92,8 +93,11 @@ class BaseCache:
                 if module in on_host:
                     keep_on_host(module, device)
 
-    def write(self, model: PreTrainedModel) -> None:
-        """Keep what ``model``, just loaded, holds, if that leaves as much free on the disk; a full or read-only one stops no run."""
+    def write(self, model: PreTrainedModel) -> bool:
+        """Keep what ``model``, just loaded, holds, if that leaves as much free on the disk; return whether it is kept.
+
+        A full or read-only disk stops no run.
+        """
         names, tensors, first = {}, {}, {}
         for prefix, module in model.named_modules():
             for own, tensor in _own_tensors(module):
@@ -101,12 +105,14 @@ class BaseCache:
                 names[name] = first.setdefault(tensor, name)
                 tensors[names[name]] = tensor
         if free_disk(self._folder) < 2 * sum(tensor.nbytes for tensor in tensors.values()):
-            return
+            return False
         with suppress(MachineError):
             with new_folder(self._folder) as folder:
                 write_tensors(folder / TENSORS, tensors)
                 write_json(folder / NAMES, {"names": names, "sums": {name: _sum(tensor) for name, tensor in tensors.items()}})
             drop_oldest(self._folder.parent, CACHE_BYTES, keep=self._folder)
+            return True
+        return False
 
 
 class _Tensors:
@@ -166,6 +172,14 @@ def _sum(tensor: Tensor) -> int:
     even = len(flat) // 8 * 8
     words = flat[:even] if flat.storage_offset() % 8 == 0 else flat[:even].clone()
     return int(words.view(torch.int64).sum()) + int(flat[even:].sum(dtype=torch.int64))
+
+
+def _empty(model: nn.Module) -> None:
+    """Let go of what ``model`` holds, but for its shapes and types."""
+    for module in model.modules():
+        for name, tensor in _own_tensors(module):
+            meta = tensor.to("meta")
+            put(module, name, nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -122,10 +122,9 @@ class Base(Table):
         else:
             self._compile_quantiser(checkpoint, device, progress)
             fill(model, checkpoint, device, progress, memory)
-            if kept is not None:
-                kept.write(model)
-                if has_window(device):  # so that a first run holds no more than the next one will
-                    kept.fill(model, device, progress, memory)
+            # So that a first run holds no more than the next one will.
+            if kept is not None and kept.write(model) and has_window(device) and not kept.fill(model, device, progress, memory):
+                fill(model, checkpoint, device, progress, memory)
         give_back_freed(device)
         model.requires_grad_(False)
         model.eval()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from qlite.memory.ledger import Ledger
 from qlite.model import base_cache
 from qlite.model.load import Base
 from qlite.offload import is_host
@@ -164,6 +165,29 @@ def test_a_base_lies_in_the_files_own_pages_and_what_is_written_into_it_stays_in
     base_cache.drop_oldest(cache, 0, keep=cache / "none")
     assert not list(cache.iterdir())
     assert_same(second, load(folders["llama"], cache=False))
+
+
+def test_a_first_load_holds_no_more_than_one_without_the_cache(folders):
+    def peak(**keys: object) -> int:
+        with (ledger := Ledger()), ledger.phase("load"):
+            model = load(folders["llama"], **keys)
+        held = {id(tensor): tensor.nbytes for tensor in tensors_of(model).values()}
+        (moment,) = ledger.moments.values()
+        assert moment.bytes >= sum(held.values())
+        return moment.bytes
+
+    assert peak() == peak(cache=False)
+
+
+def test_a_base_that_is_gone_before_it_is_read_back_is_quantised_again(folders, cache, monkeypatch):
+    def lost(mine: base_cache.BaseCache, model: nn.Module) -> bool:
+        kept = write(mine, model)
+        (mine._folder / base_cache.TENSORS).write_bytes(b"")
+        return kept
+
+    write = base_cache.BaseCache.write
+    monkeypatch.setattr(base_cache.BaseCache, "write", lost)
+    assert_same(load(folders["llama"]), load(folders["llama"], cache=False))
 
 
 @pytest.mark.parametrize("keys", [{"cache": False}, {"bits": 16}])
