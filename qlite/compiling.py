@@ -29,7 +29,7 @@ FOLDER_OF_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 Args = tuple[Tensor, ...]
-Compiled = Callable[..., Tensor | list[Tensor]]
+Compiled = Callable[..., Tensor | list[Tensor] | None]
 
 
 def compiled(
@@ -71,7 +71,7 @@ def _read(folder: Path, functions: dict[str, Callable], args: dict[str, Args]) -
 
     try:
         made = {name: _returning(CompiledArtifact.load(path=str(folder / name))) for name in functions}
-        _check(functions, made, args)
+        check(functions, made, args)
     except Exception:  # of another version, or damaged: it is made anew
         return None
     mark_used(folder)
@@ -81,7 +81,7 @@ def _read(folder: Path, functions: dict[str, Callable], args: dict[str, Args]) -
 def _make(folder: Path, functions: dict[str, Callable], args: dict[str, Args]) -> dict[str, Compiled]:
     artifacts = {name: _compile(function, args[name]) for name, function in functions.items()}
     made = {name: _returning(artifact) for name, artifact in artifacts.items()}
-    _check(functions, made, args)
+    check(functions, made, args)
     # A full or read-only disk stops no run; nor does an inductor that was told to keep nothing, and so has nothing to save.
     with suppress(MachineError, RuntimeError, AssertionError):
         with new_folder(folder) as new:
@@ -114,12 +114,18 @@ def _returning(artifact) -> Compiled:
     return call
 
 
-def _check(functions: dict[str, Callable], made: dict[str, Compiled], args: dict[str, Args]) -> None:
-    """Raise RuntimeError if one of ``made`` makes other numbers than its function, in its results or in the arguments that it changes."""
+def check(functions: dict[str, Callable], made: dict[str, Compiled], args: dict[str, Args]) -> None:
+    """Raise RuntimeError if one of ``made`` makes other numbers than its function, in its results or in the arguments that it changes.
+
+    One that gives None only changes arguments.
+    """
     for name, function in functions.items():
         mine, theirs = ([arg.clone() for arg in args[name]] for _ in range(2))
-        found, right = ([*_as_list(run(*given)), *given] for run, given in ((made[name], mine), (function, theirs)))
-        for ours, other in zip(found, right, strict=True):
+        found, right = made[name](*mine), function(*theirs)
+        pairs = list(zip(mine, theirs, strict=True))
+        if found is not None:
+            pairs += zip(_as_list(found), _as_list(right), strict=True)
+        for ours, other in pairs:
             bound = TOLERANCE.get(other.dtype, 0) * (1 + other.abs().max().item())
             if not (ours - other).abs().max() <= bound:
                 raise RuntimeError(f"the compiled {name} computes something else than it should")

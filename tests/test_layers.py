@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "qlite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYER = {
-    **dict.fromkeys(("errors", "units", "hashes", "table", "cpu_products", "streams", "stopping"), -1),
+    **dict.fromkeys(("errors", "units", "hashes", "table", "cpu_products", "card_kernels", "streams", "stopping"), -1),
     **dict.fromkeys(("files", "room", "lock", "given", "device", "offload", "verb", "compiling", "calls"), 0),
     **dict.fromkeys(("quant", "model", "methods", "optim", "data", "formats", "loggers"), 1),
     "recipe": 2,
@@ -35,7 +35,8 @@ NEIGHBOURS = {
 }
 # Who may touch a foreign surface. Everything else goes through them.
 OWNERS = {
-    "bitsandbytes": {"quant/linear.py", "quant/nf4.py", "optim/build.py"},
+    "bitsandbytes": {"quant/linear.py", "quant/nf4.py", "quant/card_dense.py", "optim/build.py"},
+    "triton": {"card_kernels.py"},
     "pynvml": {"device.py"},
     "psutil": {"device.py", "files.py"},
     "filelock": {"lock.py"},

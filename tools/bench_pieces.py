@@ -125,7 +125,7 @@ def counting() -> Iterator:
         count = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func.name().partition("::")[2] in ("dequantize_4bit", "gemv_4bit", "gemm_4bit")
+            self.count += func.name().partition("::")[2] in ("dequantize_4bit", "dequantize_nf4", "gemv_4bit", "gemm_4bit")
             return func(*args, **(kwargs or {}))
 
     counter = work.Work()

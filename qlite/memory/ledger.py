@@ -240,8 +240,8 @@ def _in_backward() -> bool:
 
 
 def _is_dequantised(func: object, args: tuple) -> bool:
-    """Return whether ``func`` makes a dense weight from a packed one: bitsandbytes' ops, or int8 codes made floats."""
+    """Return whether ``func`` makes a dense weight from a packed one: bitsandbytes' ops and ours, or int8 codes made floats."""
     name = str(func)
-    if name.startswith("bitsandbytes.dequantize"):
+    if name.startswith(("bitsandbytes.dequantize", "qlite.dequantize")):
         return True
     return name.startswith("aten._to_copy") and isinstance(args[0], Tensor) and args[0].dtype == torch.int8

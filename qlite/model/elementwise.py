@@ -1,9 +1,9 @@
 """Elementwise work, one kernel for each piece: RMSNorm, the gated MLP's activation, rotary positions, the loss of given logits.
 
 Written out in torch each is three to fifteen kernels, with float32 copies in between that autograd keeps. Here each is one op in
-either pass, computes in float32 inside, and keeps what came in and nothing else. torch compiles the kernels (inductor: C++ on a CPU,
-Triton on a card) once ``compile_kernels`` was called, and until then they run as they stand. Whoever follows a step sees the op and
-not what is in it, so a step is planned and measured alike, compiled or not.
+either pass, computes in float32 inside, and keeps what came in and nothing else. Once ``compile_kernels`` was called they are machine
+code: on a CPU by torch's compiler, on a card by hand (qlite/card_kernels.py). Until then they run as they stand. Whoever follows a step
+sees the op and not what is in it, so a step is planned and measured alike, compiled or not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
-from qlite.compiling import compiled
+from qlite.compiling import check, compiled
 
 _LIBRARY = torch.library.Library("qlite", "DEF")
 MOST_VALUES = 2**31 - 1
@@ -68,16 +69,30 @@ def _as(x: Tensor, *shape: int) -> Tensor:
 
 def compile_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     """Let every op run compiled from now on, for tensors of ``dtype`` on ``device``; return why not, if that cannot be done here."""
-    bodies = {name: kernel.body for name, kernel in _KERNELS.items()}
+    bodies, examples = {name: kernel.body for name, kernel in _KERNELS.items()}, partial(_examples, device, dtype)
     try:
         with torch.no_grad():
-            made = compiled(bodies, partial(_examples, device, dtype), Path(__file__), device, dtype)
+            made = _written(bodies, examples) if device.type == "cuda" else compiled(bodies, examples, Path(__file__), device, dtype)
     except Exception as error:  # a compiler can be missing in many ways
         run_plainly()
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     for name, kernel in _KERNELS.items():
         kernel.compiled[device, dtype] = made[name]
     return None
+
+
+def _written(bodies: dict[str, Callable], examples: Callable[[], dict[str, tuple[Tensor, ...]]]) -> dict[str, Callable]:
+    """Return the kernels for cards.
+
+    Raises:
+        Exception: there is no Triton, no compiler, or one that fails; a kernel computes something else than its body.
+    """
+    from qlite import card_kernels
+
+    written = {name: getattr(card_kernels, name.removeprefix("_")) for name in bodies}
+    with _disable_current_modes():  # whoever follows this program's tensors has no business with these
+        check(bodies, written, examples())
+    return written
 
 
 def run_plainly() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlite.quant.card_dense import dense_nf4
 from qlite.quant.constants import SECOND_LEVEL_BLOCK, Share, less_offset
 from qlite.quant.keeping import keeping
 from qlite.quant.nf4 import quantize_4bit
@@ -26,8 +27,8 @@ OUTLIER_THRESHOLD = 6.0
 # sum of its gradient over 4096 tokens alone would take 224.
 SLICE_BYTES = 64 * 2**20
 SLICED_FROM = 4
-# On every card bitsandbytes 0.50 multiplies at most this many rows by the packed weight as it is (cuda/ops.py).
-FEW_ROWS = 4
+# bitsandbytes 0.50 multiplies so few rows by the packed weight as it is on every card, and no more than so many on any (cuda/ops.py).
+FEW_ROWS, MOST_FUSED_ROWS = 4, 1536
 # Rows of an 8-bit weight that are made dense together on a CPU: 2 to 16 MiB in float32.
 CPU_ROWS = 1024
 ALL = slice(None)
@@ -161,10 +162,12 @@ class Packed4bit(Packed):
     def _dequantise(self, packed: Tensor, constants: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         if packed.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
+        block, kind = self.storage.block_size, self.storage.quant_type
         # bitsandbytes 0.50 misreads rows on CPU that end inside a block; one row of all weights has no such end.
-        cut = shape if self.in_features % self.storage.block_size == 0 else (1, shape[0] * shape[1])
-        args = (packed, constants, self.storage.block_size, self.storage.quant_type, cut, dtype)
-        return torch.ops.bitsandbytes.dequantize_4bit(*args).view(shape)
+        cut = shape if self.in_features % block == 0 else (1, shape[0] * shape[1])
+        if kind == "nf4" and packed.device.type == "cuda":
+            return dense_nf4(packed, constants, block, cut, dtype).view(shape)
+        return torch.ops.bitsandbytes.dequantize_4bit(packed, constants, block, kind, cut, dtype).view(shape)
 
     def _constants(self, blocks: slice) -> Tensor:
         """Return the largest magnitude of each of the ``blocks``, [N] float32."""
@@ -291,7 +294,8 @@ class Linear4bit(QuantLinear, Packed4bit):
         return self._gemm(x, ALL) if whole else super().product(x)
 
     def part_of_product(self, x: Tensor, part: slice) -> Tensor:
-        return self._gemm(x, part) if x.device.type == "cuda" else super().part_of_product(x, part)
+        is_fused = x.device.type == "cuda" and len(x) <= MOST_FUSED_ROWS
+        return self._gemm(x, part) if is_fused else super().part_of_product(x, part)
 
     def _gemm(self, x: Tensor, part: slice) -> Tensor:
         """Return the outputs ``part`` in one call, which decides by x's rows and the card whether to dequantise them."""
