@@ -66,6 +66,7 @@ class Side:
 
 
 KEPT = Side("qlite, attention kept", "qlite", keys={"memory.checkpointing": "attention"})
+AGAIN = Side("qlite, memory.checkpointing = elementwise", "qlite", keys={"memory.checkpointing": "elementwise"})
 AUTO = Side("qlite, memory.checkpointing = auto, its default", "qlite", keys={"memory.checkpointing": "auto"})
 QLITE, TRAINER = Side("qlite", "qlite"), Side("PEFT + Trainer", "trainer", "peft")
 LIMIT = Side("the products alone", "limit", variables={HUGE_PAGES: "1"})
@@ -79,6 +80,7 @@ ON_A_CARD = [QLITE, KEPT, TRAINER, PEERS[1], Side("unsloth", "unsloth", "unsloth
 ABLATION = [
     QLITE,
     KEPT,
+    AGAIN,
     Side("nothing computed again (checkpointing = none)", "qlite", keys={"memory.checkpointing": "none"}),
     Side("norms, SwiGLU, rotary as written (base.fused = false)", "qlite", keys={"base.fused": False}),
     Side("all logits at once (loss_chunk = 2048)", "qlite", keys={"memory.loss_chunk": 2048}),
@@ -169,7 +171,7 @@ def run_small(args, chosen) -> None:
 
 def run_large(args, chosen) -> None:
     for work in (Work(LARGE, 1, 512), Work(LARGE, 2, 1024)):
-        sides = ON_A_CARD if args.device == "cuda" else [QLITE, AUTO, TRAINER, LIMIT]
+        sides = ON_A_CARD if args.device == "cuda" else [QLITE, AGAIN, AUTO, TRAINER, LIMIT]
         table(f"{work}; each side's own allocator settings", work, in_turns(work, chosen(sides), args), args)
 
 
@@ -278,9 +280,11 @@ def table(title: str, work: Work, found: dict[str, dict], args) -> None:
             f"| {side['load_seconds']:.1f} |",
             flush=True,
         )
-    for name, side in found.items() if AUTO.name in found else ():
-        ratios = [theirs / own for own, theirs in zip(found[AUTO.name]["seconds"], side["seconds"], strict=True)]
-        print(f"its default to {name}, round by round: {spread(ratios, '.2f')}", flush=True)
+    for ours in (AGAIN, AUTO):
+        for name, side in found.items() if ours.name in found else ():
+            ratios = [theirs / own for own, theirs in zip(found[ours.name]["seconds"], side["seconds"], strict=True)]
+            share = found[ours.name][inner] / side[inner]
+            print(f"{ours.name}, to {name}, round by round: {spread(ratios, '.2f')}; {share:.2f} of its {inner} bytes", flush=True)
 
 
 def spread(values: list[float], form: str) -> str:

@@ -2,7 +2,8 @@
 
 Hu et al. 2021, arXiv:2106.09685, section 4.1. Autograd's own graph of that line makes two more tensors of y's size (B A x, and s
 times it), and one of x's size for every product's gradient. Here each product is added where the sum lies already, the A of several
-linears are one product, and what is kept for the backward pass is x, A x and, with dropout, one byte for each number of x and linear.
+linears are one product, and what is kept for the backward pass is x, or what it was made of, A x and, with dropout, one byte for each
+number of x and linear.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlite.model.elementwise import Origin, origin_of
 from qlite.quant.linear import grad_of_input, kept_dense, product
 
 
@@ -51,7 +53,7 @@ def lora_products(x: Tensor, linears: Sequence[Adapted], dropout: float = 0.0) -
     # Kept before the products by W: where a block is computed again, torch stops as soon as it has all that was kept the first time,
     # so the last linear's W is not multiplied again.
     dense = [kept_dense(linear.base, x.dtype) for linear in linears]
-    low, handle = _Kept.apply(x, linears, dropout, dense, *factors)
+    low, handle = _Kept.apply(x, linears, dropout, dense, origin_of(x), *factors)
     return _Products.apply(x, low.detach(), [handle], linears, dense, *factors)
 
 
@@ -63,11 +65,18 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, linears: Sequence[Adapted], dropout: float, dense: list[Tensor | None], *_factors: Tensor
+        ctx,
+        x: Tensor,
+        linears: Sequence[Adapted],
+        dropout: float,
+        dense: list[Tensor | None],
+        origin: Origin | None,
+        *_factors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         low, masks = _low(x, linears, dropout)
-        ctx.save_for_backward(x, low, *dense, *masks)
-        ctx.kept_share = 1 - dropout
+        inputs = origin.inputs if origin else (x,)
+        ctx.save_for_backward(low, *dense, *masks, *inputs)
+        ctx.kept_share, ctx.op, ctx.made_of = 1 - dropout, origin.op if origin else None, len(inputs)
         return low, x.new_empty(0)
 
 
@@ -84,10 +93,13 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         handle = ctx.handle.pop()
-        x, low, *others = handle.grad_fn.saved_tensors
+        kept = handle.grad_fn
+        low, *others = kept.saved_tensors
+        others, inputs = others[: -kept.made_of], others[-kept.made_of :]
         dense, masks = others[: len(ctx.linears)], others[len(ctx.linears) :]
-        masks = [_Mask(mask, 1 / handle.grad_fn.kept_share) for mask in masks]
-        del handle
+        masks = [_Mask(mask, 1 / kept.kept_share) for mask in masks]
+        x = kept.op(*inputs) if kept.op else inputs[0]
+        del handle, kept, inputs
         shape, rows, linears = x.shape, x.reshape(-1, x.shape[-1]), ctx.linears
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         ranks = [len(linear.A) for linear in linears]

@@ -9,6 +9,7 @@ sees the op and not what is in it, so a step is planned and measured alike, comp
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,25 @@ MOST_VALUES = 2**31 - 1
 PART = 1 << 21
 """Logits that are float32 at a time where their loss is not compiled: 8 MiB."""
 _KERNELS: dict[str, "_Kernel"] = {}
+
+
+class Origin(NamedTuple):
+    """What a tensor was made of, so that it can be made once more in the place of being kept."""
+
+    op: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+def remembering(made: Tensor, op: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return ``made``, which ``op`` gives for ``inputs``, as one that ``origin_of`` knows, where a gradient is to be taken."""
+    if made.requires_grad:
+        made.origin = Origin(op, tuple(each.detach() for each in inputs))  # the same memory, without what autograd knows of it
+    return made
+
+
+def origin_of(tensor: Tensor) -> Origin | None:
+    """Return what ``tensor`` was made of, if it is one of ``remembering``."""
+    return getattr(tensor, "origin", None)
 
 
 class _Kernel:

@@ -5,7 +5,7 @@ can be compared. So a family that nobody here has heard of is fused where it may
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FunctionType, MethodType
 
 import torch
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
-from qlite.model.elementwise import rms_norm, rotary, swiglu
+from qlite.errors import ModelError
+from qlite.model.blocks import decoder_blocks
+from qlite.model.elementwise import remembering, rms_norm, rotary, swiglu
 
 TURNING = "apply_rotary_pos_emb"
 
@@ -31,6 +33,26 @@ def fuse(model: PreTrainedModel) -> None:
             module.forward = MethodType(turning, module)
 
 
+def make_again(model: PreTrainedModel) -> None:
+    """Let what fused norms and gated MLPs give the linears behind them be made again for their gradient, not kept.
+
+    LoRA's linears keep what they are given for A's gradient. It is made of what is kept anyway, by one pass over memory.
+
+    Raises:
+        ModelError: nothing in the model's blocks is fused.
+    """
+    again = {_norm: _norm_again, _mlp: _mlp_again}
+    modules = [module for block in decoder_blocks(model).values() for module in block.modules()]
+    found = {module: again[own] for module in modules if (own := getattr(module.forward, "__func__", None)) in again}
+    for module, forward in found.items():
+        module.forward = MethodType(forward, module)
+    if not found:
+        raise ModelError(
+            f'memory.checkpointing = "elementwise": no norm or MLP of this "{model.config.model_type}" is fused, so none is made again; '
+            'set it to "none" or "block"'
+        )
+
+
 def turns_as_llama(attention: nn.Module) -> bool:
     """Return whether ``attention`` turns queries and keys by their positions with Llama's own function."""
     return _with_rotary(type(attention).forward) is not None
@@ -42,8 +64,17 @@ def _norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+def _norm_again(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    return remembering(_norm(self, hidden_states), partial(_norm, self), hidden_states)
+
+
 def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _mlp_again(self: nn.Module, x: Tensor) -> Tensor:
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    return self.down_proj(remembering(swiglu(gate, up), swiglu, gate, up))
 
 
 def _rotary_of_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from qlite.model.blocks import decoder_blocks
 from qlite.model.checkpointing import SavedInputs, checkpoint_blocks
+from qlite.model.fusing import make_again
 from qlite.model.host_embedding import keep_embedding_on_host
 from qlite.model.streaming import stream_blocks
 from qlite.model.tiling import tile_mlps
@@ -43,7 +44,9 @@ def lower_memory(model: PreTrainedModel, memory: MemoryKeys, device: torch.devic
         keep_embedding_on_host(model, device)
     if memory.mlp_chunk:
         tile_mlps(model, memory.mlp_chunk)
-    if memory.checkpointing != "none":  # "auto", where no plan was made to choose by, is the least
+    if memory.checkpointing == "elementwise":
+        make_again(model)
+    elif memory.checkpointing != "none":  # "auto", where no plan was made to choose by, is the least
         checkpoint_blocks(model, memory.saved_inputs, device, keep_attention=memory.checkpointing == "attention")
     if memory.base == "host":
         stream_blocks(model, device)

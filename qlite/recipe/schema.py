@@ -26,6 +26,8 @@ ROW_SUFFIXES = tuple(suffix for suffix in FILE_SUFFIXES if suffix not in (".txt"
 Count = Annotated[int, Field(ge=1)]
 Every = Annotated[int, Field(ge=0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", json_schema_extra={"words": '"auto", "cpu", "cuda" or "cuda:1"'})]
+WHOLE = ("none", "elementwise")
+"""Values of memory.checkpointing with which no block is computed again."""
 BYTES = r"(?i)^\s*\d+(\.\d+)?\s*[kmgt]i?b?\s*$"
 # More threads than any machine has cores: torch ends the process where it cannot start them.
 Threads = Annotated[int, Field(ge=0, le=1024)]
@@ -81,10 +83,10 @@ class Memory(Table):
     only told; "off": none is made."""
     budget: Annotated[str, Field(pattern=BYTES, json_schema_extra={"words": 'an amount like "8GiB"'})] | None = None
     """Memory that the run may take of the card, "8GiB": micro-batch and the keys below are then chosen, the fastest that fit."""
-    checkpointing: Literal["auto", "none", "attention", "block"] = "auto"
-    """"none": keep everything for the backward pass; "attention": keep each block's input and what its attention gave, and compute the rest
-    again; "block": keep the input alone; "auto": by the run's plan, the first of these that leaves a tenth of the memory free, and "block"
-    where none is made."""
+    checkpointing: Literal["auto", "none", "elementwise", "attention", "block"] = "auto"
+    """"none": keep everything for the backward pass; "elementwise": compute norms and gated MLPs' activations again; "attention": keep each
+    block's input and what its attention gave, and compute the rest again; "block": keep the input alone; "auto": by the run's plan, the
+    first of these that leaves a tenth of the memory free, and "block" where none is made."""
     loss_chunk: Count = 128
     """Tokens whose logits exist at the same time in the loss."""
     saved_inputs: Literal["device", "host", "8bit"] = "device"
@@ -249,8 +251,9 @@ class Recipe:
         memory = self.memory
         for key, what in (("saved_inputs", "keep only their inputs"), ("base", "need their weights one at a time")):
             value = getattr(memory, key)
-            if value != "device" and memory.checkpointing == "none":
-                yield f'memory.{key} = "{value}": only checkpointed blocks {what}, and memory.checkpointing = "none"; set that to "block"'
+            if value != "device" and memory.checkpointing in WHOLE:
+                kept = f'memory.checkpointing = "{memory.checkpointing}"'
+                yield f'memory.{key} = "{value}": only checkpointed blocks {what}, and {kept}; set that to "block"'
 
     def _mapping_problems(self) -> Iterator[str]:
         """Yield the names in column and role mappings that are none of ours."""

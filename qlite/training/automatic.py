@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from qlite.errors import QliteError
 from qlite.memory.plan import MemoryPlan
-from qlite.recipe.schema import Recipe
+from qlite.recipe.schema import WHOLE, Recipe
 
 ROOM = 0.1
 """Share of the memory that must be left by what nobody has asked for: a plan knows nothing of fragmentation."""
@@ -15,7 +15,8 @@ def choices(recipe: Recipe) -> tuple[str, ...]:
     """Return what memory.checkpointing can be beside the other keys of ``recipe``, the fastest first."""
     memory = recipe.memory
     # Only blocks that are computed again read their weights one at a time and keep nothing but their inputs.
-    return ("none", "attention", "block") if memory.saved_inputs == memory.base == "device" else ("attention", "block")
+    whole = WHOLE if memory.saved_inputs == memory.base == "device" else ()
+    return (*whole, "attention", "block")
 
 
 def settled(recipe: Recipe, plan_of: Callable[[Recipe], MemoryPlan]) -> Recipe:

@@ -13,6 +13,7 @@ from qlite.memory.cards import USUAL_CARD, Card
 from qlite.memory.plan import MemoryPlan
 from qlite.model.shapes import BaseShapes
 from qlite.recipe.schema import Recipe
+from qlite.training.automatic import choices
 from qlite.training.forecast import STEP, Forecast, worst_workload
 from qlite.training.kept_plans import kept_forecast
 from qlite.training.step import rank_keys
@@ -52,10 +53,8 @@ def levels(recipe: Recipe, is_tied: bool) -> Iterator[Keys]:
     What ``recipe`` has lowered itself stays so; checkpointing is the budget's to choose.
     """
     memory = recipe.memory
-    keys: Keys = {"memory.checkpointing": "none"}
-    if memory.saved_inputs == "device" and memory.base == "device":
-        yield keys
-    for checkpointing in ("attention", "block"):
+    keys: Keys = {}
+    for checkpointing in choices(recipe):
         keys = keys | {"memory.checkpointing": checkpointing}
         yield keys
     steps: list[Keys] = [{"memory.loss_chunk": 64}] if memory.loss_chunk > 64 else []

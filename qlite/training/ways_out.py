@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlite.errors import QliteError
 from qlite.model.shapes import BaseShapes
-from qlite.recipe.schema import Recipe
+from qlite.recipe.schema import WHOLE, Recipe
 from qlite.training.forecast import PHASES, Workload
 from qlite.training.kept_plans import kept_forecast
 from qlite.units import format_bytes
@@ -38,6 +38,8 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         half = {"train.micro_batch": train.micro_batch // 2, "train.accumulation": train.accumulation * 2}
         yield WayOut(half, "the same step, in more and smaller passes")
     if memory.checkpointing == "none":
+        yield WayOut({"memory.checkpointing": "elementwise"}, "norms and gated MLPs' activations are computed twice")
+    if memory.checkpointing in WHOLE:
         yield WayOut({"memory.checkpointing": "attention"}, "each block but its attention is computed twice")
     if memory.checkpointing not in ("block", "auto"):
         yield WayOut({"memory.checkpointing": "block"}, "each block is computed twice")
@@ -47,7 +49,7 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         yield WayOut({"optimizer.name": "paged_adamw8bit"}, "the optimizer's state in 8 bit")
     if memory.embedding == "device" and not is_tied:
         yield WayOut({"memory.embedding": "host"}, "the rows looked up cross the bus")
-    blocks = {} if memory.checkpointing != "none" else {"memory.checkpointing": "block"}
+    blocks = {"memory.checkpointing": "block"} if memory.checkpointing in WHOLE else {}
     if memory.saved_inputs == "device":
         yield WayOut({**blocks, "memory.saved_inputs": "host"}, "blocks' inputs cross the bus twice")
     if not memory.mlp_chunk and train.tokens * train.micro_batch > 1024:

@@ -15,7 +15,7 @@ from qlite.training.budget import as_begun
 from qlite.training.run_folder import RunFolder
 from tests.tiny_run import run, tiny_recipe
 
-NEEDS = {"none": 900, "attention": 500, "block": 100}
+NEEDS = {"none": 900, "elementwise": 700, "attention": 500, "block": 100}
 
 
 def recipe(**memory: object) -> Recipe:
@@ -30,7 +30,17 @@ def chosen(capacity: int, **memory: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("capacity", "choice"), [(1001, "none"), (1000, "none"), (999, "attention"), (556, "attention"), (555, "block"), (10, "block")]
+    ("capacity", "choice"),
+    [
+        (1001, "none"),
+        (1000, "none"),
+        (999, "elementwise"),
+        (778, "elementwise"),
+        (777, "attention"),
+        (556, "attention"),
+        (555, "block"),
+        (10, "block"),
+    ],
 )
 def test_the_least_that_is_computed_again_and_leaves_a_tenth_free(capacity, choice):
     assert chosen(capacity) == choice

@@ -30,7 +30,7 @@ CASES = {
             "train": {"packing": packing},
         }
         for bits in (4, 8, 16)
-        for checkpointing in ("block", "attention", "none")
+        for checkpointing in ("block", "attention", "elementwise", "none")
         for packing in (False, True)
     },
     "vocabulary in 4 bit": {"base": {"embedding_bits": 4, "head_bits": 4}},
