@@ -2,8 +2,8 @@
 
 What torch's compiler writes for sizes that it is not to know moves two bytes at a time: on an H200 it had a twentieth to a half of the
 memory's rate, and bitsandbytes' dequantisation half of it (tools/LOG.md, "Kernels by hand"). Here the sizes of a row are known, and
-other numbers that 16 divides are seen to be so. Each takes and gives what the function of its name does in model/elementwise.py.
-Whoever imports this needs Triton.
+other numbers that 16 divides are seen to be so: eight or sixteen bytes are moved at a time. Each takes and gives what the function of its
+name does in model/elementwise.py. Whoever imports this needs Triton.
 """
 
 import torch
@@ -39,13 +39,13 @@ def norm_rows_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: Tensor) -> 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """Return SiLU(gate) * up, [N]."""
     out = torch.empty_like(gate)
-    _gated[(triton.cdiv(len(gate), VALUES),)](gate, up, out, len(gate), VALUES=VALUES, num_warps=VALUES // VALUES_OF_A_WARP)
+    _gated[(triton.cdiv(len(gate), VALUES),)](gate, up, out, len(gate), **_flat())
     return out
 
 
 def gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
     """Turn gate and up, [N], into their gradients."""
-    _gated_backward[(triton.cdiv(len(gate), VALUES),)](gate, up, grad, len(gate), VALUES=VALUES, num_warps=VALUES // VALUES_OF_A_WARP)
+    _gated_backward[(triton.cdiv(len(gate), VALUES),)](gate, up, grad, len(gate), **_flat())
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return -log p(target) and the log of the exponentials' sum of each row of logits [N, V], [N] float32."""
     rows, size = logits.shape
     found, log_sums = logits.new_empty(2, rows, dtype=torch.float32)
-    _losses[(rows,)](logits, targets, found, log_sums, size, LOGITS=LOGITS, num_warps=_warps(LOGITS))
+    _losses[(rows,)](logits, targets, found, log_sums, size, **_vocabulary())
     return found, log_sums
 
 
@@ -70,24 +70,42 @@ def turned_into_grad_(logits: Tensor, targets: Tensor, log_sums: Tensor, denomin
     """Turn logits [N, V] into the gradient of the sum of their losses over ``denominator``."""
     rows, size = logits.shape
     grid = rows, triton.cdiv(size, LOGITS)
-    _turned_into_grad[grid](logits, targets, log_sums, denominator, size, LOGITS=LOGITS, num_warps=_warps(LOGITS))
+    _turned_into_grad[grid](logits, targets, log_sums, denominator, size, **_vocabulary())
 
 
 def dense_nf4(packed: Tensor, constants: Tensor, levels: Tensor, block_size: int, out: Tensor) -> None:
     """Fill ``out`` with the weights of ``packed`` codes, two a byte, times each block's constant [blocks]; ``levels``: NF4's sixteen."""
-    together = max(1, CODES // block_size)
-    sizes = {"HALF": block_size // 2, "TOGETHER": together}
-    _dense_nf4[(triton.cdiv(len(constants), together),)](packed, constants, levels, out, len(constants), **sizes, num_warps=CODES // 1024)
+    sizes = _codes(block_size)
+    _dense_nf4[(triton.cdiv(len(constants), sizes["TOGETHER"]),)](packed, constants, levels, out, len(constants), **sizes)
 
 
 def _turned_by(x: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
     rows, heads, size = x.shape
+    out, sizes = torch.empty_like(x), _heads(heads, size)
+    _turned[(rows, triton.cdiv(heads, sizes["TOGETHER"]))](x, cos, sin, out, heads, **sizes, IS_BACK=is_back)
+    return out
+
+
+# How each kernel shares its work out
+
+
+def _flat() -> dict[str, int]:
+    return {"VALUES": VALUES, "num_warps": _warps(VALUES)}
+
+
+def _vocabulary() -> dict[str, int]:
+    return {"LOGITS": LOGITS, "num_warps": _warps(LOGITS)}
+
+
+def _codes(block_size: int) -> dict[str, int]:
+    return {"HALF": block_size // 2, "TOGETHER": max(1, CODES // block_size), "num_warps": CODES // 1024}
+
+
+def _heads(heads: int, size: int) -> dict[str, int]:
     half = triton.next_power_of_2(size // 2)
     together = min(triton.next_power_of_2(heads), max(1, VALUES // 2 // half))
-    out = torch.empty_like(x)
-    sizes = {"HALF": size // 2, "TOGETHER": together, "IS_BACK": is_back}
-    _turned[(rows, triton.cdiv(heads, together))](x, cos, sin, out, heads, **sizes, num_warps=_warps(4 * together * half))
-    return out
+    # Four numbers a thread and half, eight bytes: a tenth faster than eight.
+    return {"HALF": size // 2, "TOGETHER": together, "num_warps": _warps(4 * together * half)}
 
 
 def _grid_of_rows(x: Tensor) -> tuple[int]:
@@ -104,7 +122,8 @@ def _warps(values: int) -> int:
     return min(MOST_WARPS, max(1, values // VALUES_OF_A_WARP))
 
 
-@triton.jit
+# What is only counted up to is not worth machine code of its own for each kind of number.
+@triton.jit(do_not_specialize=["rows"])
 def _norm(x, weight, eps, out, rows, SIZE: tl.constexpr, PADDED: tl.constexpr):
     ROWS: tl.constexpr = 1 if PADDED > _VALUES else _VALUES // PADDED
     row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
@@ -116,7 +135,7 @@ def _norm(x, weight, eps, out, rows, SIZE: tl.constexpr, PADDED: tl.constexpr):
     tl.store(out + place, unit * tl.load(weight + at, at < SIZE, 0.0).to(tl.float32), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_backward(grad, x, weight, eps, out, rows, SIZE: tl.constexpr, PADDED: tl.constexpr):
     ROWS: tl.constexpr = 1 if PADDED > _VALUES else _VALUES // PADDED
     row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
@@ -149,7 +168,7 @@ def _gated_backward(gate, up, grad, count, VALUES: tl.constexpr):
     tl.store(up + place, of_out * x * share, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _turned(x, cos, sin, out, heads, HALF: tl.constexpr, TOGETHER: tl.constexpr, IS_BACK: tl.constexpr):
     PADDED: tl.constexpr = triton.next_power_of_2(HALF)
     row = tl.program_id(0).to(tl.int64)
@@ -198,7 +217,7 @@ def _turned_into_grad(logits, targets, log_sums, denominator, size, LOGITS: tl.c
     tl.store(place, (share - is_right) / tl.load(denominator), at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _dense_nf4(packed, constants, levels, out, blocks, HALF: tl.constexpr, TOGETHER: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER)[:, None]
     pairs = tl.load(packed + block * HALF + tl.arange(0, HALF)[None, :], block < blocks, 0)

@@ -1,4 +1,4 @@
-"""Functions of tensors compiled by torch's inductor (C++ on a CPU, Triton on a card), once a machine: later runs read what it made.
+"""Functions of tensors compiled by torch's inductor (C++ on a CPU), once a machine: later runs read what it made.
 
 torch.compile traces each function anew in every process, in seconds, and asks at every call whether it may use what it compiled.
 Here the sizes are symbols from the start, and what is kept on disk is called as it is.
@@ -24,7 +24,7 @@ from qlite.units import MIB
 
 CACHE_BYTES = 64 * MIB
 """All kept kernels together; those used longest ago go first."""
-FOLDER_OF_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+FOLDER_OF_INDUCTOR, TRITON_FOLDER = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 # Of what is loaded on the examples, to what the function itself gives: as far as sums in another order lie apart.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -62,6 +62,13 @@ def _keep_machine_code() -> None:
     is_default = os.environ.get(FOLDER_OF_INDUCTOR) in (None, default_cache_dir())  # it is written there when inductor is imported
     if is_default and " " not in str(folder) and can_be_written(folder):  # inductor's command lines break at a space
         os.environ[FOLDER_OF_INDUCTOR] = str(folder)
+
+
+def keep_triton_code() -> None:
+    """Let Triton keep its machine code in our cache, unless the user names another place: a home folder may be read-only."""
+    folder = cache_folder() / "triton"
+    if TRITON_FOLDER not in os.environ and can_be_written(folder):
+        os.environ[TRITON_FOLDER] = str(folder)
 
 
 def _read(folder: Path, functions: dict[str, Callable], args: dict[str, Args]) -> dict[str, Compiled] | None:

@@ -73,6 +73,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def is_current(device: torch.device) -> bool:
+    """Return whether what this thread launches runs on ``device``: torch looks where a tensor lies, Triton does not."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+
+
 def set_threads(threads: int) -> int:
     """Let torch's CPU kernels use ``threads`` threads (0: leave as it is) and return how many are in use.
 

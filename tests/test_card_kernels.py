@@ -110,35 +110,41 @@ TYPES = {
     "packed": "*u8",
 }
 COMPILED = {
-    "_norm": card_kernels._row(4096),
-    "_norm_backward": card_kernels._row(4096),
-    "_gated": {"VALUES": card_kernels.VALUES, "num_warps": 4},
-    "_gated_backward": {"VALUES": card_kernels.VALUES, "num_warps": 4},
-    "_turned_into_grad": {"LOGITS": card_kernels.LOGITS, "num_warps": 8},
-    "_losses": {"LOGITS": card_kernels.LOGITS, "num_warps": 8},
-    "_dense_nf4": {"HALF": 32, "TOGETHER": 64, "num_warps": 4},
-    "_turned": {"HALF": 64, "TOGETHER": 16, "IS_BACK": True, "num_warps": 4},
+    **{f"_norm {size}": card_kernels._row(size) for size in (576, 4096, 12288)},
+    **{f"_norm_backward {size}": card_kernels._row(size) for size in (576, 4096, 12288)},
+    "_gated": card_kernels._flat(),
+    "_gated_backward": card_kernels._flat(),
+    "_turned_into_grad": card_kernels._vocabulary(),
+    "_losses": card_kernels._vocabulary(),
+    "_dense_nf4": card_kernels._codes(64),
+    **{f"_turned {heads}": card_kernels._heads(heads, 128) | {"IS_BACK": True} for heads in (8, 32)},
 }
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 @pytest.mark.parametrize("card", CAPABILITIES)
 @pytest.mark.parametrize("name", COMPILED)
-def test_it_compiles_for_cards_and_moves_sixteen_bytes_at_a_time(name, card, tmp_path, monkeypatch):
+def test_it_compiles_for_cards_moves_many_bytes_at_a_time_and_spills_none(name, card, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, constants = getattr(card_kernels, name), dict(COMPILED[name])
+    constants, name = dict(COMPILED[name]), name.split()[0]
+    kernel = getattr(card_kernels, name)
     warps, names = constants.pop("num_warps"), kernel.arg_names
     types = dict.fromkeys(names, "*bf16") | TYPES
     # As a call is seen: memory that torch gives, and whole numbers that 16 divides.
-    sixteen = {(place,): [["tt.divisibility", 16]] for place, each in enumerate(names) if each not in constants}
+    unasked = {*constants, *kernel.do_not_specialize}
+    sixteen = {(place,): [["tt.divisibility", 16]] for place, each in enumerate(names) if each not in unasked}
     source = ASTSource(
         kernel,
         {each: "constexpr" if each in constants else types[each] for each in names},
         constants,
         sixteen,
     )
-    code = triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[card], 32), options={"num_warps": warps}).asm["ptx"]
-    moved = re.findall(r"\b(?:ld|st)\.global\.(\S+)", code)
-    assert moved.count("v4.b32") >= (1 if name == "_losses" else 2)
+    code = triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[card], 32), options={"num_warps": warps}).asm
+    moved = re.findall(r"\b(?:ld|st)\.global\.(\S+)", code["ptx"])
+    wide = "v2.b32" if name == "_turned" else "v4.b32"
+    assert moved.count(wide) >= (1 if name == "_losses" else 2)
     # Two bytes are moved for nothing but the one logit that each row's loss is about.
     assert [each for each in moved if each in ("b8", "b16")] == ["b16"] * (name == "_losses")
-    assert ".local" not in code
+    (tmp_path / "code").write_bytes(code["cubin"])
+    used = subprocess.run([CUOBJDUMP, "-res-usage", tmp_path / "code"], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"STACK:(\d+)", used) == ["0"], used

@@ -76,7 +76,7 @@ PEERS = [
     Side("unsloth, CPU backend", "unsloth", "unsloth"),
     Side("unsloth, UNSLOTH_CPU_COMPILE=1", "unsloth", "unsloth", {"UNSLOTH_CPU_COMPILE": "1"}),
 ]
-ON_A_CARD = [QLITE, KEPT, TRAINER, PEERS[1], Side("unsloth", "unsloth", "unsloth"), LIMIT]
+ON_A_CARD = [QLITE, KEPT, AGAIN, TRAINER, PEERS[1], Side("unsloth", "unsloth", "unsloth"), LIMIT]
 ABLATION = [
     QLITE,
     KEPT,

@@ -90,6 +90,7 @@ CASES: dict[str, list[str]] = {
     "streamed, 8 bit": ["memory.base=host", "base.bits=8"],
     "streamed, 16 bit": ["memory.base=host", "base.bits=16"],
     "packed": ["train.packing=true"],
+    "elementwise": ["memory.checkpointing=elementwise"],
     "packed, eager": ["train.packing=true", "base.attention=eager"],
     "packed, sdpa": ["train.packing=true", "base.attention=sdpa"],
     "DoRA": ["method.dora=true"],

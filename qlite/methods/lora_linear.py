@@ -26,6 +26,8 @@ class LoRALinear(AdaptedLinear):
 
     only_adds: ClassVar[bool] = True
     """Whether it is W x and one low-rank product of x, the ``adapted`` one, and nothing else."""
+    knows_origins: ClassVar[bool] = True
+    """Whether it keeps what x was made of in the place of x, where that is known."""
 
     def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float):
         super().__init__(base)
@@ -133,7 +135,7 @@ class DoRALinear(LoRALinear):
     Liu et al. 2024, arXiv:2402.09353, section 4.1; the norm counts as a constant in the gradient (section 4.3).
     """
 
-    only_adds = False
+    only_adds = knows_origins = False
 
     def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float):
         super().__init__(base, rank, scaling, dropout)

@@ -16,6 +16,7 @@ from qlite.errors import RecipeError
 from qlite.methods.base import AdaptedLinear, Method, adapted_linears, put_module, stand_ins
 from qlite.methods.lora import LoRALinear
 from qlite.methods.views import view_of
+from qlite.model.elementwise import Origin, origin_of
 from qlite.quant.linear import grad_of_input, kept_dense, product
 
 
@@ -78,6 +79,7 @@ class GroupedLinear(AdaptedLinear):
     def __init__(self, base: nn.Module, parts: Sequence[LoRALinear | None], groups: Groups):
         super().__init__(base)
         self.parts, self.groups = nn.ModuleList(part or nn.Identity() for part in parts), groups
+        self.knows_origins = all(type(part) is LoRALinear for part in parts if part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [rows, ..., in], or [all tokens, in], to [..., out], in x's dtype."""
@@ -90,7 +92,7 @@ class GroupedLinear(AdaptedLinear):
             factors = [factor for each in given for factor in ((each.A, each.B) if each else (None, None))]
             scalings = [each.scaling if each else 0.0 for each in given]
             dense = kept_dense(self.base, x.dtype) if torch.is_grad_enabled() else None
-            y = _Grouped.apply(rows, self.base, sizes, scalings, shares, dense, *factors)
+            y = _Grouped.apply(rows, self.base, sizes, scalings, shares, (dense, origin_of(x)), *factors)
         else:  # DoRA: its own code, on its own rows
             halves = zip(parts, rows.split(sizes), strict=True)
             y = torch.cat([self.base(own) if isinstance(part, nn.Identity) else part(own) for part, own in halves])
@@ -106,9 +108,11 @@ class _Grouped(torch.autograd.Function):
         sizes: list[int],
         scalings: list[float],
         shares: list[float],
-        dense: Tensor | None,
+        known: tuple[Tensor | None, Origin | None],
         *factors: Tensor | None,
     ) -> Tensor:
+        """``known``: the dense weight, where it is kept, and what ``rows`` were made of, where that is to be kept in their place."""
+        dense, origin = known
         y, lows, masks = product(base, rows, dense), [], []
         for x, out, A, B, scaling, share in zip(
             rows.split(sizes), y.split(sizes), factors[::2], factors[1::2], scalings, shares, strict=True
@@ -120,14 +124,18 @@ class _Grouped(torch.autograd.Function):
             lows.append(low)
             masks.append(mask)
         ctx.base, ctx.sizes, ctx.scalings, ctx.shares = base, sizes, scalings, shares
-        ctx.save_for_backward(rows, dense, *factors, *lows, *masks)
+        inputs = origin.inputs if origin else (rows,)
+        ctx.op, ctx.made_of = origin.op if origin else None, len(inputs)
+        ctx.save_for_backward(dense, *factors, *lows, *masks, *inputs)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         count = len(ctx.sizes)
-        rows, dense, *others = ctx.saved_tensors
+        dense, *others = ctx.saved_tensors
+        others, inputs = others[: -ctx.made_of], others[-ctx.made_of :]
+        rows = ctx.op(*inputs).reshape(len(grad), -1) if ctx.op else inputs[0]
         factors, lows, masks = others[: 2 * count], others[2 * count : 3 * count], others[3 * count :]
         grad_x = grad_of_input(ctx.base, grad, None, dense) if ctx.needs_input_grad[0] else None
         grads = []

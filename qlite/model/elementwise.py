@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qlite.compiling import check, compiled
+from qlite import device as machine
+from qlite.compiling import check, compiled, keep_triton_code
 
 _LIBRARY = torch.library.Library("qlite", "DEF")
 MOST_VALUES = 2**31 - 1
-"""What a compiled kernel on a card can count up to."""
+"""Of what a kernel is given: beyond, nobody has tried one."""
 PART = 1 << 21
 """Logits that are float32 at a time where their loss is not compiled: 8 MiB."""
 _KERNELS: dict[str, "_Kernel"] = {}
@@ -62,7 +63,8 @@ class _Kernel:
 
     def is_compiled_for(self, x: Tensor) -> bool:
         """Return whether there is machine code for tensors of ``x``'s kind and size, and as it lies in memory."""
-        return (x.device, x.dtype) in self.compiled and 0 < x.numel() <= MOST_VALUES and x.is_contiguous()
+        is_made = (x.device, x.dtype) in self.compiled and machine.is_current(x.device)
+        return is_made and 0 < x.numel() <= MOST_VALUES and x.is_contiguous()
 
 
 def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -107,6 +109,7 @@ def _written(bodies: dict[str, Callable], examples: Callable[[], dict[str, tuple
     Raises:
         Exception: there is no Triton, no compiler, or one that fails; a kernel computes something else than its body.
     """
+    keep_triton_code()
     from qlite import card_kernels
 
     written = {name: getattr(card_kernels, name.removeprefix("_")) for name in bodies}
@@ -128,13 +131,15 @@ def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tenso
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=chance, device=device).to(dtype)
 
-    rows, weight, eps = drawn(512, 256), drawn(256), _scalar(1e-6, device)
-    heads, cos, sin = drawn(512, 4, 64), drawn(512, 1, 64), drawn(512, 1, 64)
-    flat = (drawn(2**17), drawn(2**17), drawn(2**17))
-    logits, targets = drawn(64, 4096), torch.arange(64, device=device)
+    # On a card they show masks and loops instead: no size is a power of two, or fits what a program takes at a time.
+    width, count, size, values, vocabulary = (256, 4, 64, 2**17, 4096) if device.type == "cpu" else (2304, 5, 80, 2**17 + 3, 10_000)
+    rows, weight, eps = drawn(512, width), drawn(width), _scalar(1e-6, device)
+    heads, cos, sin = drawn(512, count, size), drawn(512, 1, size), drawn(512, 1, size)
+    flat = (drawn(values), drawn(values), drawn(values))
+    logits, targets = drawn(64, vocabulary), torch.arange(64, device=device)
     return {
         "_norm_rows": (rows, weight, eps),
-        "_norm_rows_backward": (drawn(512, 256), rows, weight, eps),
+        "_norm_rows_backward": (drawn(512, width), rows, weight, eps),
         "_gated": flat[:2],
         "_gated_backward_": flat,
         "_turned": (heads, cos, sin),

@@ -39,18 +39,20 @@ def make_again(model: PreTrainedModel) -> None:
     LoRA's linears keep what they are given for A's gradient. It is made of what is kept anyway, by one pass over memory.
 
     Raises:
-        ModelError: nothing in the model's blocks is fused.
+        ModelError: nothing in the model's blocks is fused, or no linear there keeps what it is given but by LoRA.
     """
-    again = {_norm: _norm_again, _mlp: _mlp_again}
+    again = {_norm: _norm_again, _mlp: _mlp_again} | {
+        made: made for made in (_norm_again, _mlp_again)
+    }  # views of a model share their norms
     modules = [module for block in decoder_blocks(model).values() for module in block.modules()]
     found = {module: again[own] for module in modules if (own := getattr(module.forward, "__func__", None)) in again}
+    why = None if found else f'no norm or MLP of this "{model.config.model_type}" is fused'
+    if not any(getattr(module, "knows_origins", False) for module in modules):
+        why = "this method's linears keep what they are given otherwise than LoRA's"
+    if why:
+        raise ModelError(f'memory.checkpointing = "elementwise": {why}, so nothing is spared; set it to "none" or "block"')
     for module, forward in found.items():
         module.forward = MethodType(forward, module)
-    if not found:
-        raise ModelError(
-            f'memory.checkpointing = "elementwise": no norm or MLP of this "{model.config.model_type}" is fused, so none is made again; '
-            'set it to "none" or "block"'
-        )
 
 
 def turns_as_llama(attention: nn.Module) -> bool:
@@ -73,6 +75,8 @@ def _mlp(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _mlp_again(self: nn.Module, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _mlp(self, x)  # which lets go of gate and up before the last product
     gate, up = self.gate_proj(x), self.up_proj(x)
     return self.down_proj(remembering(swiglu(gate, up), swiglu, gate, up))
 

@@ -28,7 +28,7 @@ class MemoryKeys(Protocol):
 
 
 def lower_memory(model: PreTrainedModel, memory: MemoryKeys, device: torch.device) -> None:
-    """Let ``model``, adapted already, train and answer on ``device`` as ``memory`` says. Called once, before its first pass.
+    """Let ``model``, adapted already, train and answer on ``device`` as ``memory`` says, before its first pass.
 
     Raises:
         ModelError: the model has no part that a key is for.
@@ -42,11 +42,11 @@ def lower_memory(model: PreTrainedModel, memory: MemoryKeys, device: torch.devic
             setattr(module, name, module.get_buffer(name).to(device))
     if memory.embedding == "host":
         keep_embedding_on_host(model, device)
-    if memory.mlp_chunk:
-        tile_mlps(model, memory.mlp_chunk)
     if memory.checkpointing == "elementwise":
         make_again(model)
-    elif memory.checkpointing != "none":  # "auto", where no plan was made to choose by, is the least
+    if memory.mlp_chunk:
+        tile_mlps(model, memory.mlp_chunk)
+    if memory.checkpointing not in ("none", "elementwise"):  # "auto", where no plan was made to choose by, is the least
         checkpoint_blocks(model, memory.saved_inputs, device, keep_attention=memory.checkpointing == "attention")
     if memory.base == "host":
         stream_blocks(model, device)

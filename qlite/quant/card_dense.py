@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qlite import device as machine
+from qlite.compiling import keep_triton_code
+
+_exact: dict[tuple[torch.device, int], bool] = {}
 _LIBRARY = torch.library.Library("qlite", "FRAGMENT")
 _LIBRARY.define("dequantize_nf4(Tensor packed, Tensor constants, int block_size, int[] shape, ScalarType dtype) -> Tensor")
 
@@ -29,7 +33,7 @@ def _fake(packed: Tensor, _constants: Tensor, _block_size: int, shape: Sequence[
 
 
 def _dense_nf4(packed: Tensor, constants: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    if constants.numel() * block_size == 2 * packed.numel() and _is_exact(packed.device):
+    if constants.numel() * block_size == 2 * packed.numel() and _is_exact(packed.device, block_size):
         return _by_triton(packed, constants, block_size, shape, dtype)
     return _by_bitsandbytes(packed, constants, block_size, shape, dtype)
 
@@ -56,20 +60,25 @@ def _levels(device: torch.device) -> Tensor:
         return bnb.get_4bit_type("nf4", device)
 
 
-@cache
-def _is_exact(device: torch.device) -> bool:
-    """Return whether the kernel runs on ``device`` and gives bitsandbytes' bits there."""
-    if device.type != "cuda":
+def _is_exact(device: torch.device, block_size: int) -> bool:
+    """Return whether the kernel runs on ``device`` and gives bitsandbytes' bits there; asked once."""
+    if device.type != "cuda" or not machine.is_current(device):
         return False
-    with _disable_current_modes():
-        chance = torch.Generator(device).manual_seed(0)
-        packed = torch.randint(256, (2**14, 1), dtype=torch.uint8, device=device, generator=chance)
-        constants = torch.rand(2**9, device=device, generator=chance)
+    if (device, block_size) not in _exact:
         try:
-            return all(
-                torch.equal(_by_triton(*args, dtype), _by_bitsandbytes(*args, dtype))
-                for args in [(packed, constants, 64, (128, 256))]
-                for dtype in (torch.bfloat16, torch.float16, torch.float32)
-            )
-        except Exception:  # no Triton, no compiler, or a card that it does not know
+            _exact[device, block_size] = _gives_its_bits(device, block_size)
+        except torch.OutOfMemoryError:  # says nothing of the kernel
             return False
+        except Exception:  # no Triton, no compiler, or a card that it does not know
+            _exact[device, block_size] = False
+    return _exact[device, block_size]
+
+
+def _gives_its_bits(device: torch.device, block_size: int) -> bool:
+    keep_triton_code()
+    with _disable_current_modes():
+        chance, blocks = torch.Generator(device).manual_seed(0), 77
+        packed = torch.randint(256, (blocks * block_size // 2, 1), dtype=torch.uint8, device=device, generator=chance)
+        args = packed, torch.rand(blocks, device=device, generator=chance), block_size, (blocks, block_size)
+        types = torch.bfloat16, torch.float16, torch.float32
+        return all(torch.equal(_by_triton(*args, dtype), _by_bitsandbytes(*args, dtype)) for dtype in types)

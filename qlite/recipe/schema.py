@@ -84,9 +84,9 @@ class Memory(Table):
     budget: Annotated[str, Field(pattern=BYTES, json_schema_extra={"words": 'an amount like "8GiB"'})] | None = None
     """Memory that the run may take of the card, "8GiB": micro-batch and the keys below are then chosen, the fastest that fit."""
     checkpointing: Literal["auto", "none", "elementwise", "attention", "block"] = "auto"
-    """"none": keep everything for the backward pass; "elementwise": compute norms and gated MLPs' activations again; "attention": keep each
-    block's input and what its attention gave, and compute the rest again; "block": keep the input alone; "auto": by the run's plan, the
-    first of these that leaves a tenth of the memory free, and "block" where none is made."""
+    """"none": keep everything for the backward pass; "elementwise": compute what norms and gated MLPs give LoRA's linears again;
+    "attention": keep each block's input and what its attention gave, and compute the rest again; "block": keep the input alone; "auto": by
+    the run's plan, the first of these that leaves a tenth of the memory free, and "block" where none is made."""
     loss_chunk: Count = 128
     """Tokens whose logits exist at the same time in the loss."""
     saved_inputs: Literal["device", "host", "8bit"] = "device"
@@ -249,6 +249,8 @@ class Recipe:
 
     def _memory_problems(self) -> Iterator[str]:
         memory = self.memory
+        if memory.checkpointing == "elementwise" and not self.base.fused:
+            yield 'memory.checkpointing = "elementwise": only fused norms and MLPs are made again, and base.fused = false; set that to true'
         for key, what in (("saved_inputs", "keep only their inputs"), ("base", "need their weights one at a time")):
             value = getattr(memory, key)
             if value != "device" and memory.checkpointing in WHOLE:

@@ -84,7 +84,7 @@ def fit(
     """
     card = card or USUAL_CARD
     tried = list(levels(recipe, shapes.is_tied))
-    best, reasons, slower, least, problem = None, [], [], None, None
+    fitting, reasons, slower, least, problem = [], [], [], None, None
     for number, keys in enumerate(tried):
         told(number, len(tried))
         changed = recipe.having(keys)
@@ -97,21 +97,21 @@ def fit(
         if found is None:
             reasons.append(f"{_words(keys)}: {format_bytes(smallest)} at train.micro_batch = 1")
             continue
-        if best is not None:
-            first, second = sorted((best, found), key=lambda each: each.seconds)
-            line = f"{_words(_differing(second.recipe, first.recipe))}: {format_step_seconds(second.seconds)} a step"
-            slower, best = [line] if format_step_seconds(second.seconds) != format_step_seconds(first.seconds) else [], first
-            break  # what comes after is slower than both
-        best = found
+        fitting.append(found)
+        if len(fitting) > 1 and number + 1 >= len(choices(recipe)):
+            break  # what comes after is slower: all kinds of checkpointing were tried, each with its largest micro-batch
     told(len(tried), len(tried))
     if least is None:
         raise problem
-    if best is None:
+    if not fitting:
         lower = ", ".join(["train.tokens", *rank_keys(recipe.method)])
         raise MachineError(
             f"nothing fits; the least that this recipe needs is {format_bytes(least)}, with everything lowered. "
             f"Lower {lower} or train.exact_match_rows, or take a smaller base.model"
         )
+    best, *others = sorted(fitting, key=lambda each: each.seconds)
+    if others and format_step_seconds(others[0].seconds) != format_step_seconds(best.seconds):
+        slower = [f"{_words(_differing(others[0].recipe, best.recipe))}: {format_step_seconds(others[0].seconds)} a step"]
     return replace(best, card=card.name, reasons=tuple(reasons), slower=tuple(slower))
 
 

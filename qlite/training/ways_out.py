@@ -38,7 +38,7 @@ def changes(recipe: Recipe, is_tied: bool) -> Iterator[WayOut]:
         half = {"train.micro_batch": train.micro_batch // 2, "train.accumulation": train.accumulation * 2}
         yield WayOut(half, "the same step, in more and smaller passes")
     if memory.checkpointing == "none":
-        yield WayOut({"memory.checkpointing": "elementwise"}, "norms and gated MLPs' activations are computed twice")
+        yield WayOut({"memory.checkpointing": "elementwise"}, "norms and gated MLPs' activations are computed twice, where LoRA keeps them")
     if memory.checkpointing in WHOLE:
         yield WayOut({"memory.checkpointing": "attention"}, "each block but its attention is computed twice")
     if memory.checkpointing not in ("block", "auto"):

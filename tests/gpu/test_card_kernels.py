@@ -5,6 +5,7 @@ import torch
 
 from qlite.model import elementwise
 from qlite.quant import card_dense
+from qlite.quant.linear import MOST_FUSED_ROWS, Storage
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")]
 CARD = torch.device("cuda", 0)
@@ -55,7 +56,16 @@ def test_a_kernel_computes_what_it_stands_for(name, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("shape", "block_size"), [((11008, 4096), 64), ((4096, 4096), 4096), ((33, 96), 32), ((7, 100), 64)], ids=str)
 def test_nf4_made_dense_is_bitsandbytes_bit_for_bit(shape, block_size, dtype):
-    assert card_dense._is_exact(CARD)
+    assert card_dense._is_exact(CARD, block_size)
     packed, constants = torch.ops.bitsandbytes.quantize_4bit(0.02 * drawn(*shape), block_size, "nf4", torch.uint8)
     found = card_dense.dense_nf4(packed, constants, block_size, shape, dtype)
     assert torch.equal(found, torch.ops.bitsandbytes.dequantize_4bit(packed, constants, block_size, "nf4", shape, dtype))
+
+
+@pytest.mark.parametrize("rows", [MOST_FUSED_ROWS - 1, MOST_FUSED_ROWS + 1])
+def test_a_product_is_the_same_where_bitsandbytes_may_fuse_it_and_where_it_never_does(rows):
+    layer = Storage(4).make(512, 768, False, torch.bfloat16, CARD)
+    layer.store(0.02 * drawn(768, 512))
+    x = drawn(rows, 512).bfloat16()
+    exact = x.double() @ layer.dense(torch.float32).double().T
+    assert (layer.product(x).double() - exact).norm() <= 2**-7 * exact.norm()

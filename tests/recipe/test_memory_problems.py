@@ -4,6 +4,7 @@ import pytest
 
 from qlite.errors import RecipeError
 from qlite.recipe.read import build_recipe
+from qlite.recipe.schema import WHOLE
 
 
 def problems(**memory: object) -> list[str]:
@@ -16,11 +17,18 @@ def problems(**memory: object) -> list[str]:
 
 
 @pytest.mark.parametrize(("key", "value"), [("saved_inputs", "host"), ("saved_inputs", "8bit"), ("base", "host")])
-def test_what_needs_checkpointing_says_so(key, value):
+@pytest.mark.parametrize("checkpointing", WHOLE)
+def test_what_needs_checkpointing_says_so(key, value, checkpointing):
     assert problems(**{key: value}) == []
-    (problem,) = problems(**{key: value}, checkpointing="none")
+    (problem,) = problems(**{key: value}, checkpointing=checkpointing)
     assert problem.startswith(f'memory.{key} = "{value}": ')
-    assert problem.endswith('and memory.checkpointing = "none"; set that to "block"')
+    assert problem.endswith(f'and memory.checkpointing = "{checkpointing}"; set that to "block"')
+
+
+def test_what_is_made_again_has_to_be_fused():
+    tables = {"base": {"model": "m", "fused": False}, "data": {"train": "rows.jsonl"}, "train": {"steps": 1}}
+    with pytest.raises(RecipeError, match=r'checkpointing = "elementwise": .*base.fused = false; set that to true'):
+        build_recipe({**tables, "memory": {"checkpointing": "elementwise"}}, "my.toml")
 
 
 def test_both_are_said_at_once_and_the_others_need_nothing():

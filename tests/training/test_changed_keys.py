@@ -13,6 +13,7 @@ CHANGES = {
     "inputs on the host": {"saved_inputs": "host"},
     "base on the host": {"base": "host"},
     "no checkpointing": {"checkpointing": "none"},
+    "norms and SwiGLU made again": {"checkpointing": "elementwise"},
     "only told": {"plan": "tell"},
 }
 

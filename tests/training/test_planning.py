@@ -16,12 +16,14 @@ from qlite.errors import MachineError, OutOfMemory, RecipeError
 from qlite.memory.cards import CARDS
 from qlite.memory.ledger import Peak
 from qlite.memory.plan import CONTEXT_BYTES, SLACK_BYTES, MemoryPlan
+from qlite.memory.work import Work
 from qlite.model.shapes import base_shapes
 from qlite.recipe.write import recipe_toml
 from qlite.training import budget, planning, step
+from qlite.training import fit as fitting
 from qlite.training import ways_out as ways_out_module
-from qlite.training.fit import FITTED, fit, levels
-from qlite.training.forecast import STEP, forecast, one_row, worst_workload
+from qlite.training.fit import FITTED, Fitted, fit, levels
+from qlite.training.forecast import STEP, Forecast, forecast, one_row, worst_workload
 from qlite.training.planning import Planner
 from qlite.training.run_folder import RunFolder
 from qlite.training.step import general_advice
@@ -150,6 +152,22 @@ def test_fit_takes_the_fastest_that_fits_and_says_why(folder):
     assert found.reasons
     with pytest.raises(MachineError, match="the least that this recipe needs is"):
         fit(recipe, shapes, lambda forecast: MemoryPlan(forecast.peaks(), 1000, "it"))
+
+
+def test_all_kinds_of_checkpointing_are_tried_before_the_search_ends(folder, monkeypatch):
+    """The second that fits may be no slower than the first by a hair, and the third take larger micro-batches."""
+    seconds, asked = {"none": 1.02, "elementwise": 1.04, "attention": 0.93, "block": 1.2}, []
+
+    def largest(recipe, *_: object) -> tuple[Fitted, int]:
+        asked.append(recipe.memory.checkpointing)
+        return Fitted(recipe, Forecast({}, Work()), MemoryPlan({}, 10**9, "it"), seconds[asked[-1]]), 0
+
+    monkeypatch.setattr(fitting, "_largest_that_fits", largest)
+    recipe = recipe_of(folder)
+    found = fit(recipe, base_shapes(recipe.base, lambda *_: None), lambda _: pytest.fail("planned"))
+    assert asked == list(seconds)
+    assert found.recipe.memory.checkpointing == "attention"
+    assert found.slower == ("checkpointing none: 1.02 s a step",)
 
 
 def test_levels_never_undo_what_the_recipe_has_lowered(folder):
