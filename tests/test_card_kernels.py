@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -15,11 +16,9 @@ from torch import Tensor
 from qlite.model import elementwise
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (there is none for this machine?)")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from qlite import card_kernels  # noqa: E402
-
+GPUTarget = import_module("triton.backends.compiler").GPUTarget
+ASTSource = import_module("triton.compiler").ASTSource
+card_kernels = import_module("qlite.card_kernels")
 CAPABILITIES = {"RTX 30": 86, "RTX 40": 89, "RTX 50": 120}
 # In a process of its own: Triton asks when it is imported whether it is to interpret.
 INTERPRETER = """

@@ -282,6 +282,8 @@ def table(title: str, work: Work, found: dict[str, dict], args) -> None:
         )
     for ours in (AGAIN, AUTO):
         for name, side in found.items() if ours.name in found else ():
+            if name == ours.name:
+                continue
             ratios = [theirs / own for own, theirs in zip(found[ours.name]["seconds"], side["seconds"], strict=True)]
             share = found[ours.name][inner] / side[inner]
             print(f"{ours.name}, to {name}, round by round: {spread(ratios, '.2f')}; {share:.2f} of its {inner} bytes", flush=True)

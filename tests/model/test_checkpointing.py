@@ -9,7 +9,7 @@ from qlite.model.blocks import decoder_blocks
 from qlite.model.checkpointing import _HostInput
 from qlite.recipe.schema import Memory
 from tests.families import FAMILIES, new_model
-from tests.model.watch import COPYING, LAYERS, Watch, adapt, are_equal, distance, gradient, ids, loss_of, lowered
+from tests.model.watch import COPYING, LAYERS, Watch, adapt, are_equal, assert_same, distance, gradient, ids, loss_of, lowered
 
 HOST, EIGHT = Memory(saved_inputs="host"), Memory(saved_inputs="8bit")
 MANY = {"num_hidden_layers": 8}
@@ -34,12 +34,7 @@ def host_inputs() -> list[_HostInput]:
 @pytest.mark.parametrize("method", [{}, {"dropout": 0.3}, {"dora": True}], ids=["lora", "dropout", "dora"])
 @pytest.mark.parametrize("storage", ["16 bit", "8 bit", "4 bit"])
 def test_inputs_from_the_host_give_the_same_bits(storage, method):
-    loss, expected = gradient(lowered(storage, **method))
-    model = lowered(storage, HOST, **method)
-    for _ in range(2):
-        found, gradients = gradient(model)
-        assert torch.equal(found, loss)
-        assert are_equal(gradients, expected)
+    assert_same(lowered(storage, HOST, **method), lowered(storage, **method), steps=2)
 
 
 def test_inputs_in_8_bit_move_the_gradient_by_half_a_percent_and_the_loss_not_at_all():

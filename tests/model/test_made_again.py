@@ -18,7 +18,7 @@ from qlite.model.elementwise import origin_of
 from qlite.model.fusing import fuse
 from qlite.model.lowering import lower_memory
 from qlite.recipe.schema import Memory
-from tests.model.watch import CPU, LAYERS, Watch, adapt, are_equal, gradient, ids, loss_of
+from tests.model.watch import CPU, LAYERS, Watch, adapt, assert_same, gradient, ids, loss_of
 from tests.tiny import tiny_llama
 
 AGAIN = Memory(checkpointing="elementwise")
@@ -50,19 +50,11 @@ class Ops(TorchDispatchMode):
 )
 @pytest.mark.parametrize("storage", ["16 bit", "4 bit"])
 def test_the_bits_are_those_of_keeping_all(storage, method):
-    loss, expected = gradient(model_of(NONE, storage, **method))
-    model = model_of(AGAIN, storage, **method)
-    for _ in range(2):
-        found, gradients = gradient(model)
-        assert torch.equal(found, loss)
-        assert are_equal(gradients, expected)
+    assert_same(model_of(AGAIN, storage, **method), model_of(NONE, storage, **method), steps=2)
 
 
 def test_it_goes_together_with_tiled_mlps():
-    loss, expected = gradient(model_of(Memory(checkpointing="none", mlp_chunk=7)))
-    found, gradients = gradient(model_of(Memory(checkpointing="elementwise", mlp_chunk=7)))
-    assert torch.equal(found, loss)
-    assert are_equal(gradients, expected)
+    assert_same(model_of(Memory(checkpointing="elementwise", mlp_chunk=7)), model_of(Memory(checkpointing="none", mlp_chunk=7)))
 
 
 def test_what_is_held_less_is_what_norms_and_swiglu_gave():

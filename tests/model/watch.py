@@ -72,6 +72,15 @@ def are_equal(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> bool
     return gradients.keys() == expected.keys() and all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
+def assert_same(model: PreTrainedModel, expected: PreTrainedModel, steps: int = 1) -> None:
+    """Assert that ``model`` gives the loss and gradient of ``expected``, bit for bit, each time."""
+    right, gradients = gradient(expected)
+    for _ in range(steps):
+        loss, found = gradient(model)
+        assert torch.equal(loss, right)
+        assert are_equal(found, gradients)
+
+
 class Watch(TorchDispatchMode):
     """While it is entered: the storages made that live on the device, their peak, and what is computed on host memory."""
 
