@@ -41,9 +41,8 @@ def make_again(model: PreTrainedModel) -> None:
     Raises:
         ModelError: nothing in the model's blocks is fused, or no linear there keeps what it is given but by LoRA.
     """
-    again = {_norm: _norm_again, _mlp: _mlp_again} | {
-        made: made for made in (_norm_again, _mlp_again)
-    }  # views of a model share their norms
+    again = {_norm: _norm_again, _mlp: _mlp_again}
+    again |= {forward: forward for forward in again.values()}  # views of a model share their norms
     modules = [module for block in decoder_blocks(model).values() for module in block.modules()]
     found = {module: again[own] for module in modules if (own := getattr(module.forward, "__func__", None)) in again}
     why = None if found else f'no norm or MLP of this "{model.config.model_type}" is fused'

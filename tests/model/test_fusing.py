@@ -240,6 +240,19 @@ def test_machine_code_is_kept_by_processor_and_only_where_it_can_be(tmp_path, mo
     assert os.environ[variable] != mine
 
 
+def test_tritons_machine_code_lies_in_the_cache_unless_it_cannot_or_shall_not(tmp_path, monkeypatch):
+    variable = compiling.TRITON_FOLDER
+    monkeypatch.setenv(variable, "elsewhere")
+    compiling.keep_triton_code()
+    assert os.environ[variable] == "elsewhere"
+    (tmp_path / "file").touch()
+    for folder, is_taken in ((tmp_path / "file", False), (tmp_path / "cache", True)):
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setattr(compiling, "cache_folder", lambda folder=folder: folder)
+        compiling.keep_triton_code()
+        assert (os.environ.get(variable) == str(folder / "triton")) == is_taken
+
+
 def test_without_a_compiler_the_pieces_run_as_they_stand(tmp_path, monkeypatch):
     def none(*_: object) -> None:
         raise RuntimeError("no C++ compiler\nand more")
